@@ -1,0 +1,189 @@
+"""An `nn.Module` as a pure function of its parameters and buffers: the only place that puts tensors into modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from funcfreeze.selectors import Leaf
+
+Site = tuple[nn.Module, str]
+"""Where a tensor sits: the module that holds it and its name there."""
+
+
+@dataclass(frozen=True, eq=False)
+class FunctionalModule:
+    """A module, and where each of its parameters and buffers sits.
+
+    Parameters and buffers are known by the first path `named_parameters()` and `named_buffers()` give; a tied one has
+    several sites.
+    """
+
+    module: nn.Module
+    parameters: Mapping[str, tuple[Site, ...]]
+    buffers: Mapping[str, tuple[Site, ...]]
+
+    @staticmethod
+    def of(module: nn.Module) -> FunctionalModule:
+        """Note the sites of all parameters and buffers the module has now."""
+        return FunctionalModule(
+            module,
+            {names[0]: sites for names, sites in _grouped(module, "_parameters")},
+            {names[0]: sites for names, sites in _grouped(module, "_buffers")},
+        )
+
+    def present_parameters(self) -> dict[str, Tensor]:
+        """The parameters in the module now, by path."""
+        return {path: _present(sites[0], "_parameters") for path, sites in self.parameters.items()}
+
+    def present_buffers(self) -> dict[str, Tensor]:
+        """The buffers in the module now, by path."""
+        return {path: _present(sites[0], "_buffers") for path, sites in self.buffers.items()}
+
+    def call(
+        self, f: Callable[[nn.Module], Any], parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """`f(module)` with these tensors in the module, which holds its own again afterwards, whatever happens.
+
+        Returns:
+            What `f` returned, and the buffers as the call left them: those given, or what the forward put in their
+            place. The given buffers are written to where the forward updates them in place: pass clones.
+
+        Raises:
+            RuntimeError: the call changed a parameter, in place or by putting another one in its place.
+        """
+        versions = {path: tensor._version for path, tensor in parameters.items()}
+        with _in_place_of(self.parameters, "_parameters", parameters), _in_place_of(self.buffers, "_buffers", buffers):
+            result = f(self.module)
+            problems = [
+                problem
+                for path, sites in self.parameters.items()
+                if (problem := _changed(path, sites, parameters[path], versions[path]))
+            ]
+            after = self.present_buffers()
+        if problems:
+            raise RuntimeError("\n".join(problems))
+        return result, after
+
+
+def module_leaves(module: nn.Module) -> list[Leaf]:
+    """The parameters of a module as selectors see them, in the order of `named_parameters()`.
+
+    Ties are one leaf with all its names. Its modules are those that hold it under any of them.
+    """
+    types = {path: type(inner) for path, inner in module.named_modules(remove_duplicate=False)}
+    return [
+        Leaf(names, _present(sites[0], "_parameters"), _ancestors(names, types), _trainable(sites[0]))
+        for names, sites in _grouped(module, "_parameters")
+    ]
+
+
+def _trainable(site: Site) -> bool:
+    return _present(site, "_parameters").requires_grad
+
+
+def _ancestors(names: Sequence[str], types: Mapping[str, type[nn.Module]]) -> tuple[type[nn.Module], ...]:
+    found: dict[type[nn.Module], None] = {}
+    for name in names:
+        parts = name.split(".")
+        found |= {types[".".join(parts[:depth])]: None for depth in range(len(parts))}
+    return tuple(found)
+
+
+def _grouped(module: nn.Module, store: str) -> list[tuple[tuple[str, ...], tuple[Site, ...]]]:
+    """All names and sites of each distinct tensor in `_parameters` or `_buffers`, in the order torch gives."""
+    names: dict[int, list[str]] = {}
+    sites: dict[int, list[Site]] = {}
+    for prefix, inner in module.named_modules(remove_duplicate=False):
+        for name, tensor in inner.__dict__[store].items():
+            if tensor is None:
+                continue
+            names.setdefault(id(tensor), []).append(f"{prefix}.{name}" if prefix else name)
+            held = sites.setdefault(id(tensor), [])
+            if (inner, name) not in held:
+                held.append((inner, name))
+    return [(tuple(names[key]), tuple(sites[key])) for key in names]
+
+
+def _present(site: Site, store: str) -> Tensor:
+    module, name = site
+    tensor: Tensor = module.__dict__[store][name]
+    return tensor
+
+
+@contextmanager
+def _in_place_of(places: Mapping[str, tuple[Site, ...]], store: str, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put tensors at their sites, and what was there back on leaving.
+
+    The module's own dicts are written, not its attributes: `nn.Module.__setattr__` takes only `nn.Parameter`s where a
+    parameter was.
+    """
+    saved = [(site, _present(site, store)) for sites in places.values() for site in sites]
+    try:
+        for path, sites in places.items():
+            for module, name in sites:
+                module.__dict__[store][name] = tensors[path]
+        yield
+    finally:
+        for (module, name), tensor in saved:
+            module.__dict__[store][name] = tensor
+
+
+def _changed(path: str, sites: Sequence[Site], given: Tensor, version: int) -> str | None:
+    """What the call did to a parameter that it may only read, or None."""
+    if any(module.__dict__["_parameters"].get(name) is not given for module, name in sites):
+        return f"the forward put another tensor in the place of parameter {path}; `losses` may only read parameters"
+    if given._version != version:
+        return (
+            f"the forward changed parameter {path} in place (its version went from {version} to {given._version}), "
+            "so its gradient belongs to neither value; `losses` may only read parameters: change them between steps, "
+            "with state.replace(params=...)"
+        )
+    return None
+
+
+def refuse_unusable(module: nn.Module) -> None:
+    """Refuse modules whose parameters cannot be handled as plain tensors, saying why and what to do.
+
+    Raises:
+        TypeError: not an `nn.Module`, or one wrapped by DDP, `fully_shard` or TorchScript.
+        ValueError: lazy parameters that have no shape yet, or strided nested parameters.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"the model is an nn.Module or a mapping of them, got {type(module).__name__}")
+    problems = [problem for path, inner in module.named_modules() if (problem := _refusal(path, inner))]
+    if problems:
+        raise TypeError("\n".join(problems))
+    lazy = [path for path, p in module.named_parameters() if isinstance(p, nn.parameter.UninitializedTensorMixin)]
+    if lazy:
+        raise ValueError(
+            f"parameters without a shape yet (lazy modules): {', '.join(lazy)}; run one batch through the model first"
+        )
+    nested = [path for path, p in module.named_parameters() if p.is_nested and p.layout == torch.strided]
+    if nested:
+        raise ValueError(
+            f"strided nested parameters: {', '.join(nested)}; autograd cannot plan them, use layout=torch.jagged"
+        )
+
+
+def _refusal(path: str, module: nn.Module) -> str | None:
+    where = f"module {path!r}" if path else "the model"
+    kinds = {kind.__name__ for kind in type(module).__mro__}
+    if kinds & {"DistributedDataParallel", "DataParallel"}:
+        return (
+            f"{where} is wrapped by {type(module).__name__}, which reduces gradients by hooks that fire only in "
+            "loss.backward(); pass the module inside it (.module) and reduce the merged gradient yourself"
+        )
+    if "FSDPModule" in kinds or "FullyShardedDataParallel" in kinds:
+        return (
+            f"{where} is sharded by fully_shard, which gathers parameters by hooks that gradients taken here "
+            "do not fire; pass the module before it is sharded"
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        return f"{where} is a ScriptModule, whose parameters cannot be exchanged; pass the nn.Module it was made from"
+    return None

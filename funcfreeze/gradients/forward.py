@@ -1,0 +1,42 @@
+"""The one forward of a step, with autograd on, on leaf copies of the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcfreeze.gradients.law import Evaluate, Routing
+from funcfreeze.gradients.returned import check_differentiable, check_losses, detached
+
+
+@dataclass
+class Forward:
+    """A forward whose graph is alive.
+
+    Attributes:
+        leaves: the leaf copies; those that no loss may update do not require grad, so nothing is kept for them.
+        losses: the losses in the routing's order, on the live graph; None where absent.
+        values: every present loss, detached.
+        rest: what came beside the losses, detached.
+    """
+
+    leaves: list[Tensor]
+    losses: list[Tensor | None]
+    values: Mapping[str, Tensor]
+    rest: Any
+
+
+def forward(evaluate: Evaluate, params: Sequence[Tensor], routing: Routing) -> Forward:
+    """Evaluate the losses once; an ambient `torch.no_grad()` or `torch.inference_mode()` does not matter."""
+    routed = routing.routed
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves = [param.detach().requires_grad_(index in routed) for index, param in enumerate(params)]
+        returned, rest = evaluate(leaves)
+        losses = check_losses(returned, routing)
+    present = {name: loss for name, loss in zip(routing.losses, losses, strict=True) if loss is not None}
+    check_differentiable([name for name, loss in present.items() if not loss.requires_grad], routing)
+    return Forward(leaves, losses, {name: loss.detach() for name, loss in present.items()}, detached(rest))

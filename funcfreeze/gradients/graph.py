@@ -1,0 +1,84 @@
+"""Reading the autograd graph into index space: a hashable value that says what is connected to what, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+NO_LEAF = -1
+
+
+class Graph(NamedTuple):
+    """The structure of an autograd graph, in the order a walk from the losses discovers it.
+
+    Equal graphs have equal structure, so that what was planned for one holds for the other. Kept flat: it is rebuilt
+    at every step, and compared with the planned ones.
+
+    Attributes:
+        kinds: the class of each node.
+        degrees: how many edges leave each node.
+        edges: all edges, node after node: (node it leads to, or -1; which of that node's inputs), flattened.
+        leaves: for each node that accumulates a gradient: (node, leaf index or NO_LEAF), flattened.
+        roots: for each loss: the node it comes from and which of its outputs it is, or None for an absent loss.
+    """
+
+    kinds: tuple[type, ...]
+    degrees: tuple[int, ...]
+    edges: tuple[int, ...]
+    leaves: tuple[int, ...]
+    roots: tuple[tuple[int, int] | None, ...]
+
+
+def read_graph(losses: Sequence[GradientEdge | None], leaves: Sequence[Tensor]) -> tuple[Graph, list[Node]]:
+    """Walk the graph from the losses down to its leaves.
+
+    Args:
+        losses: where each loss comes from; None for a loss that is absent.
+        leaves: leaf tensors whose gradient may be wanted; others that the graph ends in get `NO_LEAF`.
+
+    Returns:
+        The structure, and the nodes its indices stand for.
+    """
+    leaf_index: Mapping[int, int] = {id(leaf): index for index, leaf in enumerate(leaves)}
+    position: dict[Node, int] = {}
+    nodes: list[Node] = []
+    roots: list[tuple[int, int] | None] = []
+    for edge in losses:
+        if edge is None:
+            roots.append(None)
+            continue
+        if edge.node not in position:
+            position[edge.node] = len(nodes)
+            nodes.append(edge.node)
+        roots.append((position[edge.node], edge.output_nr))
+    kinds: list[type] = []
+    degrees: list[int] = []
+    edges: list[int] = []
+    ends: list[int] = []
+    for index, node in enumerate(nodes):  # grows while it is walked
+        kinds.append(type(node))
+        following = node.next_functions
+        degrees.append(len(following))
+        for child, output_nr in following:
+            if child is None:
+                edges.append(-1)
+            else:
+                found = position.get(child)
+                if found is None:
+                    position[child] = found = len(nodes)
+                    nodes.append(child)
+                edges.append(found)
+            edges.append(output_nr)
+        if not following:
+            leaf = getattr(node, "variable", None)  # only the nodes that accumulate a gradient have one
+            ends += (index, leaf_index.get(id(leaf), NO_LEAF))
+    return Graph(tuple(kinds), tuple(degrees), tuple(edges), tuple(ends), tuple(roots)), nodes
+
+
+def gradient_edge(loss: Tensor) -> GradientEdge:
+    """Where a loss comes from; for a loss that is itself a parameter, the node that accumulates its gradient."""
+    return torch.autograd.graph.get_gradient_edge(loss)

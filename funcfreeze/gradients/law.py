@@ -1,0 +1,115 @@
+"""What every engine computes, in its own terms: losses and leaves by index, weights by index.
+
+    g[p] = Σ_k w[k,p] · ∂L_k/∂θ_p        all L_k from the same forward
+
+    p is touched  ⇔  for some active route (k, p) autograd delivers a gradient of L_k at p, be it zero
+
+An untouched parameter has no gradient, which is not the same as a zero one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from funcfreeze.gradients.flows import UNIT_WEIGHT, LossWeights
+from funcfreeze.plan import Plan
+from funcfreeze.routes import UNIT, Weight, weight_value
+
+Evaluate = Callable[[list[Tensor]], tuple[Any, Any]]
+"""The forward: parameters in the routing's order -> (what the user's `losses` returned, anything else)."""
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A plan in index space.
+
+    Attributes:
+        losses: the names of the losses.
+        paths: the path of each leaf.
+        weights: for each loss, (leaf index, weight index) of every parameter it may update.
+        terms: what each weight index stands for: weights that are added up. Index 0 is the weight 1.
+    """
+
+    losses: tuple[str, ...]
+    paths: tuple[str, ...]
+    weights: tuple[LossWeights, ...]
+    terms: tuple[tuple[Weight, ...], ...]
+
+    @staticmethod
+    def of(plan: Plan) -> Routing:
+        """Number a plan's leaves and distinct weights."""
+        terms: list[tuple[Weight, ...]] = [UNIT]
+        weights = []
+        for loss in plan.losses:
+            routed = ((leaf, row.weights[loss]) for leaf, row in enumerate(plan.rows) if loss in row.weights)
+            weights.append(tuple((leaf, _number(terms, given)) for leaf, given in routed))
+        return Routing(plan.losses, plan.paths, tuple(weights), tuple(terms))
+
+    @property
+    def routed(self) -> frozenset[int]:
+        """The leaves that some loss may update."""
+        return frozenset(leaf for row in self.weights for leaf, _ in row)
+
+    def weight_values(self, step: Tensor | None) -> list[float | Tensor]:
+        """The value of every weight at a step."""
+        return [weight_value(terms, step) for terms in self.terms]
+
+
+def _number(terms: list[tuple[Weight, ...]], given: tuple[Weight, ...]) -> int:
+    """The index of a weight: equal numbers and schedules share one, tensors only with themselves."""
+    for index, known in enumerate(terms):
+        if len(known) == len(given) and all(map(_same, known, given)):
+            return index
+    terms.append(given)
+    return len(terms) - 1
+
+
+def _same(one: Weight, other: Weight) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return one is other
+    return bool(one == other)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one forward and its backward gave.
+
+    Attributes:
+        gradients: for each leaf its merged gradient, or None where it is untouched.
+        losses: every present loss, detached and unweighted, by name.
+        rest: what the forward returned beside the losses, detached.
+    """
+
+    gradients: Sequence[Tensor | None]
+    losses: Mapping[str, Tensor]
+    rest: Any
+
+
+@dataclass(frozen=True)
+class SeparateOutcome:
+    """As `Outcome`, with the weighted gradients of each loss apart: for each loss, for each leaf."""
+
+    gradients: Sequence[Sequence[Tensor | None]]
+    losses: Mapping[str, Tensor]
+    rest: Any
+
+
+class Engine(Protocol):
+    """A way to compute the law. All engines evaluate the forward exactly once."""
+
+    def merged(self, evaluate: Evaluate, params: Sequence[Tensor], routing: Routing, step: Tensor | None) -> Outcome:
+        """Every leaf's gradient, summed over the losses with their weights."""
+        ...
+
+    def separate(
+        self, evaluate: Evaluate, params: Sequence[Tensor], routing: Routing, step: Tensor | None
+    ) -> SeparateOutcome:
+        """Every loss's weighted gradients apart."""
+        ...
+
+
+__all__ = ["UNIT_WEIGHT", "Engine", "Evaluate", "Outcome", "Routing", "SeparateOutcome"]

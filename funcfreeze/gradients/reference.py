@@ -1,0 +1,120 @@
+"""The meaning of the law in `torch.func`: each loss's gradient over the parameters it may update, from one forward.
+
+One `vjp` is nested in another for each loss. Level k differentiates loss k alone, over that loss's own parameters; the
+other losses travel through it as auxiliary output. So there is one forward, one dropout mask and one BatchNorm update,
+and no loss's infinite derivative can spoil another's gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from torch import Tensor
+from torch.func import vjp
+
+from funcfreeze.gradients.flows import LossWeights
+from funcfreeze.gradients.law import Evaluate, Outcome, Routing, SeparateOutcome
+from funcfreeze.gradients.returned import check_differentiable, check_losses
+from funcfreeze.routes import scalar_like
+
+
+class Reference:
+    """Per-loss gradients by nested `torch.func.vjp`, then summed."""
+
+    def merged(self, evaluate: Evaluate, params: Sequence[Tensor], routing: Routing, step: Tensor | None) -> Outcome:
+        """The sum of every loss's gradients."""
+        apart = self.separate(evaluate, params, routing, step)
+        return Outcome([_sum(column) for column in zip(*apart.gradients, strict=True)], apart.losses, apart.rest)
+
+    def separate(
+        self, evaluate: Evaluate, params: Sequence[Tensor], routing: Routing, step: Tensor | None
+    ) -> SeparateOutcome:
+        """Every loss's gradients over the parameters it may update, times their weights."""
+        levels = _Levels(evaluate, routing, routing.weight_values(step))
+        with torch.inference_mode(False), torch.enable_grad():
+            found = levels.differentiate(0, dict(enumerate(param.detach() for param in params)))
+        losses = {name: found.losses[index] for index, name in enumerate(routing.losses) if index in found.losses}
+        check_differentiable([name for name in losses if name not in levels.differentiable], routing)
+        gradients = [[found.gradients[index].get(leaf) for leaf in range(len(params))] for index in found.gradients]
+        return SeparateOutcome(gradients[::-1], losses, levels.rebuild(found.rest))
+
+
+class _Found(NamedTuple):
+    """What comes out of a level and all those inside it: nothing but tensors, so that `vjp` can carry it."""
+
+    losses: dict[int, Tensor]
+    gradients: dict[int, dict[int, Tensor]]
+    rest: list[Tensor]
+
+
+class _Levels:
+    """The nest of `vjp`s around one forward, and what it learns that is not a tensor."""
+
+    def __init__(self, evaluate: Evaluate, routing: Routing, weights: Sequence[float | Tensor]) -> None:
+        self.evaluate = evaluate
+        self.routing = routing
+        self.weights = weights
+        self.differentiable: set[str] = set()
+
+    def differentiate(self, level: int, params: dict[int, Tensor]) -> _Found:
+        """Evaluate the losses with `params`, and differentiate those from `level` on."""
+        if level == len(self.routing.losses):
+            return self._forward(params)
+        row = self.routing.weights[level]
+        touched: set[int] = set()
+
+        def alone(own: dict[int, Tensor]) -> tuple[Tensor, _Found]:
+            found = self.differentiate(level + 1, {**params, **own})
+            self.differentiable |= {self.routing.losses[k] for k, loss in found.losses.items() if loss.requires_grad}
+            loss = found.losses.get(level, torch.zeros(()))
+            touched.update(_delivered(loss, own))
+            return loss, found
+
+        loss, pullback, carried = vjp(alone, {leaf: params[leaf] for leaf, _ in row}, has_aux=True)
+        found = _Found(*carried)
+        with torch.no_grad():
+            found.gradients[level] = self._pull_back(pullback, loss, row, touched)
+        return found
+
+    def _pull_back(self, pullback: Any, loss: Tensor, row: LossWeights, touched: set[int]) -> dict[int, Tensor]:
+        """The loss's gradients with each weight, kept where the parameter has that weight and is touched."""
+        gradients: dict[int, Tensor] = {}
+        for weight in sorted({weight for leaf, weight in row if leaf in touched}):
+            (every,) = pullback(torch.ones_like(loss) * scalar_like(self.weights[weight], loss))
+            gradients |= {leaf: every[leaf] for leaf, given in row if given == weight and leaf in touched}
+        return gradients
+
+    def _forward(self, params: dict[int, Tensor]) -> _Found:
+        returned, rest = self.evaluate(list(params.values()))
+        losses = check_losses(returned, self.routing)
+        leaves, self.treespec = optree.tree_flatten(rest, none_is_leaf=True)
+        self.skeleton = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+        present = {index: loss for index, loss in enumerate(losses) if loss is not None}
+        return _Found(present, {}, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
+
+    def rebuild(self, tensors: Sequence[Tensor]) -> Any:
+        """What came beside the losses, put together again from its tensors."""
+        remaining = iter(tensors)
+        leaves = [
+            next(remaining) if is_tensor else leaf
+            for leaf, is_tensor in zip(self.skeleton, self.is_tensor, strict=True)
+        ]
+        return optree.tree_unflatten(self.treespec, leaves)
+
+
+def _delivered(loss: Tensor, own: dict[int, Tensor]) -> set[int]:
+    """The parameters at which autograd delivers a gradient of the loss; `vjp` itself turns "none" into zeros."""
+    if not loss.requires_grad:
+        return set()
+    gradients = torch.autograd.grad(loss, list(own.values()), retain_graph=True, allow_unused=True)
+    return {leaf for leaf, gradient in zip(own, gradients, strict=True) if gradient is not None}
+
+
+def _sum(gradients: Sequence[Tensor | None]) -> Tensor | None:
+    present = [gradient for gradient in gradients if gradient is not None]
+    return reduce(torch.add, present) if present else None

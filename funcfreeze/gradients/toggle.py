@@ -1,0 +1,76 @@
+"""The recipe people write: toggle `requires_grad`, one `backward(retain_graph=True)` per loss, over one forward.
+
+It wastes work, and it is what everybody means: the oracle that other engines are compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+
+from torch import Tensor
+
+from funcfreeze.gradients.flows import UNIT_WEIGHT
+from funcfreeze.gradients.forward import forward
+from funcfreeze.gradients.law import Evaluate, Outcome, Routing, SeparateOutcome
+from funcfreeze.routes import scalar_like
+
+
+def accumulate(
+    losses: Sequence[Tensor | None], leaves: Sequence[Tensor], routing: Routing, weights: Sequence[float | Tensor]
+) -> None:
+    """Add every loss's weighted gradient to `.grad` of the leaves it may update, one backward after another.
+
+    Args:
+        losses: scalar losses of one live graph, in the routing's order; None where absent.
+        leaves: the leaf tensors, in the routing's order, all requiring grad where routed.
+        routing: which loss may update which leaf.
+        weights: the value of every weight index.
+    """
+    required = [leaf.requires_grad for leaf in leaves]
+    try:
+        for loss, row in zip(losses, routing.weights, strict=True):
+            if loss is not None and loss.requires_grad:
+                for weight in sorted({weight for _, weight in row}):
+                    allowed = {leaf for leaf, given in row if given == weight}
+                    _backward(loss if weight == UNIT_WEIGHT else loss * scalar_like(weights[weight], loss), leaves, allowed)
+    finally:
+        _toggle(leaves, required)
+
+
+def _backward(loss: Tensor, leaves: Sequence[Tensor], allowed: AbstractSet[int]) -> None:
+    root = loss.view_as(loss) if loss.is_leaf else loss  # a loss that is itself a parameter is toggled with it
+    required = [leaf.requires_grad for leaf in leaves]
+    _toggle(leaves, [index in allowed for index in range(len(leaves))])
+    root.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+    _toggle(leaves, required)
+
+
+def _toggle(leaves: Sequence[Tensor], required: Sequence[bool]) -> None:
+    for leaf, value in zip(leaves, required, strict=True):
+        leaf.requires_grad_(value)
+
+
+class Toggle:
+    """The recipe as an engine, on leaf copies of the parameters."""
+
+    def merged(self, evaluate: Evaluate, params: Sequence[Tensor], routing: Routing, step: Tensor | None) -> Outcome:
+        """Every leaf's gradient, as it stands in `.grad` after all backwards."""
+        live = forward(evaluate, params, routing)
+        accumulate(live.losses, live.leaves, routing, routing.weight_values(step))
+        return Outcome([leaf.grad for leaf in live.leaves], live.values, live.rest)
+
+    def separate(
+        self, evaluate: Evaluate, params: Sequence[Tensor], routing: Routing, step: Tensor | None
+    ) -> SeparateOutcome:
+        """What each loss's backwards alone leave in `.grad`."""
+        live = forward(evaluate, params, routing)
+        weights = routing.weight_values(step)
+        gradients = []
+        for index in range(len(live.losses)):
+            alone = [loss if turn == index else None for turn, loss in enumerate(live.losses)]
+            accumulate(alone, live.leaves, routing, weights)
+            gradients.append([leaf.grad for leaf in live.leaves])
+            for leaf in live.leaves:
+                leaf.grad = None
+        return SeparateOutcome(gradients, live.values, live.rest)

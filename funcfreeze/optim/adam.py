@@ -1,0 +1,138 @@
+"""Adam and AdamW, with torch.optim's options and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam as torch_adam
+
+from funcfreeze.optim.hyperparameters import LearningRate, Rate, check_number, check_rate
+from funcfreeze.optim.leafwise import Entry, Rule, leafwise
+from funcfreeze.optim.transform import Transform
+
+
+def adam(
+    lr: LearningRate = 1e-3,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0,
+    amsgrad: bool = False,
+    maximize: bool = False,
+) -> Transform:
+    """Adam; the same numbers as torch.optim.Adam, with the weight decay added to the gradient.
+
+    The state of a parameter is `step`, `exp_avg`, `exp_avg_sq` and, with `amsgrad`, `max_exp_avg_sq`. The bias
+    correction reads the parameter's own `step`, which counts the steps at which it was touched.
+
+    >>> tx = adam(0.1)
+    >>> params = {"w": torch.ones(2)}
+    >>> updates, state = tx.update({"w": torch.tensor([3.0, -7.0])}, tx.init(params), params)
+    >>> updates, state["w"]["step"]
+    ({'w': tensor([-0.1000,  0.1000])}, tensor(1.))
+    >>> adam(betas=(0.9, 1.0))
+    Traceback (most recent call last):
+        ...
+    ValueError: adam: betas[1] must be at least 0 and less than 1, got 1.0
+    """
+    return _adam("adam", lr, betas, eps, weight_decay, amsgrad, maximize, decoupled=False)
+
+
+def adamw(
+    lr: LearningRate = 1e-3,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    amsgrad: bool = False,
+    maximize: bool = False,
+) -> Transform:
+    """AdamW; the same numbers as torch.optim.AdamW: Adam with the weight decay apart from the gradient.
+
+    >>> tx = adamw(0.1, weight_decay=0.5)
+    >>> params = {"w": torch.ones(2)}
+    >>> tx.update({"w": torch.zeros(2)}, tx.init(params), params)[0]
+    {'w': tensor([-0.0500, -0.0500])}
+    """
+    return _adam("adamw", lr, betas, eps, weight_decay, amsgrad, maximize, decoupled=True)
+
+
+def _adam(
+    name: str,
+    lr: LearningRate,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    amsgrad: bool,
+    maximize: bool,
+    *,
+    decoupled: bool,
+) -> Transform:
+    check_rate(name, lr)
+    beta1, beta2 = (
+        float(check_number(name, f"betas[{index}]", beta, below=1.0)) for index, beta in enumerate(_pair(name, betas))
+    )
+    check_number(name, "eps", eps)
+    check_number(name, "weight_decay", weight_decay)
+
+    def pure(param: Tensor, grad: Tensor, entry: Entry, rate: Rate) -> tuple[Tensor, Entry]:
+        descent = -grad if maximize else grad
+        if weight_decay != 0 and not decoupled:
+            descent = descent + weight_decay * param
+        # The count is float32 as torch's; its powers need more digits than that.
+        step = entry["step"] + 1
+        count = step.to(torch.float64)
+        direction = _real(descent)
+        mean = _real(entry["exp_avg"]).lerp(direction, 1 - beta1)
+        square = torch.addcmul(beta2 * _real(entry["exp_avg_sq"]), direction, direction, value=1 - beta2)
+        largest = torch.maximum(_real(entry["max_exp_avg_sq"]), square) if amsgrad else square
+        denominator = largest.sqrt() / (1 - beta2**count).sqrt() + eps
+        moved = -(rate / (1 - beta1**count)) * (mean / denominator)
+        if decoupled:
+            moved = moved - rate * weight_decay * _real(param)
+        kept = {"exp_avg": mean, "exp_avg_sq": square, **({"max_exp_avg_sq": largest} if amsgrad else {})}
+        return _like(moved, param), {"step": step, **{slot: _like(value, param) for slot, value in kept.items()}}
+
+    def fused(params: list[Tensor], grads: list[Tensor], entries: list[Entry], rate: Rate) -> Callable[[], None]:
+        def run() -> None:
+            torch_adam(
+                params,
+                grads,
+                [entry["exp_avg"] for entry in entries],
+                [entry["exp_avg_sq"] for entry in entries],
+                [entry["max_exp_avg_sq"] for entry in entries] if amsgrad else [],
+                [entry["step"] for entry in entries],
+                fused=True,
+                foreach=False,
+                decoupled_weight_decay=decoupled,
+                amsgrad=amsgrad,
+                beta1=beta1,
+                beta2=beta2,
+                lr=rate,
+                weight_decay=weight_decay,
+                eps=eps,
+                maximize=maximize,
+            )
+
+        return run
+
+    slots = ("step", "exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else []))
+    return leafwise(Rule(name, slots, pure, fused, takes_sparse=False), lr)
+
+
+def _pair(name: str, betas: tuple[float, float]) -> tuple[float, float]:
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise ValueError(f"{name}: betas must be two numbers, got {betas!r}")
+    return betas[0], betas[1]
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """A complex tensor as pairs of reals, which Adam treats one by one."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _like(tensor: Tensor, param: Tensor) -> Tensor:
+    """Back from pairs of reals, and to the parameter's dtype, which float64 scalars promote where it is 0-d."""
+    return (torch.view_as_complex(tensor) if param.is_complex() else tensor).to(param.dtype)

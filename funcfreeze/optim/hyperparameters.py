@@ -1,0 +1,78 @@
+"""Hyperparameters: what is accepted as a number or a learning rate, and the rate at a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+Rate = float | Tensor
+LearningRate = Rate | Callable[[Any], Rate]
+
+
+def check_number(owner: str, name: str, value: object, *, low: float = 0.0, below: float = math.inf) -> float:
+    """The value, if it is a number in [low, below).
+
+    >>> check_number("adam", "betas[1]", 1.0, below=1.0)
+    Traceback (most recent call last):
+        ...
+    ValueError: adam: betas[1] must be at least 0 and less than 1, got 1.0
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{owner}: {name} must be a number, got {type(value).__name__}: {value!r}")
+    if not low <= value < below:  # NaN is on neither side
+        bounds = [f"at least {low:g}"] * (low > -math.inf) + [f"less than {below:g}"] * (below < math.inf)
+        raise ValueError(f"{owner}: {name} must be {' and '.join(bounds) or 'finite'}, got {value!r}")
+    return value
+
+
+def check_rate(owner: str, lr: LearningRate) -> None:
+    """Raises unless `lr` is a number, a 0-d tensor (neither of them negative) or a schedule.
+
+    >>> check_rate("sgd", -1.0)
+    Traceback (most recent call last):
+        ...
+    ValueError: sgd: lr must be at least 0, got -1.0
+    """
+    if isinstance(lr, Tensor):
+        if lr.ndim != 0:
+            raise ValueError(f"{owner}: a tensor lr must be 0-d, got shape {tuple(lr.shape)}")
+        if not lr >= 0:
+            raise ValueError(f"{owner}: lr must be at least 0, got {lr!r}")
+    elif not callable(lr):
+        check_number(owner, "lr", lr)
+
+
+def rate_at(owner: str, lr: LearningRate, step: int | Tensor | None) -> Rate:
+    """The learning rate at this step: a schedule's value, or the rate as it is.
+
+    >>> rate_at("sgd", lambda step: 1 / (step + 1), None)
+    Traceback (most recent call last):
+        ...
+    TypeError: sgd: lr is a schedule and must be told the step: update(grads, state, params, step=...)
+    """
+    if isinstance(lr, Tensor) or not callable(lr):
+        return lr
+    if step is None:
+        raise TypeError(f"{owner}: lr is a schedule and must be told the step: update(grads, state, params, step=...)")
+    value = lr(step)
+    if isinstance(value, Tensor) and value.ndim == 0:
+        return value
+    if isinstance(value, Tensor):
+        raise ValueError(f"{owner}: the lr schedule must give a number or a 0-d tensor, got shape {tuple(value.shape)}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        kind = type(value).__name__
+        raise TypeError(f"{owner}: the lr schedule must give a number or a 0-d tensor, got {kind}: {value!r}")
+    return value
+
+
+def rate_near(rate: Rate, tensor: Tensor) -> Rate:
+    """The rate where the tensor's device can read it: 0-d CPU tensors mix with everything, others only with their own.
+
+    Moves only between two devices of which one is an accelerator, so a model on one device never waits for it.
+    """
+    if isinstance(rate, Tensor) and rate.device.type != "cpu" and rate.device != tensor.device:
+        return rate.to(tensor.device)
+    return rate

@@ -1,0 +1,217 @@
+"""Transforms that update every parameter by itself: the pure and the in-place form from one short rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from funcfreeze.optim.hyperparameters import LearningRate, Rate, rate_at, rate_near
+from funcfreeze.optim.transform import Named, OptState, PyTree, Transform, by_path, lines, match
+
+Entry = dict[str, Tensor]
+
+_FUSED_DEVICES = ("cpu", "cuda")
+_FUSED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one optimizer updates one parameter.
+
+    Attributes:
+        name: the optimizer's name, for messages.
+        slots: what it keeps for a parameter: `step`, a 0-d float32 count, and tensors like the parameter; all start
+            at zero.
+        pure: `(param, grad, entry, rate) -> (update, new entry)`, out of place.
+        fused: `(params, grads, entries, rate) -> run`, for parameters of one device; `run()` overwrites parameters and
+            entries by torch's fused kernel.
+        takes_sparse: whether gradients may be sparse.
+    """
+
+    name: str
+    slots: tuple[str, ...]
+    pure: Callable[[Tensor, Tensor, Entry, Rate], tuple[Tensor, Entry]]
+    fused: Callable[[list[Tensor], list[Tensor], list[Entry], Rate], Callable[[], None]]
+    takes_sparse: bool
+
+
+def leafwise(rule: Rule, lr: LearningRate) -> Transform:
+    """The transform that applies the rule to every touched parameter."""
+
+    def init(params: PyTree) -> OptState:
+        return {path: _fresh(rule, param) for path, param in by_path(params).tensors.items()}
+
+    def prepare(
+        grads: PyTree, state: Mapping[str, Entry], named: Named, step: int | Tensor | None
+    ) -> tuple[dict[str, Tensor], dict[str, Entry], Rate]:
+        touched = match(grads, named)
+        _check_layouts(rule, touched)
+        return touched, _entries(rule, state, {path: named[path] for path in touched}), rate_at(rule.name, lr, step)
+
+    def update(
+        grads: PyTree, state: OptState, params: PyTree, *, step: int | Tensor | None = None
+    ) -> tuple[PyTree, OptState]:
+        named = by_path(params)
+        touched, entries, rate = prepare(grads, state, named, step)
+        results = {
+            path: rule.pure(named[path], grad, entries[path], rate_near(rate, grad)) for path, grad in touched.items()
+        }
+        updates = named.rebuild({path: moved for path, (moved, _) in results.items()})
+        return updates, {**state, **{path: entry for path, (_, entry) in results.items()}}
+
+    @torch.no_grad()
+    def in_place(
+        grads: PyTree, state: OptState, params: PyTree, *, step: int | Tensor | None = None
+    ) -> Callable[[], OptState]:
+        named = by_path(params)
+        touched, entries, rate = prepare(grads, state, named, step)
+        fused = [path for path in touched if _fusable(named[path], touched[path], entries[path])]
+        runs = _fused_runs(rule, fused, named, touched, entries, rate)
+        rest = {path: named[path] for path in touched.keys() - set(fused)}
+        _check_writable(rest)
+        results = {
+            path: rule.pure(param, touched[path], entries[path], rate_near(rate, param)) for path, param in rest.items()
+        }
+
+        @torch.no_grad()
+        def commit() -> OptState:
+            for run in runs:
+                run()
+            for path, (moved, entry) in results.items():
+                named[path].add_(moved)
+                for slot, value in entry.items():
+                    entries[path][slot].copy_(value)
+            return {**state, **entries}
+
+        return commit
+
+    return Transform(init, update, in_place)
+
+
+def _fresh(rule: Rule, param: Tensor) -> Entry:
+    return {
+        slot: torch.zeros((), dtype=torch.float32, device=param.device)
+        if slot == "step"
+        else torch.zeros_like(param, requires_grad=False)
+        for slot in rule.slots
+    }
+
+
+def _entries(rule: Rule, state: Mapping[str, Entry], params: Mapping[str, Tensor]) -> dict[str, Entry]:
+    """What the state keeps for the parameters, checked; a parameter the state does not know starts fresh."""
+    if not isinstance(state, Mapping):
+        raise ValueError(
+            f"{rule.name}: the state is a dict path -> {{{', '.join(rule.slots)}}}, got {type(state).__name__}; "
+            "was it made by another transform?"
+        )
+    entries = {path: state[path] if path in state else _fresh(rule, param) for path, param in params.items()}
+    problems = [
+        f"{path}: {problem}" for path, entry in entries.items() for problem in _misfits(rule, entry, params[path])
+    ]
+    if problems:
+        raise ValueError(lines(f"{rule.name}: the state does not fit the parameters:", problems))
+    return entries
+
+
+def _misfits(rule: Rule, entry: Entry, param: Tensor) -> list[str]:
+    if entry.keys() != set(rule.slots):
+        kept, wanted = (", ".join(names) or "nothing" for names in (entry, rule.slots))
+        return [f"the state has {kept}; {rule.name} with these options keeps {wanted}"]
+    return [
+        f"{slot} has shape {tuple(kept.shape)} and dtype {kept.dtype}, expected {tuple(shape)} and {dtype}"
+        for slot, kept in entry.items()
+        for shape, dtype in [((), torch.float32) if slot == "step" else (param.shape, param.dtype)]
+        if kept.shape != shape or kept.dtype != dtype
+    ]
+
+
+def _check_layouts(rule: Rule, grads: Mapping[str, Tensor]) -> None:
+    accepted = (torch.strided, torch.sparse_coo) if rule.takes_sparse else (torch.strided,)
+    problems = [f"{path}: layout {grad.layout}" for path, grad in grads.items() if grad.layout not in accepted]
+    if problems:
+        raise ValueError(
+            lines(f"{rule.name} with these options takes no such sparse gradients:", problems)
+            + "\nuse ff.optim.sgd without weight_decay, or partition with from_torch(torch.optim.SparseAdam), "
+            "or make the layer dense (nn.Embedding(sparse=False))"
+        )
+
+
+def _check_writable(params: Mapping[str, Tensor]) -> None:
+    """An expanded tensor cannot be overwritten; found now, because a commit must not fail halfway."""
+    problems = [
+        f"{path}: shape {tuple(param.shape)}, strides {param.stride()}"
+        for path, param in params.items()
+        if any(stride == 0 and size > 1 for size, stride in zip(param.shape, param.stride(), strict=True))
+    ]
+    if problems:
+        raise ValueError(lines("expanded tensors cannot be updated in place; clone them first:", problems))
+
+
+def _fusable(param: Tensor, grad: Tensor, entry: Entry) -> bool:
+    """Whether torch's fused kernels give the right answer: they walk raw memory, one order for all tensors.
+
+    On the CPU they do not check that (they silently give wrong numbers where the strides differ), so this does.
+    Under compilation the pure form is better: the compiler fuses it, and cannot look into the fused kernels.
+    """
+    moments = [kept for slot, kept in entry.items() if slot != "step"]
+    return (
+        not torch.compiler.is_compiling()
+        and type(param) in (Tensor, nn.Parameter)
+        and param.device.type in _FUSED_DEVICES
+        and param.dtype in _FUSED_DTYPES
+        and grad.layout == torch.strided
+        and _dense(param)
+        and all(type(kept) is Tensor and kept.device == param.device for kept in entry.values())
+        and all(kept.stride() == param.stride() for kept in moments)
+    )
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their memory without gaps or overlaps, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _fused_runs(
+    rule: Rule,
+    paths: Sequence[str],
+    params: Named,
+    grads: Mapping[str, Tensor],
+    entries: Mapping[str, Entry],
+    rate: Rate,
+) -> list[Callable[[], None]]:
+    """One run of the fused kernel for every device."""
+    written = {_address(tensor) for path in paths for tensor in (params[path], *entries[path].values())}
+    devices = dict.fromkeys(params[path].device for path in paths)
+    groups = [[path for path in paths if params[path].device == device] for device in devices]
+    return [
+        rule.fused(
+            [params[path] for path in group],
+            [_readable(grads[path], params[path], written) for path in group],
+            [entries[path] for path in group],
+            rate_near(rate, params[group[0]]),
+        )
+        for group in groups
+    ]
+
+
+def _readable(grad: Tensor, param: Tensor, written: set[int]) -> Tensor:
+    """The gradient in the parameter's memory order, and in memory that the kernel will not write to.
+
+    Gradients come in any order (expanded after a sum, transposed after a matmul), and an old-style
+    `autograd.Function` may return a parameter itself as another's gradient.
+    """
+    if grad.stride() == param.stride() and _address(grad) not in written:
+        return grad
+    return torch.empty_like(param, requires_grad=False).copy_(grad)
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -1,0 +1,111 @@
+"""Stochastic gradient descent, with torch.optim.SGD's options and numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd as torch_sgd
+
+from funcfreeze.optim.hyperparameters import LearningRate, Rate, check_number, check_rate
+from funcfreeze.optim.leafwise import Entry, Rule, leafwise
+from funcfreeze.optim.transform import Transform
+
+
+def sgd(
+    lr: LearningRate = 1e-3,
+    *,
+    momentum: float = 0,
+    dampening: float = 0,
+    weight_decay: float = 0,
+    nesterov: bool = False,
+    maximize: bool = False,
+) -> Transform:
+    """Stochastic gradient descent; the same numbers as torch.optim.SGD.
+
+    With momentum, the state of a parameter is its `momentum_buffer`. torch makes the buffer at the first gradient, as
+    a copy of it that is not dampened; here the buffer is there from the start, as zeros, which gives the same numbers.
+    With dampening a count, `step`, is kept too, to tell that first gradient from the later ones.
+
+    Sparse gradients are taken where torch.optim.SGD takes them: without weight decay.
+
+    >>> tx = sgd(0.5, momentum=0.9)
+    >>> params = {"w": torch.ones(2)}
+    >>> updates, state = tx.update({"w": torch.ones(2)}, tx.init(params), params)
+    >>> updates, state
+    ({'w': tensor([-0.5000, -0.5000])}, {'w': {'momentum_buffer': tensor([1., 1.])}})
+    >>> sgd(0.1, nesterov=True)
+    Traceback (most recent call last):
+        ...
+    ValueError: sgd: nesterov=True needs momentum > 0 and dampening == 0, got momentum=0, dampening=0
+    """
+    check_rate("sgd", lr)
+    check_number("sgd", "momentum", momentum)
+    check_number("sgd", "dampening", dampening, low=-math.inf)
+    check_number("sgd", "weight_decay", weight_decay)
+    if nesterov and (momentum <= 0 or dampening != 0):
+        raise ValueError(
+            "sgd: nesterov=True needs momentum > 0 and dampening == 0, "
+            f"got momentum={momentum!r}, dampening={dampening!r}"
+        )
+
+    def pure(param: Tensor, grad: Tensor, entry: Entry, rate: Rate) -> tuple[Tensor, Entry]:
+        descent = -grad if maximize else grad
+        if weight_decay != 0:
+            descent = descent + weight_decay * param
+        if momentum == 0:
+            return _scaled(descent, rate), {}
+        arriving = _dampened(descent, entry, dampening)
+        # The dense operand comes first throughout: torch adds sparse to dense, not dense to sparse.
+        buffer = momentum * entry["momentum_buffer"] + arriving
+        moved = _scaled(momentum * buffer + descent if nesterov else buffer, rate)
+        counted = {"step": entry["step"] + 1} if "step" in entry else {}
+        return moved, {**counted, "momentum_buffer": buffer}
+
+    def fused(params: list[Tensor], grads: list[Tensor], entries: list[Entry], rate: Rate) -> Callable[[], None]:
+        steps = [entry["step"] for entry in entries if "step" in entry]
+        buffers: list[Tensor | None] = [entry.get("momentum_buffer") for entry in entries]
+        if steps:
+            # torch's kernel knows one first step for all parameters; here each has its own, so the dampening is done
+            # before, and with it what comes before the dampening.
+            descents = [
+                (-grad if maximize else grad) + weight_decay * param for param, grad in zip(params, grads, strict=True)
+            ]
+            grads = [_dampened(descent, entry, dampening) for descent, entry in zip(descents, entries, strict=True)]
+
+        def run() -> None:
+            torch_sgd(
+                params,
+                grads,
+                buffers,
+                fused=True,
+                foreach=False,
+                weight_decay=0 if steps else weight_decay,
+                momentum=momentum,
+                lr=rate,  # type: ignore[arg-type] # annotated float, takes 0-d tensors as torch.optim.SGD does
+                dampening=0,
+                nesterov=nesterov,
+                maximize=maximize and not steps,
+            )
+            for step in steps:
+                step.add_(1)
+
+        return run
+
+    slots = ("step",) * (momentum != 0 and dampening != 0) + ("momentum_buffer",) * (momentum != 0)
+    return leafwise(Rule("sgd", slots, pure, fused, takes_sparse=weight_decay == 0), lr)
+
+
+def _dampened(descent: Tensor, entry: Entry, dampening: float) -> Tensor:
+    """What goes into the momentum buffer: all of the first gradient, 1 - dampening of the others."""
+    if dampening == 0:
+        return descent
+    share = 1 - dampening * (entry["step"] > 0).to(torch.float64)
+    return (descent * share).to(descent.dtype)
+
+
+def _scaled(descent: Tensor, rate: Rate) -> Tensor:
+    # Back to the parameter's dtype: a float64 0-d rate would promote a 0-d parameter.
+    return (descent * -rate).to(descent.dtype)

@@ -1,0 +1,158 @@
+"""What a gradient transformation is, and how it knows parameters: by their paths in any pytree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import optree
+from torch import Tensor
+
+from funcfreeze.selectors import Leaf, closest
+
+PyTree = Any  # of tensors: a tensor, or nested containers of them that optree knows
+OptState = Any  # a pytree whose structure is the transform's own affair
+
+
+class Transform(NamedTuple):
+    """A pure gradient transformation over any pytree of parameters, in optax's manner.
+
+    Gradients and updates have the structure of the parameters, with None where a parameter is untouched (for a flat
+    dict, a gradient that is not there says the same). An untouched parameter's state comes out as the very same
+    objects.
+
+    Attributes:
+        init: `init(params) -> state`.
+        update: `update(grads, state, params, *, step=None) -> (updates, state)`; changes none of its inputs. `step` is
+            the number of steps taken so far, which schedules read.
+        in_place: the same on a flat dict of parameters, overwriting it:
+            `in_place(grads, state, params, *, step=None) -> commit` finds whatever is wrong and changes nothing;
+            `commit() -> state` then overwrites the parameters and the state's tensors by torch's fused kernels.
+            None where there is no such form.
+        bind: `bind(leaves) -> Transform`, for transforms that choose by selector: the same transform with its
+            selectors resolved against these leaves, whose ties and module types a bare pytree cannot tell. None
+            where there is nothing to choose.
+
+    >>> import torch
+    >>> from funcfreeze.optim import sgd
+    >>> tx = sgd(0.1)
+    >>> params = {"a": torch.ones(2), "b": torch.ones(2)}
+    >>> updates, state = tx.update({"a": torch.ones(2), "b": None}, tx.init(params), params)
+    >>> updates
+    {'a': tensor([-0.1000, -0.1000]), 'b': None}
+    """
+
+    init: Callable[[PyTree], OptState]
+    update: Callable[..., tuple[PyTree, OptState]]
+    in_place: Callable[..., Callable[[], OptState]] | None = None
+    bind: Callable[[Sequence[Leaf]], Transform] | None = None
+
+
+def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
+    """`params + updates` as a new pytree; where the update is None, the parameter itself.
+
+    >>> import torch
+    >>> apply_updates([torch.zeros(2), torch.zeros(2)], [torch.ones(2), None])
+    [tensor([1., 1.]), tensor([0., 0.])]
+    >>> apply_updates([torch.zeros(2)], [torch.ones(3)])
+    Traceback (most recent call last):
+        ...
+    ValueError: the updates do not fit the parameters:
+      0: the update has shape (3,), the parameter has shape (2,)
+    """
+    named = by_path(params)
+    moved = {path: named[path] + update for path, update in match(updates, named, noun="update").items()}
+    return named.rebuild({**named.leaves, **moved})
+
+
+@dataclass(frozen=True)
+class Named:
+    """A pytree's tensors by their paths, and the way back to the pytree.
+
+    Attributes:
+        leaves: path -> tensor, or None where the pytree has None.
+        flat: whether the pytree is one dict of tensors, so that paths may be left out of its gradients.
+        rebuild: path -> value, back into the pytree's structure; None for paths that are not given.
+    """
+
+    leaves: Mapping[str, Tensor | None]
+    flat: bool
+    rebuild: Callable[[Mapping[str, Tensor | None]], PyTree]
+
+    def __getitem__(self, path: str) -> Tensor:
+        tensor = self.leaves[path]
+        assert tensor is not None, path
+        return tensor
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The paths that hold a tensor."""
+        return {path: tensor for path, tensor in self.leaves.items() if tensor is not None}
+
+
+def by_path(tree: PyTree) -> Named:
+    """The pytree by paths, which are its keys joined by dots.
+
+    >>> import torch
+    >>> list(by_path({"enc": [torch.ones(1), None], "enc.1": None}).leaves)
+    Traceback (most recent call last):
+        ...
+    ValueError: two leaves of one pytree have the path 'enc.1'; rename a key
+    """
+    if type(tree) is dict and all(type(key) is str for key in tree) and all(map(_is_leaf, tree.values())):
+        return Named(tree, True, lambda values: {path: values.get(path) for path in tree})
+    keys, leaves, structure = optree.tree_flatten_with_path(tree, none_is_leaf=True)
+    paths = [".".join(map(str, key)) for key in keys]
+    named: dict[str, Tensor | None] = {}
+    for path, leaf in zip(paths, leaves, strict=True):
+        if not _is_leaf(leaf):
+            raise TypeError(f"{path or 'the pytree'} is no tensor but {type(leaf).__name__}: {leaf!r}")
+        if path in named:
+            raise ValueError(f"two leaves of one pytree have the path {path!r}; rename a key")
+        named[path] = leaf
+    return Named(named, False, lambda values: optree.tree_unflatten(structure, [values.get(path) for path in paths]))
+
+
+def match(given: PyTree, params: Named, *, noun: str = "gradient") -> dict[str, Tensor]:
+    """The gradients (or updates) that are there, by path, each found to fit its parameter."""
+    named = by_path(given)
+    present = named.tensors
+    problems = [
+        f"{path}: there is no such parameter{closest(path, params.leaves)}"
+        for path in named.leaves
+        if path not in params.leaves
+    ]
+    for path, tensor in present.items():
+        param = params.leaves.get(path)
+        if param is None:
+            if path in params.leaves:
+                problems.append(f"{path}: there is a {noun}, but the parameter is None")
+            continue
+        problems.extend(
+            f"{path}: the {noun} has {what} {seen}, the parameter has {what} {wanted}"
+            for what, seen, wanted in (
+                ("shape", tuple(tensor.shape), tuple(param.shape)),
+                ("dtype", tensor.dtype, param.dtype),
+                ("device", tensor.device, param.device),
+            )
+            if seen != wanted
+        )
+    if not params.flat:
+        problems.extend(
+            f"{path}: the {noun} is missing; where a parameter is untouched there must be None"
+            for path in params.leaves
+            if path not in named.leaves
+        )
+    if problems:
+        raise ValueError(lines(f"the {noun}s do not fit the parameters:", problems))
+    return present
+
+
+def lines(head: str, problems: Iterable[str]) -> str:
+    """An error message that tells all problems at once, one a line."""
+    return "\n  ".join([head, *problems])
+
+
+def _is_leaf(value: object) -> bool:
+    return value is None or isinstance(value, Tensor)

@@ -1,0 +1,255 @@
+"""The plan: routes resolved against parameters into one frozen loss × parameter table.
+
+Every check of a declaration happens here, and nothing is checked again later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcfreeze.plan_table import format_plan
+from funcfreeze.routes import Declaration, Route, Weight, declare
+from funcfreeze.schedules import Schedule
+from funcfreeze.selectors import Leaf, RouteError, label, resolve
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter: all its names, and for each loss that may update it the weights that are added up.
+
+    Attributes:
+        names: every path of the parameter, the one it is known by first.
+        shape: its shape.
+        trainable: False if `requires_grad` was False: frozen for good.
+        weights: loss name -> the active weights, in the order the losses were declared.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    trainable: bool
+    weights: Mapping[str, tuple[Weight, ...]]
+
+    @property
+    def path(self) -> str:
+        """The path the parameter is known by."""
+        return self.names[0]
+
+    @property
+    def elements(self) -> int:
+        """How many numbers the parameter holds."""
+        return int(torch.Size(self.shape).numel())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The resolved loss × parameter table: which loss may update which parameters, with what weight.
+
+    Printing it shows the table; plans compare by what they say.
+
+    >>> from torch import nn
+    >>> net = nn.ModuleDict({"encoder": nn.Linear(4, 2), "head": nn.Linear(2, 1)})
+    >>> from funcfreeze.functional import module_leaves
+    >>> plan = resolve_plan({"cls": "*", "adv": {"encoder": -0.1}}, module_leaves(net))
+    >>> print(plan)
+    parameter       elements  cls   adv
+    encoder.weight         8    1  -0.1
+    encoder.bias           2    1  -0.1
+    head.weight            2    1     ·
+    head.bias              1    1     ·
+    cls updates 4 of 4 parameters (13 of 13 elements)
+    adv updates 2 of 4 parameters (10 of 13 elements)
+    >>> Plan.from_dict(plan.to_dict()) == plan
+    True
+    """
+
+    losses: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        return format_plan(self.losses, self.rows)
+
+    @cached_property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of all parameters, in the order of the rows."""
+        return tuple(row.path for row in self.rows)
+
+    @cached_property
+    def routed(self) -> tuple[str, ...]:
+        """The paths of the parameters that some loss may update."""
+        return tuple(row.path for row in self.rows if row.weights)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data (strings, numbers, lists, dicts), ready for JSON. See `from_dict`."""
+        return {
+            "losses": list(self.losses),
+            "parameters": [
+                {
+                    "names": list(row.names),
+                    "shape": list(row.shape),
+                    "trainable": row.trainable,
+                    "weights": {loss: list(map(_weight_to_data, terms)) for loss, terms in row.weights.items()},
+                }
+                for row in self.rows
+            ],
+        }
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Plan:
+        """The plan that `to_dict` wrote down.
+
+        Raises:
+            RouteError: the data is not a plan's, or holds a weight that is a function, which plain data cannot.
+        """
+        try:
+            rows = tuple(
+                Row(
+                    names=tuple(row["names"]),
+                    shape=tuple(row["shape"]),
+                    trainable=bool(row["trainable"]),
+                    weights={loss: tuple(map(_weight_from_data, terms)) for loss, terms in row["weights"].items()},
+                )
+                for row in data["parameters"]
+            )
+            return Plan(tuple(data["losses"]), rows)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RouteError(f"this is not a plan's data: {type(error).__name__}: {error}") from error
+
+
+def resolve_plan(routes: object, leaves: Sequence[Leaf]) -> Plan:
+    """Resolve routes against parameters, or check that a `Plan` is one of these very parameters.
+
+    Raises:
+        RouteError: everything that is wrong with the declaration, at once.
+    """
+    if isinstance(routes, Plan):
+        _check_same_parameters(routes, leaves)
+        return routes
+    if not isinstance(routes, Mapping) or not routes:
+        shown = "an empty one" if isinstance(routes, Mapping) else f"{type(routes).__name__}: {routes!r}"
+        raise RouteError(f'routes are a mapping such as {{"cls": "*", "adv": "encoder"}}, got {shown}')
+    problems: list[str] = []
+    weights: list[dict[str, tuple[Weight, ...]]] = [{} for _ in leaves]
+    for loss, given in routes.items():
+        if not isinstance(loss, str):
+            problems.append(f"a loss is named by a string, got {type(loss).__name__}: {loss!r}")
+            continue
+        try:
+            declaration = declare(given)
+        except RouteError as error:
+            problems.append(f"loss {loss!r}: {error}")
+            continue
+        claims, found = _claims(declaration, leaves)
+        problems += [f"loss {loss!r}: {problem}" for problem in found]
+        for index, claimed in claims.items():
+            weights[index][loss] = tuple(route.weight for route in claimed)
+    raise_problems(problems)
+    rows = (
+        Row(leaf.names, tuple(leaf.tensor.shape), leaf.trainable, row)
+        for leaf, row in zip(leaves, weights, strict=True)
+    )
+    return Plan(tuple(routes), tuple(rows))
+
+
+def raise_problems(problems: Sequence[str]) -> None:
+    """Raise one `RouteError` that lists all problems, or nothing if there is none."""
+    if len(problems) == 1:
+        raise RouteError(problems[0])
+    if problems:
+        raise RouteError("\n".join([f"{len(problems)} problems:", *(f"  - {problem}" for problem in problems)]))
+
+
+def _claims(declaration: Declaration, leaves: Sequence[Leaf]) -> tuple[dict[int, list[Route]], list[str]]:
+    """Which of one loss's routes claim each leaf, and what is wrong with them."""
+    claims: dict[int, list[Route]] = {}
+    problems: list[str] = []
+    for route in declaration.routes:
+        chosen: set[int] = set()
+        for selector in route.selectors:
+            found, wrong = resolve(selector, leaves)
+            chosen |= found
+            problems += wrong
+        for index in sorted(chosen):
+            claims.setdefault(index, []).append(route)
+    for index, claimed in claims.items():
+        if len(claimed) > 1:
+            problems += _conflicts(leaves[index], claimed, declaration.exclusive)
+    return claims, problems
+
+
+def _conflicts(leaf: Leaf, claimed: Sequence[Route], exclusive: bool) -> list[str]:
+    """What is wrong with several routes of one loss that claim one parameter."""
+    tied = f" (one parameter, tied as {' = '.join(leaf.names)})" if len(leaf.names) > 1 else ""
+    entries = " and ".join(_shown(route) for route in claimed)
+    if exclusive:
+        first, *others = (label(route.selectors[0]) for route in claimed)
+        return [
+            f"{leaf.path}{tied} is claimed by {len(claimed)} entries, {entries}; keep it in one, for example "
+            f'path("{first}") - "{others[0]}"'
+        ]
+    names = [frozenset(name for name in leaf.names if _claims_name(route, leaf, name)) for route in claimed]
+    contradict = any(
+        one.weight != other.weight and not (names[i] & names[j])
+        for i, one in enumerate(claimed)
+        for j, other in enumerate(claimed[:i])
+    )
+    if contradict:
+        return [
+            f"{leaf.path}{tied} has contradictory routes by its different names: {entries}; route it by one name only"
+        ]
+    return []
+
+
+def _claims_name(route: Route, leaf: Leaf, name: str) -> bool:
+    return any(selector.matches(replace(leaf, names=(name,))) for selector in route.selectors)
+
+
+def _shown(route: Route) -> str:
+    return f"{' | '.join(label(selector) for selector in route.selectors)!r}: {route.weight!r}"
+
+
+def _check_same_parameters(plan: Plan, leaves: Sequence[Leaf]) -> None:
+    """A plan stands for the parameters it was resolved against; say where these are others."""
+    planned = {row.path: row for row in plan.rows}
+    present = {leaf.path: leaf for leaf in leaves}
+    problems = [f"the plan has {path}, the model does not" for path in planned if path not in present]
+    problems += [f"the model has {path}, the plan does not" for path in present if path not in planned]
+    for path in planned.keys() & present.keys():
+        row, leaf = planned[path], present[path]
+        if row.shape != tuple(leaf.tensor.shape):
+            problems.append(f"{path} has shape {row.shape} in the plan and {tuple(leaf.tensor.shape)} in the model")
+        if row.names != leaf.names:
+            problems.append(f"{path} is tied as {row.names} in the plan and as {leaf.names} in the model")
+        if row.weights and not leaf.trainable:
+            problems.append(f"{path} is routed in the plan and frozen in the model (requires_grad is False)")
+    raise_problems(problems)
+
+
+def _weight_to_data(weight: Weight) -> Any:
+    if isinstance(weight, Real):
+        return float(weight)
+    if isinstance(weight, Schedule):
+        return {"schedule": weight.to_dict()}
+    if isinstance(weight, Tensor):
+        return {"tensor": float(weight), "dtype": str(weight.dtype).removeprefix("torch.")}
+    return {"function": repr(weight)}
+
+
+def _weight_from_data(data: Any) -> Weight:
+    if isinstance(data, Real):
+        return float(data)
+    if "schedule" in data:
+        return Schedule.from_dict(data["schedule"])
+    if "tensor" in data:
+        return torch.tensor(data["tensor"], dtype=getattr(torch, data["dtype"]))
+    raise RouteError(
+        f"the weight {data['function']} was a function, which plain data cannot hold; use a schedule of "
+        "funcfreeze.optim, or resolve the plan anew"
+    )
+

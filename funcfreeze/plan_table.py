@@ -1,0 +1,114 @@
+"""A plan as a text table: parameters against losses, collapsed to modules when there are many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Protocol
+
+from funcfreeze.routes import Weight
+
+MOST_ROWS = 16
+"""A plan with more parameters than this is shown by modules."""
+
+
+class _Row(Protocol):
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @property
+    def trainable(self) -> bool: ...
+    @property
+    def weights(self) -> Mapping[str, tuple[Weight, ...]]: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def elements(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One line of the table: parameters that are treated alike."""
+
+    title: str
+    rows: Sequence[_Row]
+
+
+def format_plan(losses: Sequence[str], rows: Sequence[_Row]) -> str:
+    """The table, a legend for weights that are not plain numbers, ties, and what each loss updates."""
+    lines = list(_collapsed("", rows)) if len(rows) > MOST_ROWS else [_Line(_title(row), [row]) for row in rows]
+    legend: dict[str, str] = {}
+    cells = [["parameter", "elements", *losses, ""]]
+    for line in lines:
+        first = line.rows[0]
+        count = f"{sum(row.elements for row in line.rows):,}"
+        shown = [_cell(first.weights.get(loss, ()), legend) for loss in losses]
+        cells.append([line.title, count, *shown, _frozen(first)])
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    table = ["  ".join(_aligned(row, widths)).rstrip() for row in cells]
+    table += [f"{short} = {weight}" for weight, short in legend.items()]
+    table += [f"tied: {' = '.join(row.names)}" for line in lines if len(line.rows) > 1 for row in _tied(line.rows)]
+    return "\n".join([*table, *_summary(losses, rows)])
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
+    yield row[0].ljust(widths[0])
+    for text, width in zip(row[1:-1], widths[1:-1], strict=True):
+        yield text.rjust(width)
+    yield row[-1]
+
+
+def _title(row: _Row) -> str:
+    return " = ".join(row.names) or "(the parameter)"
+
+
+def _tied(rows: Sequence[_Row]) -> list[_Row]:
+    return [row for row in rows if len(row.names) > 1]
+
+
+def _frozen(row: _Row) -> str:
+    if not row.trainable:
+        return "frozen: requires_grad is False"
+    return "" if row.weights else "frozen: no route"
+
+
+def _treatment(row: _Row) -> tuple[object, ...]:
+    return row.trainable, sorted((loss, repr(terms)) for loss, terms in row.weights.items())
+
+
+def _collapsed(prefix: str, rows: Sequence[_Row]) -> Iterator[_Line]:
+    """One line for every largest module whose parameters are all treated alike."""
+    if len(rows) == 1:
+        yield _Line(_title(rows[0]), rows)
+    elif all(_treatment(row) == _treatment(rows[0]) for row in rows) and prefix:
+        yield _Line(f"{prefix}.* ({len(rows)})", rows)
+    else:
+        children: dict[str, list[_Row]] = {}
+        for row in rows:
+            rest = row.path[len(prefix) + 1 :] if prefix else row.path
+            children.setdefault(rest.split(".")[0], []).append(row)
+        for name, inside in children.items():
+            yield from _collapsed(f"{prefix}.{name}" if prefix else name, inside)
+
+
+def _cell(terms: Sequence[Weight], legend: dict[str, str]) -> str:
+    return "+".join(_term(weight, legend) for weight in terms).replace("+-", "-") or "·"
+
+
+def _term(weight: Weight, legend: dict[str, str]) -> str:
+    """A number as it is; anything longer by a letter that the legend explains."""
+    if isinstance(weight, Real):
+        return f"{float(weight):g}"
+    return legend.setdefault(repr(weight), f"w{len(legend) + 1}")
+
+
+def _summary(losses: Sequence[str], rows: Sequence[_Row]) -> Iterator[str]:
+    every = sum(row.elements for row in rows)
+    for loss in losses:
+        reached = [row for row in rows if loss in row.weights]
+        elements = sum(row.elements for row in reached)
+        yield f"{loss} updates {len(reached)} of {len(rows)} parameters ({elements:,} of {every:,} elements)"
+    frozen = [row for row in rows if not row.weights]
+    if frozen:
+        elements = sum(row.elements for row in frozen)
+        yield f"frozen: {len(frozen)} of {len(rows)} parameters ({elements:,} of {every:,} elements)"
