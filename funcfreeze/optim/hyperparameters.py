@@ -53,7 +53,7 @@ def rate_at(owner: str, lr: LearningRate, step: int | Tensor | None) -> Rate:
         ...
     TypeError: sgd: lr is a schedule and must be told the step: update(grads, state, params, step=...)
     """
-    if isinstance(lr, Tensor) or not callable(lr):
+    if not callable(lr):
         return lr
     if step is None:
         raise TypeError(f"{owner}: lr is a schedule and must be told the step: update(grads, state, params, step=...)")

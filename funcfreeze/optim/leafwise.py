@@ -70,7 +70,7 @@ def leafwise(rule: Rule, lr: LearningRate) -> Transform:
         touched, entries, rate = prepare(grads, state, named, step)
         fused = [path for path in touched if _fusable(named[path], touched[path], entries[path])]
         runs = _fused_runs(rule, fused, named, touched, entries, rate)
-        rest = {path: named[path] for path in touched.keys() - set(fused)}
+        rest = {path: named[path] for path in touched if path not in set(fused)}
         _check_writable(rest)
         results = {
             path: rule.pure(param, touched[path], entries[path], rate_near(rate, param)) for path, param in rest.items()

@@ -77,7 +77,7 @@ def _resolved(selectors: Mapping[str, Selector], leaves: Sequence[Leaf]) -> Clai
     found = {name: resolve(selector, leaves) for name, selector in selectors.items()}
     problems = [problem for _, wrong in found.values() for problem in wrong]
     if problems:
-        raise RouteError(lines("partition: a selector takes nothing:", problems))
+        raise RouteError(lines("partition: the selectors do not fit the parameters:", problems))
     return {
         leaf.path: tuple(name for name, (chosen, _) in found.items() if index in chosen)
         for index, leaf in enumerate(leaves)

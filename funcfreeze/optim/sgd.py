@@ -51,10 +51,12 @@ def sgd(
             f"got momentum={momentum!r}, dampening={dampening!r}"
         )
 
-    def pure(param: Tensor, grad: Tensor, entry: Entry, rate: Rate) -> tuple[Tensor, Entry]:
+    def decayed(param: Tensor, grad: Tensor) -> Tensor:
         descent = -grad if maximize else grad
-        if weight_decay != 0:
-            descent = descent + weight_decay * param
+        return descent + weight_decay * param if weight_decay != 0 else descent
+
+    def pure(param: Tensor, grad: Tensor, entry: Entry, rate: Rate) -> tuple[Tensor, Entry]:
+        descent = decayed(param, grad)
         if momentum == 0:
             return _scaled(descent, rate), {}
         arriving = _dampened(descent, entry, dampening)
@@ -70,10 +72,10 @@ def sgd(
         if steps:
             # torch's kernel knows one first step for all parameters; here each has its own, so the dampening is done
             # before, and with it what comes before the dampening.
-            descents = [
-                (-grad if maximize else grad) + weight_decay * param for param, grad in zip(params, grads, strict=True)
+            grads = [
+                _dampened(decayed(param, grad), entry, dampening)
+                for param, grad, entry in zip(params, grads, entries, strict=True)
             ]
-            grads = [_dampened(descent, entry, dampening) for descent, entry in zip(descents, entries, strict=True)]
 
         def run() -> None:
             torch_sgd(

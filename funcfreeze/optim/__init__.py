@@ -1,0 +1,37 @@
+"""Optimizers as pure transformations of gradients, with torch.optim's names and numbers, in optax's grammar."""
+
+from funcfreeze.optim.adam import adam, adamw
+from funcfreeze.optim.chain import chain
+from funcfreeze.optim.clip import clip_by_global_norm
+from funcfreeze.optim.partition import partition
+from funcfreeze.optim.sgd import sgd
+from funcfreeze.optim.torch_optimizer import from_torch
+from funcfreeze.optim.transform import Transform, apply_updates
+from funcfreeze.schedules import (
+    Schedule,
+    constant_schedule,
+    cosine_decay_schedule,
+    dann_schedule,
+    linear_schedule,
+    warmup_constant_schedule,
+    warmup_cosine_decay_schedule,
+)
+
+__all__ = [
+    "Schedule",
+    "Transform",
+    "adam",
+    "adamw",
+    "apply_updates",
+    "chain",
+    "clip_by_global_norm",
+    "constant_schedule",
+    "cosine_decay_schedule",
+    "dann_schedule",
+    "from_torch",
+    "linear_schedule",
+    "partition",
+    "sgd",
+    "warmup_constant_schedule",
+    "warmup_cosine_decay_schedule",
+]
