@@ -68,9 +68,9 @@ def leafwise(rule: Rule, lr: LearningRate) -> Transform:
     ) -> Callable[[], OptState]:
         named = by_path(params)
         touched, entries, rate = prepare(grads, state, named, step)
-        fused = [path for path in touched if _fusable(named[path], touched[path], entries[path])]
-        runs = _fused_runs(rule, fused, named, touched, entries, rate)
-        rest = {path: named[path] for path in touched if path not in set(fused)}
+        fused = {path: None for path in touched if _fusable(named[path], touched[path], entries[path])}
+        runs = _fused_runs(rule, list(fused), named, touched, entries, rate)
+        rest = {path: named[path] for path in touched if path not in fused}
         _check_writable(rest)
         results = {
             path: rule.pure(param, touched[path], entries[path], rate_near(rate, param)) for path, param in rest.items()
@@ -109,11 +109,31 @@ def _entries(rule: Rule, state: Mapping[str, Entry], params: Mapping[str, Tensor
         )
     entries = {path: state[path] if path in state else _fresh(rule, param) for path, param in params.items()}
     problems = [
-        f"{path}: {problem}" for path, entry in entries.items() for problem in _misfits(rule, entry, params[path])
+        f"{path}: {problem}"
+        for path, entry in entries.items()
+        if not _fits(rule, entry, params[path])
+        for problem in _misfits(rule, entry, params[path])
     ]
     if problems:
         raise ValueError(lines(f"{rule.name}: the state does not fit the parameters:", problems))
     return entries
+
+
+def _fits(rule: Rule, entry: Entry, param: Tensor) -> bool:
+    """Whether `_misfits` finds nothing; asked of every parameter at every step, so quick."""
+    if len(entry) != len(rule.slots):
+        return False
+    shape, dtype = param.shape, param.dtype
+    for slot in rule.slots:
+        kept = entry.get(slot)
+        if kept is None:
+            return False
+        if slot == "step":
+            if kept.dtype != torch.float32 or kept.ndim != 0:
+                return False
+        elif kept.dtype != dtype or kept.shape != shape:
+            return False
+    return True
 
 
 def _misfits(rule: Rule, entry: Entry, param: Tensor) -> list[str]:
@@ -156,21 +176,26 @@ def _fusable(param: Tensor, grad: Tensor, entry: Entry) -> bool:
     On the CPU they do not check that (they silently give wrong numbers where the strides differ), so this does.
     Under compilation the pure form is better: the compiler fuses it, and cannot look into the fused kernels.
     """
-    moments = [kept for slot, kept in entry.items() if slot != "step"]
-    return (
-        not torch.compiler.is_compiling()
-        and type(param) in (Tensor, nn.Parameter)
-        and param.device.type in _FUSED_DEVICES
-        and param.dtype in _FUSED_DTYPES
-        and grad.layout == torch.strided
-        and _dense(param)
-        and all(type(kept) is Tensor and kept.device == param.device for kept in entry.values())
-        and all(kept.stride() == param.stride() for kept in moments)
-    )
+    device, strides = param.device, param.stride()
+    if (
+        torch.compiler.is_compiling()
+        or type(param) not in (Tensor, nn.Parameter)
+        or device.type not in _FUSED_DEVICES
+        or param.dtype not in _FUSED_DTYPES
+        or grad.layout != torch.strided
+        or not _dense(param)
+    ):
+        return False
+    for slot, kept in entry.items():
+        if type(kept) is not Tensor or kept.device != device or (slot != "step" and kept.stride() != strides):
+            return False
+    return True
 
 
 def _dense(tensor: Tensor) -> bool:
     """Whether the elements fill their memory without gaps or overlaps, in whatever order of dimensions."""
+    if tensor.is_contiguous():
+        return True
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1 and stride != expected:
@@ -188,9 +213,10 @@ def _fused_runs(
     rate: Rate,
 ) -> list[Callable[[], None]]:
     """One run of the fused kernel for every device."""
-    written = {_address(tensor) for path in paths for tensor in (params[path], *entries[path].values())}
-    devices = dict.fromkeys(params[path].device for path in paths)
-    groups = [[path for path in paths if params[path].device == device] for device in devices]
+    written = {_address(params[path]) for path in paths}
+    groups: dict[torch.device, list[str]] = {}
+    for path in paths:
+        groups.setdefault(params[path].device, []).append(path)
     return [
         rule.fused(
             [params[path] for path in group],
@@ -198,7 +224,7 @@ def _fused_runs(
             [entries[path] for path in group],
             rate_near(rate, params[group[0]]),
         )
-        for group in groups
+        for group in groups.values()
     ]
 
 

@@ -123,30 +123,37 @@ def match(given: PyTree, params: Named, *, noun: str = "gradient") -> dict[str, 
         for path in named.leaves
         if path not in params.leaves
     ]
-    for path, tensor in present.items():
-        param = params.leaves.get(path)
-        if param is None:
-            if path in params.leaves:
-                problems.append(f"{path}: there is a {noun}, but the parameter is None")
-            continue
-        problems.extend(
-            f"{path}: the {noun} has {what} {seen}, the parameter has {what} {wanted}"
-            for what, seen, wanted in (
-                ("shape", tuple(tensor.shape), tuple(param.shape)),
-                ("dtype", tensor.dtype, param.dtype),
-                ("device", tensor.device, param.device),
-            )
-            if seen != wanted
-        )
+    problems += [
+        f"{path or 'the tensor'}: {problem}"
+        for path, tensor in present.items()
+        if path in params.leaves
+        for problem in _misfits(tensor, params.leaves[path], noun)
+    ]
     if not params.flat:
-        problems.extend(
+        problems += [
             f"{path}: the {noun} is missing; where a parameter is untouched there must be None"
             for path in params.leaves
             if path not in named.leaves
-        )
+        ]
     if problems:
         raise ValueError(lines(f"the {noun}s do not fit the parameters:", problems))
     return present
+
+
+def _misfits(tensor: Tensor, param: Tensor | None, noun: str) -> list[str]:
+    if param is None:
+        return [f"there is a {noun}, but the parameter is None"]
+    if tensor.shape == param.shape and tensor.dtype == param.dtype and tensor.device == param.device:
+        return []
+    return [
+        f"the {noun} has {what} {seen}, the parameter has {what} {wanted}"
+        for what, seen, wanted in (
+            ("shape", tuple(tensor.shape), tuple(param.shape)),
+            ("dtype", tensor.dtype, param.dtype),
+            ("device", tensor.device, param.device),
+        )
+        if seen != wanted
+    ]
 
 
 def lines(head: str, problems: Iterable[str]) -> str:

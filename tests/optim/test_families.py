@@ -106,6 +106,19 @@ def test_any_memory_order_in_place(family, oracle, options, layout):
     assert_close({"w": param - before}, expected)
 
 
+def test_state_in_another_memory_order_than_the_parameter():
+    """A checkpoint may bring contiguous state for a transposed parameter."""
+    param = torch.randn(6, 4, dtype=torch.float64).t()
+    grad = torch.randn(4, 6, dtype=torch.float64)
+    tx = adam(0.05)
+    _, state = tx.update({"w": grad}, tx.init({"w": param}), {"w": param})
+    state["w"] = {slot: kept.contiguous() for slot, kept in state["w"].items()}
+    expected = tx.update({"w": grad}, state, {"w": param})[0]
+    before = param.clone()
+    tx.in_place({"w": grad}, state, {"w": param})()
+    assert_close({"w": param - before}, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("family", "oracle", "options"), FAMILIES, ids=name)

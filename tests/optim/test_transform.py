@@ -218,6 +218,7 @@ def test_the_pure_form_can_be_differentiated():
             "encodr.w: there is no such parameter; did you mean",
         ),
         ([torch.ones(2), torch.ones(2)], [torch.ones(2)], "1: the gradient is missing; where a parameter is untouched"),
+        (torch.ones(2), torch.ones(3), "\n  the tensor: the gradient has shape (3,), the parameter has shape (2,)"),
         ([torch.ones(2), None], [None, torch.ones(2)], "1: there is a gradient, but the parameter is None"),
     ],
 )
