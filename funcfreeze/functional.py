@@ -45,6 +45,27 @@ class FunctionalModule:
         """The buffers in the module now, by path."""
         return {path: _present(sites[0], "_buffers") for path, sites in self.buffers.items()}
 
+    def parameter_hooks(self) -> list[tuple[str, Callable[[Tensor], Tensor | None]]]:
+        """The hooks registered on the module's own parameters, which its stand-ins must carry too."""
+        return [
+            (path, hook)
+            for path, tensor in self.present_parameters().items()
+            for hook in (tensor._backward_hooks or {}).values()
+        ]
+
+    def write(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+        """Write values into the module: in place, or as new tensors where a buffer has changed its shape or dtype."""
+        with torch.no_grad():
+            for path, sites in self.parameters.items():
+                _present(sites[0], "_parameters").copy_(parameters[path])
+            for path, sites in self.buffers.items():
+                held, value = _present(sites[0], "_buffers"), buffers[path]
+                if (held.shape, held.dtype) == (value.shape, value.dtype):
+                    held.copy_(value)
+                    continue
+                for module, name in sites:
+                    module.__dict__["_buffers"][name] = value.clone()
+
     def call(
         self, f: Callable[[nn.Module], Any], parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
     ) -> tuple[Any, dict[str, Tensor]]:
@@ -186,4 +207,34 @@ def _refusal(path: str, module: nn.Module) -> str | None:
         )
     if isinstance(module, torch.jit.ScriptModule):
         return f"{where} is a ScriptModule, whose parameters cannot be exchanged; pass the nn.Module it was made from"
+    return None
+
+
+def as_module(model: object) -> nn.Module:
+    """The model as one module: a mapping of modules is held by an `nn.ModuleDict`, so that paths start with its names.
+
+    Raises:
+        TypeError: not a module, nor a mapping of modules.
+        ValueError: names that a `ModuleDict` cannot hold.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    if not isinstance(model, Mapping) or not model:
+        raise TypeError(f"the model is an nn.Module or a mapping of them, got {type(model).__name__}")
+    others = [f"{name!r}: {type(inner).__name__}" for name, inner in model.items() if not isinstance(inner, nn.Module)]
+    if others:
+        raise TypeError(f"a mapping of modules holds nn.Modules only, got {', '.join(others)}")
+    problems = [problem for name in model if (problem := _name_problem(name))]
+    if problems:
+        raise ValueError("\n".join(problems))
+    return nn.ModuleDict(dict(model))
+
+
+def _name_problem(name: object) -> str | None:
+    if not isinstance(name, str) or not name:
+        return f"a module is named by a non-empty string, got {name!r}"
+    if "." in name:
+        return f"the module name {name!r} has a dot, which separates the parts of a path; use {name.replace('.', '_')!r}"
+    if name in dir(nn.ModuleDict()):
+        return f"the module name {name!r} is taken by nn.ModuleDict itself; use {name + '_'!r}"
     return None

@@ -18,6 +18,7 @@ would run so, nothing stops.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -162,7 +163,7 @@ class FlowMap:
 
     shape: Shape
     weights: Weights
-    starts: list[Start]
+    starts: Sequence[Start]
     arrivals: list[dict[Flow, set[int]]]
     passing: list[list[Flow]]
     stops: dict[Flow, dict[int, tuple[int, Flow]]] = field(default_factory=dict)
@@ -174,19 +175,26 @@ def follow_merging(shape: Shape, weights: Weights) -> FlowMap:
     A node where a stop would make foreign code run on undefined cotangents is forced: flows pass it unmerged. That
     moves merges further down and may force others, so this repeats until nothing changes.
     """
+    reach = _reach(shape, weights)
+    starts = [_folded(start, weights, reach[start.node]) for start in _starts(shape, weights, reach)]
     forced: frozenset[int] = frozenset()
     while True:
-        found = follow(shape, weights, forced)
+        found = _follow(shape, weights, reach, starts, forced)
         unsafe = _unsafe_stops(found)
         if not unsafe:
             return found
         forced |= unsafe
 
 
-def follow(shape: Shape, weights: Weights, forced: frozenset[int]) -> FlowMap:
-    """Follow the losses down, merging nowhere in `forced`."""
+def follow_apart(shape: Shape, weights: Weights) -> FlowMap:
+    """Follow every loss down by itself, with its weights at the leaves."""
     reach = _reach(shape, weights)
-    starts = list(_starts(shape, weights, reach))
+    return _follow(shape, weights, reach, list(_starts(shape, weights, reach)), forced=frozenset(range(shape.size)))
+
+
+def _follow(
+    shape: Shape, weights: Weights, reach: Sequence[int], starts: Sequence[Start], forced: AbstractSet[int]
+) -> FlowMap:
     found = FlowMap(shape, weights, starts, [{} for _ in reach], [[] for _ in reach])
     for start in starts:
         found.arrivals[start.node].setdefault(start.flow, set())
@@ -214,12 +222,16 @@ def _reach(shape: Shape, weights: Weights) -> list[int]:
 
 
 def _starts(shape: Shape, weights: Weights, reach: Sequence[int]) -> Iterator[Start]:
-    """Every loss that reaches a parameter it may update; one weight for all of them is folded into its seed."""
+    """Every loss that reaches a parameter it may update."""
     for loss, root in enumerate(shape.graph.roots):
         if root is not None and weights.support[loss] & reach[root[0]]:
-            node, input_nr = root
-            rest, weight = weights.left_below(Flow(1 << loss, False), reach[node])
-            yield Start(loss, node, input_nr, Flow(1 << loss, folded=len(rest) == 1), weight)
+            yield Start(loss, *root, Flow(1 << loss, folded=False), UNIT_WEIGHT)
+
+
+def _folded(start: Start, weights: Weights, reach: int) -> Start:
+    """The same start with the loss's weight in its seed, if it has one weight all over."""
+    rest, weight = weights.left_below(start.flow, reach)
+    return start._replace(flow=Flow(start.flow.losses, True), weight=weight) if len(rest) == 1 else start
 
 
 def _merge(found: FlowMap, node: int, arrived: Sequence[Flow], reach: int) -> list[Flow]:

@@ -20,7 +20,7 @@ from funcfreeze.gradients.flows import (
     blocked_stops,
     blocked_zone,
     engine_runs,
-    follow,
+    follow_apart,
     follow_merging,
 )
 from funcfreeze.gradients.graph import NO_LEAF, Graph
@@ -86,7 +86,7 @@ def plan_passes(graph: Graph, weights: tuple[LossWeights, ...], merge: bool) -> 
         merge: False keeps every loss in a pass of its own, as hooks on activations need.
     """
     shape, ready = Shape(graph), Weights(weights)
-    found = follow_merging(shape, ready) if merge else follow(shape, ready, frozenset(range(shape.size)))
+    found = follow_merging(shape, ready) if merge else follow_apart(shape, ready)
     return tuple(_passes(found))
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
-from funcfreeze.gradients.flows import LossWeights
+from funcfreeze.gradients.flows import UNIT_WEIGHT, LossWeights
 from funcfreeze.gradients.law import Evaluate, Outcome, Routing, SeparateOutcome
 from funcfreeze.gradients.returned import check_differentiable, check_losses
 from funcfreeze.routes import scalar_like
@@ -81,12 +81,15 @@ class _Levels:
         return found
 
     def _pull_back(self, pullback: Any, loss: Tensor, row: LossWeights, touched: set[int]) -> dict[int, Tensor]:
-        """The loss's gradients with each weight, kept where the parameter has that weight and is touched."""
-        gradients: dict[int, Tensor] = {}
-        for weight in sorted({weight for leaf, weight in row if leaf in touched}):
-            (every,) = pullback(torch.ones_like(loss) * scalar_like(self.weights[weight], loss))
-            gradients |= {leaf: every[leaf] for leaf, given in row if given == weight and leaf in touched}
-        return gradients
+        """The loss's gradients where it touches, times their weights."""
+        if not touched:
+            return {}
+        (every,) = pullback(torch.ones_like(loss))
+        return {
+            leaf: every[leaf] if weight == UNIT_WEIGHT else every[leaf] * scalar_like(self.weights[weight], every[leaf])
+            for leaf, weight in row
+            if leaf in touched
+        }
 
     def _forward(self, params: dict[int, Tensor]) -> _Found:
         returned, rest = self.evaluate(list(params.values()))

@@ -27,23 +27,32 @@ def accumulate(
         routing: which loss may update which leaf.
         weights: the value of every weight index.
     """
-    required = [leaf.requires_grad for leaf in leaves]
-    try:
-        for loss, row in zip(losses, routing.weights, strict=True):
-            if loss is not None and loss.requires_grad:
-                for weight in sorted({weight for _, weight in row}):
-                    allowed = {leaf for leaf, given in row if given == weight}
-                    _backward(loss if weight == UNIT_WEIGHT else loss * scalar_like(weights[weight], loss), leaves, allowed)
-    finally:
-        _toggle(leaves, required)
+    for loss, row in zip(losses, routing.weights, strict=True):
+        if loss is not None and loss.requires_grad:
+            weighted = {index: weights[weight] for index, weight in row if weight != UNIT_WEIGHT}
+            held = {index: leaves[index].grad for index in weighted}
+            for index in weighted:
+                leaves[index].grad = None
+            _backward(loss, leaves, {index for index, _ in row})
+            for index, weight in weighted.items():
+                leaves[index].grad = _plus(held[index], leaves[index].grad, weight)
+
+
+def _plus(held: Tensor | None, gradient: Tensor | None, weight: float | Tensor) -> Tensor | None:
+    if gradient is None:
+        return held
+    scaled = gradient * scalar_like(weight, gradient)
+    return scaled if held is None else held + scaled
 
 
 def _backward(loss: Tensor, leaves: Sequence[Tensor], allowed: AbstractSet[int]) -> None:
     root = loss.view_as(loss) if loss.is_leaf else loss  # a loss that is itself a parameter is toggled with it
     required = [leaf.requires_grad for leaf in leaves]
     _toggle(leaves, [index in allowed for index in range(len(leaves))])
-    root.backward(retain_graph=True)  # type: ignore[no-untyped-call]
-    _toggle(leaves, required)
+    try:
+        root.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+    finally:
+        _toggle(leaves, required)
 
 
 def _toggle(leaves: Sequence[Tensor], required: Sequence[bool]) -> None:

@@ -1,0 +1,104 @@
+"""The law as a function transform, over any pytree of parameters: `grad` and `grad_and_value`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import optree
+from torch import Tensor
+
+from funcfreeze.gradients import Routing, find_engine
+from funcfreeze.plan import resolve_plan
+from funcfreeze.pytree import flatten_by_path
+from funcfreeze.selectors import Leaf
+
+Losses = Callable[..., Any]
+"""`losses(params, *args)` -> a mapping name -> scalar; with `has_aux` a pair of that and anything."""
+
+
+def grad_and_value(
+    losses: Losses, routes: object, *, engine: str = "routed", has_aux: bool = False
+) -> Callable[..., tuple[Any, Any]]:
+    """A function that computes every loss once and the merged gradient of all, in `torch.func`'s order.
+
+    Args:
+        losses: `losses(params, *args)` returns a mapping name -> 0-d floating tensor; with `has_aux` a pair of that and
+            a pytree.
+        routes: loss name -> which parameters it may update (see `Route`), or a `Plan`. The paths of a pytree are its
+            keys joined by dots: `{"enc": [w]}` has `enc.0`.
+        engine: "routed", "reference" or "toggle".
+        has_aux: whether `losses` returns something beside the losses.
+
+    Returns:
+        `f(params, *args) -> (grads, losses)`, or `(grads, (losses, aux))`. `grads` has the structure of `params`, with
+        None where a parameter is untouched. Losses are detached, by name.
+
+    Raises:
+        RouteError: from `f`, everything that is wrong with the declaration.
+
+    >>> import torch
+    >>> def losses(params, x):
+    ...     h = params["enc"] * x
+    ...     return {"task": (params["head"] * h).sum(), "adv": (h ** 2).sum()}
+    >>> f = grad_and_value(losses, {"task": "*", "adv": {"enc": -0.5}})
+    >>> params = {"enc": torch.tensor(2.0), "head": torch.tensor(3.0), "unused": torch.tensor(0.0)}
+    >>> grads, values = f(params, torch.tensor(1.0))
+    >>> grads
+    {'enc': tensor(1.), 'head': tensor(2.), 'unused': None}
+    >>> values
+    {'task': tensor(6.), 'adv': tensor(4.)}
+    """
+    chosen = find_engine(engine)
+    known: dict[tuple[Any, ...], Routing] = {}
+
+    def transformed(params: Any, *args: Any) -> tuple[Any, Any]:
+        paths, leaves, structure = flatten_by_path(params)
+        named = {path: leaf for path, leaf in zip(paths, leaves, strict=True) if isinstance(leaf, Tensor)}
+        key = tuple((path, tuple(tensor.shape)) for path, tensor in named.items())
+        if key not in known:
+            known[key] = Routing.of(resolve_plan(routes, [_leaf(path, tensor) for path, tensor in named.items()]))
+
+        def evaluate(given: list[Tensor]) -> tuple[Any, Any]:
+            replaced = dict(zip(named, given, strict=True))
+            exchanged = [replaced.get(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
+            returned = losses(optree.tree_unflatten(structure, exchanged), *args)
+            return _pair(returned) if has_aux else (returned, None)
+
+        outcome = chosen.merged(evaluate, list(named.values()), known[key], None)
+        gradients = dict(zip(named, outcome.gradients, strict=True))
+        grads = optree.tree_unflatten(structure, [gradients.get(path) for path in paths])
+        values = dict(outcome.losses)
+        return grads, (values, outcome.rest) if has_aux else values
+
+    return transformed
+
+
+def grad(
+    losses: Losses, routes: object, *, engine: str = "routed", has_aux: bool = False
+) -> Callable[..., Any]:
+    """As `grad_and_value`, without the losses: `f(params, *args) -> grads`, or `(grads, aux)` with `has_aux`.
+
+    >>> import torch
+    >>> f = grad(lambda p: {"y": p["b"] + p["a"], "z": p["c"] * p["a"]}, {"y": "b", "z": "*"})
+    >>> f({"a": torch.tensor(2.0), "b": torch.tensor(3.0), "c": torch.tensor(4.0)})
+    {'a': tensor(4.), 'b': tensor(1.), 'c': tensor(2.)}
+    """
+    both = grad_and_value(losses, routes, engine=engine, has_aux=has_aux)
+
+    def transformed(params: Any, *args: Any) -> Any:
+        grads, values = both(params, *args)
+        return (grads, values[1]) if has_aux else grads
+
+    return transformed
+
+
+def _leaf(path: str, tensor: Tensor) -> Leaf:
+    """In a pytree every tensor that can have a gradient is a parameter, whatever its `requires_grad` says."""
+    return Leaf((path,), tensor, trainable=tensor.is_floating_point() or tensor.is_complex())
+
+
+def _pair(returned: Any) -> tuple[Any, Any]:
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        raise TypeError(f"with has_aux=True `losses` returns a pair (losses, aux), got {type(returned).__name__}")
+    return returned

@@ -1,0 +1,106 @@
+"""What a state must look like to be used by a step, and every way in which one does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcfreeze.functional import FunctionalModule
+from funcfreeze.optim import Transform
+from funcfreeze.plan import Plan
+from funcfreeze.state import State, known_to_fit
+
+Shape = tuple[tuple[int, ...], torch.dtype]
+"""A tensor's shape and dtype."""
+
+
+@dataclass(frozen=True, eq=False)
+class Specification:
+    """Paths, shapes and dtypes of parameters and buffers, and the structure of the optimizer state.
+
+    Attributes:
+        optimizer: the optimizer's initial state with tensors that have no storage.
+    """
+
+    params: Mapping[str, Shape]
+    buffers: Mapping[str, Shape]
+    optimizer: Any
+
+    @staticmethod
+    def of(functional: FunctionalModule, plan: Plan, transform: Transform) -> Specification:
+        """The specification of the states a step makes."""
+        params, buffers = functional.present_parameters(), functional.present_buffers()
+        shapeless = {path: torch.empty_like(params[path], device="meta", requires_grad=False) for path in plan.routed}
+        return Specification(_shapes(params), _shapes(buffers), transform.init(shapeless))
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
+    return {path: (tuple(tensor.shape), tensor.dtype) for path, tensor in tensors.items()}
+
+
+def check_fits(state: object, wanted: Specification) -> State:
+    """The state, if it fits; a state made by the same step is known to.
+
+    Raises:
+        TypeError: not a `State`.
+        RuntimeError: the state is spent.
+        ValueError: every path, shape, dtype or optimizer entry that does not fit.
+    """
+    if not isinstance(state, State):
+        raise TypeError(f"expected a State such as step.init() gives, got {type(state).__name__}")
+    params = state.params  # raises if the state is spent
+    if known_to_fit(state) is wanted:
+        return state
+    problems = [
+        *_tensor_problems("parameter", wanted.params, params),
+        *_tensor_problems("buffer", wanted.buffers, state.buffers),
+        *_optimizer_problems(wanted.optimizer, state.optimizer, wanted.params.keys(), "optimizer"),
+    ]
+    if not isinstance(state.step, Tensor) or state.step.ndim != 0 or state.step.dtype != torch.int64:
+        problems.append(f"state.step is a 0-d int64 tensor, got {state.step!r}")
+    if problems:
+        shown = [f"  - {problem}" for problem in problems[:10]]
+        more = [f"  and {len(problems) - 10} more"] if len(problems) > 10 else []
+        raise ValueError("\n".join(["this State is of another model or optimizer than the Step:", *shown, *more]))
+    return state
+
+
+def _tensor_problems(noun: str, wanted: Mapping[str, Shape], given: Mapping[str, Tensor]) -> Iterator[str]:
+    for path in wanted.keys() - given.keys():
+        yield f"{noun} {path}: the Step has it, the State does not"
+    for path in given.keys() - wanted.keys():
+        yield f"{noun} {path}: the State has it, the Step does not"
+    for path, (shape, dtype) in wanted.items():
+        seen = given.get(path)
+        if seen is not None and (tuple(seen.shape), seen.dtype) != (shape, dtype):
+            yield (
+                f"{noun} {path}: the Step has shape {shape} and {dtype}, the State has shape {tuple(seen.shape)} and "
+                f"{seen.dtype}"
+            )
+
+
+def _optimizer_problems(wanted: Any, given: Any, paths: Any, where: str) -> Iterator[str]:
+    """Differences in structure. A parameter may have no entry yet: it starts afresh when it is first touched."""
+    if isinstance(wanted, dict) and isinstance(given, dict):
+        for key in sorted(wanted.keys() | given.keys(), key=str):
+            if key in wanted and key in given:
+                yield from _optimizer_problems(wanted[key], given[key], paths, f"{where}[{key!r}]")
+            elif key not in paths and wanted:  # an entry that is still empty may be filled as the optimizer likes
+                has, has_not = ("Step", "State") if key in wanted else ("State", "Step")
+                yield f"{where}[{key!r}]: the {has}'s optimizer has it, the {has_not}'s does not"
+    elif isinstance(wanted, tuple) and isinstance(given, tuple) and len(wanted) == len(given):
+        for index, (one, other) in enumerate(zip(wanted, given, strict=True)):
+            yield from _optimizer_problems(one, other, paths, f"{where}[{index}]")
+    elif isinstance(wanted, Tensor) and isinstance(given, Tensor):
+        if wanted.shape != given.shape:
+            yield f"{where}: the Step's has shape {tuple(wanted.shape)}, the State's {tuple(given.shape)}"
+    elif type(wanted) is not type(given) or isinstance(wanted, tuple):
+        yield f"{where}: the Step's optimizer keeps {_container(wanted)}, the State's {_container(given)}"
+
+
+def _container(value: Any) -> str:
+    return f"a tuple of {len(value)}" if isinstance(value, tuple) else f"a {type(value).__name__}"

@@ -1,0 +1,154 @@
+"""The state of training as one value: parameters, buffers, optimizer state and the step, spent when it is used up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import optree
+from optree import registry
+from torch import Tensor
+
+FIELDS = ("params", "buffers", "optimizer", "step")
+
+
+@dataclass
+class Lease:
+    """Who may write to a set of tensors; shared by all states that hold them.
+
+    Attributes:
+        spent: whether a step has reused the tensors, so that they no longer hold what these states say.
+        borrowed: the paths of parameters that someone outside holds too: a step writes to a copy of those.
+    """
+
+    spent: bool = False
+    borrowed: set[str] = field(default_factory=set)
+
+
+class State:
+    """Everything a step changes. Frozen; a pytree whose children are the four fields.
+
+    A step with `donate=True` reuses the storage of the state it is given. That state is *spent* then, and reading it
+    raises, so that nobody takes the new values for the old. A state made by `replace` shares tensors with its origin
+    and is spent with it; `optree.tree_map(torch.clone, state)` makes one that is independent.
+
+    Attributes:
+        params: path -> tensor, all of the model's parameters, also those that no loss may update.
+        buffers: path -> tensor.
+        optimizer: the optimizer's own pytree.
+        step: 0-d int64, the number of steps taken.
+
+    >>> import torch
+    >>> state = State({"w": torch.zeros(2)}, {}, {"w": {}}, torch.tensor(0))
+    >>> state
+    State(step=0, 1 parameters, 0 buffers)
+    >>> optree.tree_map(lambda tensor: tensor + 1, state).step
+    tensor(1)
+    >>> state.step = torch.tensor(3)
+    Traceback (most recent call last):
+        ...
+    AttributeError: a State is frozen; make another with state.replace(step=...)
+    """
+
+    __slots__ = ("_fields", "_fits", "_lease")
+    _fields: tuple[Mapping[str, Tensor], Mapping[str, Tensor], Any, Tensor]
+    _lease: Lease
+    _fits: object
+
+    def __init__(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Any, step: Tensor
+    ) -> None:
+        _fill(self, (params, buffers, optimizer, step), Lease(), None)
+
+    @property
+    def params(self) -> Mapping[str, Tensor]:
+        """Path -> tensor of every parameter."""
+        return self._live[0]
+
+    @property
+    def buffers(self) -> Mapping[str, Tensor]:
+        """Path -> tensor of every buffer."""
+        return self._live[1]
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer's state."""
+        return self._live[2]
+
+    @property
+    def step(self) -> Tensor:
+        """The number of steps taken, 0-d int64."""
+        return self._live[3]
+
+    @property
+    def _live(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Any, Tensor]:
+        if self._lease.spent:
+            raise RuntimeError(
+                "this State is spent: a step with donate=True has reused its storage for the state it returned. "
+                "Use that one (state, metrics = step(state, batch)), or build the Step with donate=False"
+            )
+        return self._fields
+
+    def replace(self, **changes: Any) -> State:
+        """The same state with some fields exchanged; the others are shared, not copied.
+
+        Raises:
+            TypeError: there is no such field.
+        """
+        unknown = [name for name in changes if name not in FIELDS]
+        if unknown:
+            raise TypeError(f"a State has {', '.join(FIELDS)}; got {', '.join(unknown)}")
+        fields = dict(zip(FIELDS, self._live, strict=True)) | changes
+        return make_state(tuple(fields[name] for name in FIELDS), self._lease)
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"a State is frozen; make another with state.replace({name}=...)")
+
+    __delattr__ = __setattr__  # type: ignore[assignment]  # it raises whatever it is given
+
+    def __reduce__(self) -> tuple[type[State], tuple[Any, ...]]:
+        return State, self._live  # a copy or an unpickled state holds tensors of its own, under a lease of its own
+
+    def __repr__(self) -> str:
+        if self._lease.spent:
+            return "State(spent)"
+        return f"State(step={int(self.step)}, {len(self.params)} parameters, {len(self.buffers)} buffers)"
+
+
+def _fill(state: State, fields: tuple[Any, ...], lease: Lease, fits: object) -> None:
+    object.__setattr__(state, "_fields", fields)
+    object.__setattr__(state, "_lease", lease)
+    object.__setattr__(state, "_fits", fits)
+
+
+def make_state(fields: tuple[Any, ...], lease: Lease, fits: object = None) -> State:
+    """A state under a lease that it may share, known to fit a specification.
+
+    Args:
+        fields: params, buffers, optimizer and step.
+        lease: who may write to the tensors.
+        fits: what `known_to_fit` answers with.
+    """
+    state = State.__new__(State)
+    _fill(state, fields, lease, fits)
+    return state
+
+
+def lease_of(state: State) -> Lease:
+    """Who may write to the state's tensors."""
+    return state._lease
+
+
+def known_to_fit(state: State) -> object:
+    """The specification the state was found to fit when it was made, so that it is not compared again, or None."""
+    return state._fits
+
+
+optree.register_pytree_node(
+    State,
+    lambda state: (state._live, None, FIELDS),
+    lambda _, fields: State(*fields),
+    path_entry_type=optree.GetAttrEntry,
+    namespace=vars(registry)["__GLOBAL_NAMESPACE"],  # every namespace: nobody should have to name one to map a State
+)
