@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from funcfreeze import optim as optim
+from funcfreeze.backward import backward as backward
 from funcfreeze.differentiate import grad as grad
 from funcfreeze.differentiate import grad_and_value as grad_and_value
 from funcfreeze.optim import apply_updates as apply_updates
@@ -15,3 +16,4 @@ from funcfreeze.selectors import regex as regex
 from funcfreeze.selectors import where as where
 from funcfreeze.state import State as State
 from funcfreeze.step import Step as Step
+from funcfreeze.verify import verify as verify

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-from weakref import WeakKeyDictionary
+from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from funcfreeze.functional import module_leaves, refuse_unusable
 from funcfreeze.gradients import Routing
-from funcfreeze.gradients.returned import check_differentiable, check_losses
-from funcfreeze.gradients.routed import hook_handles_made, planned_backward
+from funcfreeze.gradients.returned import check_losses, refuse_constants
+from funcfreeze.gradients.routed import LiveGraph, hook_handles_made, planned_backward, read_losses
 from funcfreeze.plan import resolve_plan
 
 
@@ -22,9 +22,12 @@ def backward(losses: Mapping[str, Tensor | None], routes: object, model: nn.Modu
     One call instead of the recipe; the optimizer, the scaler and all the rest of the loop stay as they are. The graph
     is used up. A parameter that no loss touches keeps the `.grad` it has, be it None.
 
+    Hooks on activations run as they would for each loss alone. Autograd does not tell whether a graph carries any, so
+    the first call for a model walks every loss by itself; later ones merge losses if no hook was registered meanwhile.
+
     Args:
         losses: name -> 0-d floating tensor on a live graph; None for a loss that is absent this time.
-        routes: loss name -> which parameters it may update (see `Route`), or a `Plan`, which need not be resolved anew.
+        routes: loss name -> which parameters it may update (see `Route`), or a `Plan`, which is not resolved anew.
         model: the module whose parameters the losses were computed from.
 
     Raises:
@@ -42,3 +45,54 @@ def backward(losses: Mapping[str, Tensor | None], routes: object, model: nn.Modu
     (tensor([[0., 0.],
             [0., 0.]]), tensor([1.]))
     """
+    refuse_unusable(model)
+    leaves = module_leaves(model)
+    routing = Routing.of(resolve_plan(routes, leaves))
+    weights = routing.weight_values(None)
+    present = check_losses(losses, routing)
+    refuse_constants([name for name, loss in losses.items() if loss is not None and not loss.requires_grad])
+    parameters = [leaf.tensor for leaf in leaves]
+    graph = read_losses(present, parameters)
+    with torch.no_grad():
+        gradients = planned_backward(graph, parameters, routing, weights, merge=_is_free_of_hooks(graph, parameters))
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                _accumulate(parameter, gradient)
+    _LAST_CALL.set(_Moment.now())
+
+
+class _Moment(NamedTuple):
+    """A point in time as hooks and graphs see it: handles made in the process, nodes made in this thread."""
+
+    handles: int
+    nodes: int
+
+    @staticmethod
+    def now() -> _Moment:
+        return _Moment(hook_handles_made(), torch._C._autograd._get_sequence_nr())
+
+
+_LAST_CALL: ContextVar[_Moment | None] = ContextVar("last_call", default=None)
+"""When `backward` last returned in this thread. It decides what may be merged, never what comes out."""
+
+
+def _is_free_of_hooks(graph: LiveGraph, parameters: Sequence[Tensor]) -> bool:
+    """Whether no hook can be on the graph: none was registered since a moment before all of its nodes were made."""
+    last = _LAST_CALL.get()
+    if last is None or hook_handles_made() != last.handles:
+        return False
+    return all(node._sequence_nr() >= last.nodes for node in graph.nodes) and not any(
+        parameter._backward_hooks for parameter in parameters
+    )
+
+
+def _accumulate(parameter: Tensor, gradient: Tensor) -> None:
+    """Add to `.grad` as autograd would: a gradient that is the first becomes it, in a memory of its own."""
+    if parameter.grad is None:
+        parameter.grad = gradient.clone() if gradient.is_sparse else torch.empty_like(parameter).copy_(gradient)
+    elif parameter.grad.is_sparse and not gradient.is_sparse:
+        parameter.grad = gradient + parameter.grad
+    else:
+        parameter.grad += gradient
+    for hook in tuple((parameter._post_accumulate_grad_hooks or {}).values()):
+        hook(parameter)

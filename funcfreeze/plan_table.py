@@ -27,8 +27,8 @@ class _Row(Protocol):
 
 
 @dataclass(frozen=True)
-class _Line:
-    """One line of the table: parameters that are treated alike."""
+class Group:
+    """Parameters that are treated alike: one line of the table."""
 
     title: str
     rows: Sequence[_Row]
@@ -36,7 +36,7 @@ class _Line:
 
 def format_plan(losses: Sequence[str], rows: Sequence[_Row]) -> str:
     """The table, a legend for weights that are not plain numbers, ties, and what each loss updates."""
-    lines = list(_collapsed("", rows)) if len(rows) > MOST_ROWS else [_Line(_title(row), [row]) for row in rows]
+    lines = list(group_rows(rows)) if len(rows) > MOST_ROWS else [Group(_title(row), [row]) for row in rows]
     legend: dict[str, str] = {}
     cells = [["parameter", "elements", *losses, ""]]
     for line in lines:
@@ -76,19 +76,19 @@ def _treatment(row: _Row) -> tuple[object, ...]:
     return row.trainable, sorted((loss, repr(terms)) for loss, terms in row.weights.items())
 
 
-def _collapsed(prefix: str, rows: Sequence[_Row]) -> Iterator[_Line]:
-    """One line for every largest module whose parameters are all treated alike."""
+def group_rows(rows: Sequence[_Row], prefix: str = "") -> Iterator[Group]:
+    """The largest modules whose parameters are all treated alike."""
     if len(rows) == 1:
-        yield _Line(_title(rows[0]), rows)
+        yield Group(_title(rows[0]), rows)
     elif all(_treatment(row) == _treatment(rows[0]) for row in rows) and prefix:
-        yield _Line(f"{prefix}.* ({len(rows)})", rows)
+        yield Group(f"{prefix}.* ({len(rows)})", rows)
     else:
         children: dict[str, list[_Row]] = {}
         for row in rows:
             rest = row.path[len(prefix) + 1 :] if prefix else row.path
             children.setdefault(rest.split(".")[0], []).append(row)
         for name, inside in children.items():
-            yield from _collapsed(f"{prefix}.{name}" if prefix else name, inside)
+            yield from group_rows(inside, f"{prefix}.{name}" if prefix else name)
 
 
 def _cell(terms: Sequence[Weight], legend: dict[str, str]) -> str:

@@ -39,6 +39,10 @@ class Step:
 
     Attributes:
         plan: the resolved, frozen loss × parameter table; printable and comparable.
+        functional: the model as a pure function.
+        routing: the plan in the engines' terms.
+        transform: the optimizer, bound to the model's parameters.
+        specification: what a state must look like.
 
     Raises:
         RouteError: everything that is wrong with the routes, at once.
@@ -66,10 +70,10 @@ class Step:
     engine: str
     donate: bool
     plan: Plan
-    _functional: FunctionalModule = field(repr=False)
-    _routing: Routing = field(repr=False)
-    _transform: Transform = field(repr=False)
-    _specification: Specification = field(repr=False)
+    functional: FunctionalModule = field(repr=False)
+    routing: Routing = field(repr=False)
+    transform: Transform = field(repr=False)
+    specification: Specification = field(repr=False)
 
     def __init__(
         self,
@@ -102,10 +106,10 @@ class Step:
             "engine": engine,
             "donate": donate,
             "plan": plan,
-            "_functional": functional,
-            "_routing": Routing.of(plan),
-            "_transform": transform,
-            "_specification": Specification.of(functional, plan, transform),
+            "functional": functional,
+            "routing": Routing.of(plan),
+            "transform": transform,
+            "specification": Specification.of(functional, plan, transform),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -118,16 +122,16 @@ class Step:
         Args:
             copy: False adopts the module's storage for all the rest too, which steps then overwrite.
         """
-        params = {path: tensor.detach() for path, tensor in self._functional.present_parameters().items()}
-        buffers = {path: tensor.detach() for path, tensor in self._functional.present_buffers().items()}
+        params = {path: tensor.detach() for path, tensor in self.functional.present_parameters().items()}
+        buffers = {path: tensor.detach() for path, tensor in self.functional.present_buffers().items()}
         routed = self.plan.routed
         if copy:
             params |= {path: params[path].clone() for path in routed}
             buffers = {path: tensor.clone() for path, tensor in buffers.items()}
         borrowed = params.keys() - set(routed) if copy else set()
-        optimizer = self._transform.init({path: params[path] for path in routed})
+        optimizer = self.transform.init({path: params[path] for path in routed})
         step = torch.zeros((), dtype=torch.int64, device=params[routed[0]].device)
-        return make_state((params, buffers, optimizer, step), Lease(borrowed=borrowed), self._specification)
+        return make_state((params, buffers, optimizer, step), Lease(borrowed=borrowed), self.specification)
 
     def __call__(self, state: State, batch: Any) -> tuple[State, dict[str, Any]]:
         """Take one step.
@@ -143,8 +147,8 @@ class Step:
 
             Whatever is raised, module and state are as they were.
         """
-        check_fits(state, self._specification)
-        outcome = self._engine.merged(self._evaluate(state, batch), self._params(state), self._routing, state.step)
+        check_fits(state, self.specification)
+        outcome = self._engine.merged(self._evaluate(state, batch), self._params(state), self.routing, state.step)
         metrics, buffers = outcome.rest
         gradients = _touched(self.plan.paths, outcome.gradients)
         _check_names(outcome.losses, metrics)
@@ -153,14 +157,14 @@ class Step:
 
     def gradients(self, state: State, batch: Any) -> dict[str, Tensor]:
         """The merged gradients by path, holding only touched parameters. Updates nothing, buffers included."""
-        check_fits(state, self._specification)
-        outcome = self._engine.merged(self._evaluate(state, batch), self._params(state), self._routing, state.step)
+        check_fits(state, self.specification)
+        outcome = self._engine.merged(self._evaluate(state, batch), self._params(state), self.routing, state.step)
         return _touched(self.plan.paths, outcome.gradients)
 
     def per_loss_gradients(self, state: State, batch: Any) -> dict[str, dict[str, Tensor]]:
         """Each loss's gradients by path, weights applied; summed over the losses they are `gradients`."""
-        check_fits(state, self._specification)
-        outcome = self._engine.separate(self._evaluate(state, batch), self._params(state), self._routing, state.step)
+        check_fits(state, self.specification)
+        outcome = self._engine.separate(self._evaluate(state, batch), self._params(state), self.routing, state.step)
         return {
             loss: _touched(self.plan.paths, row) for loss, row in zip(self.plan.losses, outcome.gradients, strict=True)
         }
@@ -171,17 +175,22 @@ class Step:
         No gradients are recorded. Nothing changes: buffers and train/eval flags are as before afterwards. What `f`
         returns may share memory with the state, which a later donating step overwrites: clone what must last.
         """
-        check_fits(state, self._specification)
+        check_fits(state, self.specification)
         buffers = {path: tensor.clone() for path, tensor in state.buffers.items()}
-        with torch.no_grad(), _flags_kept(self._functional.module):
-            result, _ = self._functional.call(lambda model: f(model, *args), state.params, buffers)
+        with torch.no_grad(), _flags_kept(self.functional.module):
+            result, _ = self.functional.call(lambda model: f(model, *args), state.params, buffers)
         return result
 
     def export(self, state: State) -> nn.Module | Mapping[str, nn.Module]:
         """Write the state's parameters and buffers into the model, and return it. The state stays usable."""
-        check_fits(state, self._specification)
-        self._functional.write(state.params, state.buffers)
+        check_fits(state, self.specification)
+        self.functional.write(state.params, state.buffers)
         return self.model
+
+    @property
+    def module(self) -> nn.Module:
+        """The model as one module; a mapping of modules is held by an `nn.ModuleDict`."""
+        return self.functional.module
 
     @property
     def _engine(self) -> Engine:
@@ -195,7 +204,7 @@ class Step:
 
         Buffers are cloned for every forward, so that an exception leaves the state's as they were.
         """
-        hooks = self._functional.parameter_hooks()
+        hooks = self.functional.parameter_hooks()
 
         def evaluate(leaves: list[Tensor]) -> tuple[Any, Any]:
             params = dict(zip(self.plan.paths, leaves, strict=True))
@@ -203,7 +212,7 @@ class Step:
                 if params[path].requires_grad:
                     params[path].register_hook(hook)  # type: ignore[no-untyped-call]
             buffers = {path: tensor.clone() for path, tensor in state.buffers.items()}
-            returned, after = self._functional.call(lambda model: self.losses(model, batch), params, buffers)
+            returned, after = self.functional.call(lambda model: self.losses(model, batch), params, buffers)
             losses, metrics = _split(returned)
             return losses, (metrics, after)
 
@@ -217,13 +226,13 @@ class Step:
         optimizer = state.optimizer if self.donate else optree.tree_map(_copy, state.optimizer)
         step = state.step + 1
         own = {path: params[path] for path in self.plan.routed}
-        optimizer = _optimize(self._transform, gradients, optimizer, own, state.step)
+        optimizer = _optimize(self.transform, gradients, optimizer, own, state.step)
         if self.donate:
             lease.spent = True
         else:
             lease.borrowed |= params.keys() - routed  # both states hold these now: neither may write to them
         fields = (params, buffers, optimizer, step)
-        return make_state(fields, Lease(borrowed=lease.borrowed - copied), self._specification)
+        return make_state(fields, Lease(borrowed=lease.borrowed - copied), self.specification)
 
 
 def _optimize(

@@ -42,26 +42,37 @@ def check_differentiable(names: Collection[str], routing: Routing) -> None:
         RouteError: naming each loss.
     """
     if len(routing.routed) == len(routing.paths):
-        raise_problems(
-            [
-                f"loss {name!r} does not require grad, so it depends on no parameter; was it detached, made by "
-                ".item(), or computed under torch.no_grad()?"
-                for name in names
-            ]
-        )
+        refuse_constants(names)
+
+
+def refuse_constants(names: Collection[str]) -> None:
+    """Refuse losses that autograd knows nothing of.
+
+    Raises:
+        RouteError: naming each loss.
+    """
+    raise_problems(
+        [
+            f"loss {name!r} does not require grad, so it depends on no parameter; was it detached, made by .item(), "
+            "or computed under torch.no_grad()?"
+            for name in names
+        ]
+    )
 
 
 def _name_problems(returned: Mapping[Any, Any], declared: Sequence[str]) -> Iterator[str]:
     for name in returned:
         if name not in declared:
-            near = closest(str(name), declared)
-            yield f"loss {name!r} has no route{near} route it, or return it beside the losses as a metric".replace(
-                "? route", "? Otherwise route", 1
+            yield (
+                f"loss {name!r} has no route{closest(str(name), declared)} (route it, or return it beside the losses "
+                "as a metric)"
             )
     for name in declared:
         if name not in returned:
-            near = closest(name, map(str, returned))
-            yield f"there is a route for loss {name!r}, which `losses` did not return{near}; return None where it is absent"
+            yield (
+                f"there is a route for loss {name!r}, which `losses` did not return"
+                f"{closest(name, map(str, returned))} (return None for a loss that is absent this step)"
+            )
 
 
 def _value_problems(returned: Mapping[Any, Any]) -> Iterator[str]:

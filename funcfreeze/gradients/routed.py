@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +26,10 @@ class Routed:
         handles = hook_handles_made()
         live = forward(evaluate, params, routing)
         weights = routing.weight_values(step)
-        losses, live.losses = live.losses, []  # the graph is owned here, and goes as it is used up
-        gradients = planned_backward(losses, live.leaves, routing, weights, merge=hook_handles_made() == handles)
-        return Outcome(gradients, live.values, live.rest)
+        hooked = hook_handles_made() != handles
+        graph = read_losses(live.losses, live.leaves)
+        live.losses.clear()  # nothing but `graph` holds the autograd graph now, and lets it go as it is used up
+        return Outcome(planned_backward(graph, live.leaves, routing, weights, merge=not hooked), live.values, live.rest)
 
     def separate(
         self, evaluate: Evaluate, params: Sequence[Tensor], routing: Routing, step: Tensor | None
@@ -64,32 +66,50 @@ def hook_handles_made() -> int:
     return RemovableHandle.next_id
 
 
+class LiveGraph(NamedTuple):
+    """Losses' autograd graph: its structure, its nodes, and every present loss's cotangent, one."""
+
+    structure: Graph
+    nodes: list[Node]
+    seeds: Sequence[Tensor | None]
+
+
+def read_losses(losses: Sequence[Tensor | None], leaves: Sequence[Tensor]) -> LiveGraph:
+    """Read the graph of scalar losses (None where absent) down to the leaves.
+
+    Raises:
+        RuntimeError: reentrant activation checkpointing is in the graph.
+    """
+    edges = [None if loss is None or not loss.requires_grad else gradient_edge(loss) for loss in losses]
+    structure, nodes = read_graph(edges, leaves)
+    if any(kind.__name__ == "CheckpointFunctionBackward" for kind in set(structure.kinds)):
+        raise RuntimeError(
+            "the forward uses reentrant activation checkpointing, whose parameters autograd cannot see; call "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        )
+    return LiveGraph(structure, nodes, [None if loss is None else torch.ones_like(loss.detach()) for loss in losses])
+
+
 def planned_backward(
-    losses: list[Tensor | None],
+    graph: LiveGraph,
     leaves: Sequence[Tensor],
     routing: Routing,
     weights: Sequence[float | Tensor],
     merge: bool,
 ) -> list[Tensor | None]:
-    """Every leaf's merged gradient, from losses on a live graph, which is used up.
+    """Every leaf's merged gradient. The graph is used up: its list of nodes is emptied, so that memory goes as it can.
 
     Args:
-        losses: scalar losses in the routing's order, None where absent. The list is emptied, so that the graph can go.
-        leaves: the leaf tensors of the graph, in the routing's order.
+        graph: the losses' graph, in the routing's order.
+        leaves: its leaf tensors, in the routing's order.
         routing: which loss may update which leaf.
         weights: the value of every weight index.
         merge: False keeps every loss in an engine call of its own.
     """
-    seeds = [None if loss is None else torch.ones_like(loss.detach()) for loss in losses]
-    edges = [None if loss is None or not loss.requires_grad else gradient_edge(loss) for loss in losses]
-    graph, nodes = read_graph(edges, leaves)
-    refuse_unplannable(graph)
-    passes = plan_passes(graph, routing.weights, merge)
-    kept = {node: nodes[node] for planned in passes for node in planned.done}
-    losses.clear()
-    edges.clear()
-    nodes.clear()
-    return _run(passes, kept, leaves, seeds, weights)
+    passes = plan_passes(graph.structure, routing.weights, merge)
+    nodes = {node: graph.nodes[node] for planned in passes for node in planned.done}
+    graph.nodes.clear()
+    return _run(passes, nodes, leaves, graph.seeds, weights)
 
 
 def _run(
@@ -165,16 +185,3 @@ def _add(one: Tensor | None, other: Tensor | None) -> Tensor | None:
         return other if one is None else one
     return other + one if one.is_sparse and not other.is_sparse else one + other  # torch adds sparse to dense only
 
-
-def refuse_unplannable(graph: Graph) -> None:
-    """Refuse graphs that hide parameters or that the engine cannot cut.
-
-    Raises:
-        RuntimeError: reentrant activation checkpointing is in the graph.
-    """
-    kinds = {kind.__name__ for kind in graph.kinds}
-    if "CheckpointFunctionBackward" in kinds:
-        raise RuntimeError(
-            "the forward uses reentrant activation checkpointing, whose parameters autograd cannot see; call "
-            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
-        )

@@ -1,0 +1,342 @@
+"""Proof on the user's own model: a step's engine against the recipe, in eager PyTorch, on copies of both."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor, nn
+
+from funcfreeze.functional import FunctionalModule
+from funcfreeze.gradients.toggle import accumulate
+from funcfreeze.plan_table import group_rows
+from funcfreeze.report import Check, Report
+from funcfreeze.specification import check_fits
+from funcfreeze.state import State
+from funcfreeze.step import Step
+
+TOLERANCES: Mapping[torch.dtype, tuple[float, float]] = {
+    torch.float64: (1e-10, 1e-6),
+    torch.float32: (1e-4, 2e-1),
+}
+"""How far gradients and displacements may be apart, relative to the norm of the group of parameters they belong to.
+
+Merged sums agree with the recipe to rounding only. An adaptive optimizer divides a gradient by its size, so rounding in
+a gradient that is nearly zero shows in the displacement, in float32 as a whole step to the wrong side.
+"""
+
+COARSE_TOLERANCE = (5e-2, 5e-1)
+"""For bfloat16, float16 and whatever else is not in the table."""
+
+GRADIENT_FLOOR, DISPLACEMENT_FLOOR = 1e-4, 1e-1
+"""A group whose norm is less than this part of the whole is measured against this part of the whole."""
+
+
+def verify(step: Step, state: State, batch: Any, *, steps: int = 5) -> Report:
+    """Prove a step equal to the recipe on its own model, state and batch.
+
+    The recipe runs on a copy of the real module: one forward, `requires_grad` toggled, one `backward(retain_graph=True)`
+    per loss. The step runs on another copy with its own engine. Both get the same random numbers. Compared are, at
+    every step, losses, touched sets and gradients; after the last, displacements from the start, buffers, and that
+    what is frozen or untouched is bit-identical, its optimizer state included. In float64 if the model can, else in its
+    own dtype.
+
+    The model, the state and the random number generators are left as they were.
+
+    Args:
+        step: the step to verify.
+        state: a state of it; the comparison starts there.
+        batch: a batch that `losses` takes.
+        steps: how many steps to take.
+
+    Returns:
+        A report with `ok`, a readable `str()` and `to_dict()`.
+
+    >>> from torch import nn
+    >>> import funcfreeze as ff
+    >>> def losses(model, batch):
+    ...     features = model["encoder"](batch)
+    ...     return {"task": model["head"](features).square().mean(), "small": features.square().mean()}
+    >>> model = {"encoder": nn.Linear(3, 2), "head": nn.Linear(2, 1)}
+    >>> step = ff.Step(model, losses, {"task": "*", "small": {"encoder": 0.1}}, optimizer=ff.optim.adam(0.1))
+    >>> ff.verify(step, step.init(), torch.ones(4, 3)).ok
+    True
+    """
+    if steps < 1:
+        raise ValueError(f"verify takes at least one step, got steps={steps}")
+    check_fits(state, step.specification)
+    try:
+        return _compare(step, state, batch, steps, torch.float64, {})
+    except _NotInFloat64 as error:
+        return _compare(step, state, batch, steps, None, {"because": f"float64 failed: {error}"})
+
+
+class _NotInFloat64(Exception):
+    """The recipe cannot run the model in float64."""
+
+
+def _compare(
+    step: Step, state: State, batch: Any, steps: int, dtype: torch.dtype | None, facts: Mapping[str, str]
+) -> Report:
+    module = _module_copy(step, dtype)
+    mine = Step(module, step.losses, step.plan, optimizer=step.optimizer, engine=step.engine, donate=step.donate)
+    now, batch = _cast_state(state, dtype), _cast(batch, dtype)
+    recipe = _Recipe(mine, _module_copy(step, dtype), now)
+    start = optree.tree_map(torch.clone, now)
+    seen = _Seen()
+    for turn in range(steps):
+        number = now.step
+        with _random_numbers(turn):
+            losses, gradients = _in_float64_or_not(recipe, batch, number, dtype)
+        with _random_numbers(turn):
+            own = mine.gradients(now, batch)
+        with _random_numbers(turn):
+            now, metrics = mine(now, batch)
+        seen.compare(mine, turn, (losses, gradients), (metrics, own))
+        recipe.update(gradients, number)
+    kind = max((tensor.dtype for tensor in start.params.values()), key=lambda kind: torch.finfo(kind).eps)
+    return Report(
+        f"engine {step.engine!r} against the recipe",
+        tuple(_checks(mine, seen, recipe, start, now, TOLERANCES.get(kind, COARSE_TOLERANCE))),
+        {"dtype": str(kind).removeprefix("torch."), "steps": steps, **facts},
+    )
+
+
+# --- the two sides ---------------------------------------------------------------------------------------------------
+
+
+def _module_copy(step: Step, dtype: torch.dtype | None) -> nn.Module:
+    module: nn.Module = copy.deepcopy(step.module)
+    return module if dtype is None else module.to(dtype)
+
+
+def _cast_state(state: State, dtype: torch.dtype | None) -> State:
+    optimizer = optree.tree_map_with_path(
+        # the optimizers' own counts stay in the dtype that torch's kernels ask for
+        lambda path, leaf: _cast(leaf, None if path and path[-1] == "step" else dtype),
+        state.optimizer,
+    )
+    return State(_cast(state.params, dtype), _cast(state.buffers, dtype), optimizer, state.step.clone())
+
+
+def _cast(tree: Any, dtype: torch.dtype | None) -> Any:
+    """A copy of a pytree with its real floating tensors in another dtype, or in their own."""
+
+    def cast(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.detach().to(dtype, copy=True) if dtype and leaf.is_floating_point() else leaf.detach().clone()
+
+    return optree.tree_map(cast, tree, none_is_leaf=True)
+
+
+class _Recipe:
+    """The eager loop: a real module, `requires_grad` toggled, `.grad`, and the optimizer's pure form."""
+
+    def __init__(self, step: Step, module: nn.Module, state: State) -> None:
+        self.module = module
+        self.losses = step.losses
+        self.routing = step.routing
+        self.transform = step.transform
+        self.routed = step.plan.routed
+        self.functional = FunctionalModule.of(module)
+        self.functional.write(state.params, state.buffers)
+        self.optimizer = optree.tree_map(_clone, state.optimizer)
+
+    def gradients(self, batch: Any, number: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Losses and gradients by name, from one forward; parameters that no loss touches have none."""
+        parameters = self.functional.present_parameters()
+        with torch.enable_grad():
+            returned = self.losses(self.module, batch)
+            losses = returned[0] if isinstance(returned, tuple) else returned
+            ordered = [losses[name] for name in self.routing.losses]
+            accumulate(ordered, list(parameters.values()), self.routing, self.routing.weight_values(number))
+        found = {path: p.grad.detach() for path, p in parameters.items() if p.grad is not None}
+        for parameter in parameters.values():
+            parameter.grad = None
+        return {name: loss.detach() for name, loss in losses.items() if loss is not None}, found
+
+    def update(self, gradients: Mapping[str, Tensor], number: Tensor) -> None:
+        """One optimizer step."""
+        parameters = {path: p.detach() for path, p in self.functional.present_parameters().items()}
+        own = {path: parameters[path] for path in self.routed}
+        with torch.no_grad():
+            updates, self.optimizer = self.transform.update(gradients, self.optimizer, own, step=number)
+            for path, update in updates.items():
+                if update is not None:
+                    parameters[path] += update
+
+
+def _in_float64_or_not(recipe: _Recipe, batch: Any, number: Tensor, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    """The recipe's losses and gradients; in float64, a forward that raises may merely want its own dtype."""
+    try:
+        return recipe.gradients(batch, number)
+    except (RuntimeError, TypeError, ValueError) as error:
+        if dtype is None:
+            raise
+        raise _NotInFloat64(f"{type(error).__name__}, {str(error).splitlines()[0] if str(error) else ''}") from error
+
+
+@contextmanager
+def _random_numbers(seed: int) -> Iterator[None]:
+    """The same random numbers for every side of a comparison, and the generators as they were afterwards."""
+    numpy = sys.modules.get("numpy")  # only a program that has imported it can draw from it
+    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        if numpy:
+            numpy.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            if numpy:
+                numpy.random.set_state(numpy_state)
+
+
+# --- what is compared ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Seen:
+    """The worst differences over all steps."""
+
+    losses: float = 0.0
+    touched: list[str] = field(default_factory=list)
+    gradients: dict[str, float] = field(default_factory=dict)
+    reached: set[str] = field(default_factory=set)
+
+    def compare(self, step: Step, turn: int, recipe: tuple[Any, Any], mine: tuple[Any, Any]) -> None:
+        """Take in one step: losses and gradients of both sides."""
+        (losses, gradients), (metrics, own) = recipe, mine
+        self.reached |= gradients.keys()
+        self.losses = _larger(self.losses, *(_apart(metrics.get(name), loss) for name, loss in losses.items()))
+        for path in gradients.keys() - own.keys():
+            self.touched.append(f"step {turn}: {path} has a gradient in the recipe and none here")
+        for path in own.keys() - gradients.keys():
+            self.touched.append(f"step {turn}: {path} has a gradient here and none in the recipe")
+        for title, error in _by_group(step, own, gradients, GRADIENT_FLOOR).items():
+            self.gradients[title] = _larger(self.gradients.get(title, 0.0), error)
+
+
+def _checks(
+    step: Step, seen: _Seen, recipe: _Recipe, start: State, end: State, tolerances: tuple[float, float]
+) -> Iterator[Check]:
+    near, far = tolerances
+    names = step.plan.losses
+    yield Check("losses", names, seen.losses, near)
+    yield _exactly("touched sets", seen.touched, f"{len(seen.reached)} touched", names)
+    theirs = recipe.functional.present_parameters()
+    moved = {path: end.params[path] - start.params[path] for path in seen.reached}
+    wanted = {path: theirs[path].detach() - start.params[path] for path in seen.reached}
+    displacement = _by_group(step, moved, wanted, DISPLACEMENT_FLOOR)
+    for group in group_rows([row for row in step.plan.rows if row.weights]):
+        losses = tuple(name for name in names if name in group.rows[0].weights)
+        yield Check(f"{group.title} gradients", losses, seen.gradients[group.title], near)
+        yield Check(f"{group.title} displacement", losses, displacement[group.title], far)
+    still = set(step.plan.paths) - seen.reached
+    yield _exactly("untouched parameters", _moved(start.params, end.params, still), f"{len(still)} bit-identical")
+    yield _exactly("their optimizer state", _changed_entries(start.optimizer, end.optimizer, still), "bit-identical")
+    yield from _buffer_checks(end.buffers, recipe.functional.present_buffers(), near)
+
+
+def _exactly(subject: str, problems: list[str], good: str, losses: tuple[str, ...] = ()) -> Check:
+    """A check of something that is right or wrong."""
+    if not problems:
+        return Check(subject, losses, detail=good)
+    more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+    return Check(subject, losses, error=math.inf, detail="; ".join(problems[:3]) + more)
+
+
+def _moved(start: Mapping[str, Tensor], end: Mapping[str, Tensor], paths: set[str]) -> list[str]:
+    return [f"{path} has changed" for path in sorted(paths) if not _identical(start[path], end[path])]
+
+
+def _changed_entries(start: Any, end: Any, paths: set[str]) -> list[str]:
+    """Entries of untouched parameters anywhere in the optimizer state that have changed or appeared."""
+    before, after = _entries(start, paths), _entries(end, paths)
+    return [
+        f"{'.'.join(map(str, key))} has changed"
+        for key in sorted(before.keys() | after.keys(), key=str)
+        if not _identical(before.get(key), after.get(key))
+    ]
+
+
+def _entries(optimizer: Any, paths: set[str]) -> dict[tuple[Any, ...], Any]:
+    keys, leaves, _ = optree.tree_flatten_with_path(optimizer)
+    return {key: leaf for key, leaf in zip(keys, leaves, strict=True) if paths.intersection(map(str, key))}
+
+
+def _identical(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one.nan_to_num(), other.nan_to_num())
+    return type(one) is type(other) and bool(one == other)
+
+
+def _buffer_checks(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], tolerance: float) -> Iterator[Check]:
+    if not theirs:
+        return
+    whole = {path for path, tensor in theirs.items() if not tensor.is_floating_point() and not tensor.is_complex()}
+    wrong = [
+        f"{path} is {_shown(mine[path])} here and {_shown(theirs[path])} in the recipe"
+        for path in sorted(whole)
+        if not _identical(mine[path], theirs[path])
+    ]
+    yield _exactly("buffer counts", wrong, f"{len(whole)} equal")
+    yield Check("buffers", (), _larger(0.0, *(_apart(mine[p], theirs[p]) for p in theirs if p not in whole)), tolerance)
+
+
+def _shown(tensor: Tensor) -> str:
+    return str(tensor.tolist()) if tensor.numel() <= 8 else f"of shape {tuple(tensor.shape)}"
+
+
+def _by_group(step: Step, mine: Mapping[str, Tensor], wanted: Mapping[str, Tensor], floor: float) -> dict[str, float]:
+    """For every group of parameters ‖mine − wanted‖ / ‖wanted‖, where the divisor is at least a part of the whole."""
+    paths = mine.keys() | wanted.keys()
+    least = floor * _norm([wanted[path] for path in wanted])
+    errors = {}
+    for group in group_rows([row for row in step.plan.rows if row.weights]):
+        inside = [row.path for row in group.rows if row.path in paths]
+        difference = _norm([_minus(mine.get(path), wanted.get(path)) for path in inside])
+        scale = max(_norm([wanted[path] for path in inside if path in wanted]), least)
+        errors[group.title] = difference / scale if scale > 0 else (0.0 if difference == 0 else math.inf)
+    return errors
+
+
+def _minus(mine: Tensor | None, wanted: Tensor | None) -> Tensor:
+    if mine is None or wanted is None:
+        present = wanted if mine is None else mine
+        assert present is not None, "a path comes from one side or the other"
+        return present
+    return mine - wanted
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    dense = (tensor.to_dense() if tensor.is_sparse else tensor for tensor in tensors)
+    return math.sqrt(sum(float(tensor.double().abs().square().sum()) for tensor in dense))
+
+
+def _apart(mine: Tensor | None, wanted: Tensor) -> float:
+    """‖mine − wanted‖ / ‖wanted‖ of one tensor."""
+    if mine is None or mine.shape != wanted.shape:
+        return math.inf
+    difference, scale = _norm([mine - wanted]), _norm([wanted])
+    return difference / scale if scale > 0 else (0.0 if difference == 0 else math.inf)
+
+
+def _larger(*values: float) -> float:
+    """The largest, or NaN if one is."""
+    return math.nan if any(map(math.isnan, values)) else max(values)
+
+
+def _clone(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
