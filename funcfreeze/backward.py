@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from funcfreeze.functional import module_leaves, refuse_unusable
 from funcfreeze.gradients import Routing
+from funcfreeze.gradients.hooks import handles_made
 from funcfreeze.gradients.returned import check_losses, refuse_constants
-from funcfreeze.gradients.routed import LiveGraph, hook_handles_made, planned_backward, read_losses
+from funcfreeze.gradients.routed import LiveGraph, planned_backward, read_losses
 from funcfreeze.plan import resolve_plan
 
 
@@ -52,9 +53,11 @@ def backward(losses: Mapping[str, Tensor | None], routes: object, model: nn.Modu
     present = check_losses(losses, routing)
     refuse_constants([name for name, loss in losses.items() if loss is not None and not loss.requires_grad])
     parameters = [leaf.tensor for leaf in leaves]
-    graph = read_losses(present, parameters)
+    graph = read_losses(present, parameters, hooked=())
+    if not _is_free_of_hooks(graph, parameters):
+        graph = graph._replace(structure=graph.structure._replace(hooked=None))
     with torch.no_grad():
-        gradients = planned_backward(graph, parameters, routing, weights, merge=_is_free_of_hooks(graph, parameters))
+        gradients = planned_backward(graph, parameters, routing, weights)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 _accumulate(parameter, gradient)
@@ -69,7 +72,7 @@ class _Moment(NamedTuple):
 
     @staticmethod
     def now() -> _Moment:
-        return _Moment(hook_handles_made(), torch._C._autograd._get_sequence_nr())
+        return _Moment(handles_made(), torch._C._autograd._get_sequence_nr())
 
 
 _LAST_CALL: ContextVar[_Moment | None] = ContextVar("last_call", default=None)
@@ -79,7 +82,7 @@ _LAST_CALL: ContextVar[_Moment | None] = ContextVar("last_call", default=None)
 def _is_free_of_hooks(graph: LiveGraph, parameters: Sequence[Tensor]) -> bool:
     """Whether no hook can be on the graph: none was registered since a moment before all of its nodes were made."""
     last = _LAST_CALL.get()
-    if last is None or hook_handles_made() != last.handles:
+    if last is None or handles_made() != last.handles:
         return False
     return all(node._sequence_nr() >= last.nodes for node in graph.nodes) and not any(
         parameter._backward_hooks for parameter in parameters

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import funcfreeze as ff
 from funcfreeze.demos.digits import Batch, Domains, Images, batches, two_domains
 from funcfreeze.demos.probe import domain_probe
+from funcfreeze.report import Report
 
 Modules = dict[str, nn.Module]
 
@@ -104,7 +105,7 @@ def make_step(seed: int, weight: float, settings: Settings) -> ff.Step:
     return ff.Step(make_model(seed), losses, make_routes(weight, settings.steps), optimizer=optimizer)
 
 
-def verify_step(seed: int, settings: Settings) -> ff.Report:
+def verify_step(seed: int, settings: Settings) -> Report:
     """Compare the adversarial run's step with the recipe, on a batch of its own data.
 
     From the middle of the training on, since the adversarial weight is 0 at its start.

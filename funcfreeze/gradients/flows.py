@@ -169,15 +169,20 @@ class FlowMap:
     stops: dict[Flow, dict[int, tuple[int, Flow]]] = field(default_factory=dict)
 
 
-def follow_merging(shape: Shape, weights: Weights) -> FlowMap:
+def follow(shape: Shape, weights: Weights) -> FlowMap:
     """Follow the losses down, merging wherever it is allowed; what turns out to be forbidden is known only afterwards.
 
-    A node where a stop would make foreign code run on undefined cotangents is forced: flows pass it unmerged. That
-    moves merges further down and may force others, so this repeats until nothing changes.
+    Flows pass a *forced* node unmerged. Forced are nodes with a hook at or below them, which must run for each loss
+    alone, and nodes where a stop would make foreign code run on undefined cotangents. The latter move merges further
+    down and may force others, so this repeats until nothing changes.
     """
     reach = _reach(shape, weights)
-    starts = [_folded(start, weights, reach[start.node]) for start in _starts(shape, weights, reach)]
-    forced: frozenset[int] = frozenset()
+    forced = _above_hooks(shape)
+    # a hook also wants its loss unweighted
+    starts = [
+        start if start.node in forced else _folded(start, weights, reach[start.node])
+        for start in _starts(shape, weights, reach)
+    ]
     while True:
         found = _follow(shape, weights, reach, starts, forced)
         unsafe = _unsafe_stops(found)
@@ -186,10 +191,15 @@ def follow_merging(shape: Shape, weights: Weights) -> FlowMap:
         forced |= unsafe
 
 
-def follow_apart(shape: Shape, weights: Weights) -> FlowMap:
-    """Follow every loss down by itself, with its weights at the leaves."""
-    reach = _reach(shape, weights)
-    return _follow(shape, weights, reach, list(_starts(shape, weights, reach)), forced=frozenset(range(shape.size)))
+def _above_hooks(shape: Shape) -> frozenset[int]:
+    """The nodes that carry a hook or have one below them."""
+    if shape.graph.hooked is None:
+        return frozenset(range(shape.size))
+    above = set(shape.graph.hooked)
+    for node in reversed(shape.order) if above else ():
+        if any(child in above for child, _ in shape.children[node]):
+            above.add(node)
+    return frozenset(above)
 
 
 def _follow(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ class Graph(NamedTuple):
         edges: all edges, node after node: (node it leads to, or -1; which of that node's inputs), flattened.
         leaves: for each node that accumulates a gradient: (node, leaf index or NO_LEAF), flattened.
         roots: for each loss: the node it comes from and which of its outputs it is, or None for an absent loss.
+        hooked: the nodes that carry hooks; None if any may.
     """
 
     kinds: tuple[type, ...]
@@ -31,14 +32,18 @@ class Graph(NamedTuple):
     edges: tuple[int, ...]
     leaves: tuple[int, ...]
     roots: tuple[tuple[int, int] | None, ...]
+    hooked: tuple[int, ...] | None
 
 
-def read_graph(losses: Sequence[GradientEdge | None], leaves: Sequence[Tensor]) -> tuple[Graph, list[Node]]:
+def read_graph(
+    losses: Sequence[GradientEdge | None], leaves: Sequence[Tensor], hooked: Iterable[Node] | None
+) -> tuple[Graph, list[Node]]:
     """Walk the graph from the losses down to its leaves.
 
     Args:
         losses: where each loss comes from; None for a loss that is absent.
         leaves: leaf tensors whose gradient may be wanted; others that the graph ends in get `NO_LEAF`.
+        hooked: the nodes known to carry hooks; None if any may.
 
     Returns:
         The structure, and the nodes its indices stand for.
@@ -76,7 +81,8 @@ def read_graph(losses: Sequence[GradientEdge | None], leaves: Sequence[Tensor]) 
         if not following:
             leaf = getattr(node, "variable", None)  # only the nodes that accumulate a gradient have one
             ends += (index, leaf_index.get(id(leaf), NO_LEAF))
-    return Graph(tuple(kinds), tuple(degrees), tuple(edges), tuple(ends), tuple(roots)), nodes
+    known = None if hooked is None else tuple(sorted({position[node] for node in hooked if node in position}))
+    return Graph(tuple(kinds), tuple(degrees), tuple(edges), tuple(ends), tuple(roots), known), nodes
 
 
 def gradient_edge(loss: Tensor) -> GradientEdge:

@@ -20,8 +20,7 @@ from funcfreeze.gradients.flows import (
     blocked_stops,
     blocked_zone,
     engine_runs,
-    follow_apart,
-    follow_merging,
+    follow,
 )
 from funcfreeze.gradients.graph import NO_LEAF, Graph
 
@@ -77,17 +76,14 @@ class Pass(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def plan_passes(graph: Graph, weights: tuple[LossWeights, ...], merge: bool) -> tuple[Pass, ...]:
+def plan_passes(graph: Graph, weights: tuple[LossWeights, ...]) -> tuple[Pass, ...]:
     """The engine calls for a graph, in order; planned once for every structure.
 
     Args:
         graph: the structure of the autograd graph.
         weights: for each loss, which leaves it may update and with which weight.
-        merge: False keeps every loss in a pass of its own, as hooks on activations need.
     """
-    shape, ready = Shape(graph), Weights(weights)
-    found = follow_merging(shape, ready) if merge else follow_apart(shape, ready)
-    return tuple(_passes(found))
+    return tuple(_passes(follow(Shape(graph), Weights(weights))))
 
 
 def _passes(found: FlowMap) -> Iterator[Pass]:

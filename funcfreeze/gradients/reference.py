@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.func import vjp
 
 from funcfreeze.gradients.flows import UNIT_WEIGHT, LossWeights
+from funcfreeze.gradients.hooks import noticing_hooks
 from funcfreeze.gradients.law import Evaluate, Outcome, Routing, SeparateOutcome
 from funcfreeze.gradients.returned import check_differentiable, check_losses
 from funcfreeze.routes import scalar_like
@@ -35,8 +36,13 @@ class Reference:
     ) -> SeparateOutcome:
         """Every loss's gradients over the parameters it may update, times their weights."""
         levels = _Levels(evaluate, routing, routing.weight_values(step))
-        with torch.inference_mode(False), torch.enable_grad():
+        with noticing_hooks() as noticed, torch.inference_mode(False), torch.enable_grad():
             found = levels.differentiate(0, dict(enumerate(param.detach() for param in params)))
+        if noticed.nodes or not noticed.all_known:
+            raise RuntimeError(
+                "a hook was registered during the forward, and torch.func does not run hooks on activations; use "
+                "engine='routed', which does"
+            )
         losses = {name: found.losses[index] for index, name in enumerate(routing.losses) if index in found.losses}
         check_differentiable([name for name in losses if name not in levels.differentiable], routing)
         gradients = [[found.gradients[index].get(leaf) for leaf in range(len(params))] for index in found.gradients]

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
-from torch.utils.hooks import RemovableHandle
 
 from funcfreeze.gradients.flows import UNIT_WEIGHT
 from funcfreeze.gradients.forward import forward
 from funcfreeze.gradients.graph import Graph, gradient_edge, read_graph
+from funcfreeze.gradients.hooks import noticing_hooks
 from funcfreeze.gradients.law import Evaluate, Outcome, Routing, SeparateOutcome
 from funcfreeze.gradients.passes import Captured, Entry, Pass, plan_passes
 from funcfreeze.routes import scalar_like
@@ -23,13 +23,13 @@ class Routed:
 
     def merged(self, evaluate: Evaluate, params: Sequence[Tensor], routing: Routing, step: Tensor | None) -> Outcome:
         """Every leaf's gradient, one engine call for every set of losses that travels together."""
-        handles = hook_handles_made()
-        live = forward(evaluate, params, routing)
+        with noticing_hooks() as noticed:
+            live = forward(evaluate, params, routing)
         weights = routing.weight_values(step)
-        hooked = hook_handles_made() != handles
-        graph = read_losses(live.losses, live.leaves)
+        graph = read_losses(live.losses, live.leaves, noticed.nodes if noticed.all_known else None)
         live.losses.clear()  # nothing but `graph` holds the autograd graph now, and lets it go as it is used up
-        return Outcome(planned_backward(graph, live.leaves, routing, weights, merge=not hooked), live.values, live.rest)
+        noticed.nodes.clear()
+        return Outcome(planned_backward(graph, live.leaves, routing, weights), live.values, live.rest)
 
     def separate(
         self, evaluate: Evaluate, params: Sequence[Tensor], routing: Routing, step: Tensor | None
@@ -57,15 +57,6 @@ def _alone(
     return found
 
 
-def hook_handles_made() -> int:
-    """How many hook handles this process has made: unchanged over a forward, no hook was registered during it.
-
-    A node of the autograd graph does not tell whether it carries hooks, and these may be anything but linear. So if any
-    may have been registered on the graph, losses are kept apart: then hooks run as they would for each loss alone.
-    """
-    return RemovableHandle.next_id
-
-
 class LiveGraph(NamedTuple):
     """Losses' autograd graph: its structure, its nodes, and every present loss's cotangent, one."""
 
@@ -74,14 +65,21 @@ class LiveGraph(NamedTuple):
     seeds: Sequence[Tensor | None]
 
 
-def read_losses(losses: Sequence[Tensor | None], leaves: Sequence[Tensor]) -> LiveGraph:
+def read_losses(
+    losses: Sequence[Tensor | None], leaves: Sequence[Tensor], hooked: Sequence[Node] | None
+) -> LiveGraph:
     """Read the graph of scalar losses (None where absent) down to the leaves.
+
+    Args:
+        losses: scalar losses on a live graph.
+        leaves: the leaf tensors whose gradients may be wanted.
+        hooked: the nodes known to carry hooks; None if any may.
 
     Raises:
         RuntimeError: reentrant activation checkpointing is in the graph.
     """
     edges = [None if loss is None or not loss.requires_grad else gradient_edge(loss) for loss in losses]
-    structure, nodes = read_graph(edges, leaves)
+    structure, nodes = read_graph(edges, leaves, hooked)
     if any(kind.__name__ == "CheckpointFunctionBackward" for kind in set(structure.kinds)):
         raise RuntimeError(
             "the forward uses reentrant activation checkpointing, whose parameters autograd cannot see; call "
@@ -95,7 +93,6 @@ def planned_backward(
     leaves: Sequence[Tensor],
     routing: Routing,
     weights: Sequence[float | Tensor],
-    merge: bool,
 ) -> list[Tensor | None]:
     """Every leaf's merged gradient. The graph is used up: its list of nodes is emptied, so that memory goes as it can.
 
@@ -104,9 +101,8 @@ def planned_backward(
         leaves: its leaf tensors, in the routing's order.
         routing: which loss may update which leaf.
         weights: the value of every weight index.
-        merge: False keeps every loss in an engine call of its own.
     """
-    passes = plan_passes(graph.structure, routing.weights, merge)
+    passes = plan_passes(graph.structure, routing.weights)
     nodes = {node: graph.nodes[node] for planned in passes for node in planned.done}
     graph.nodes.clear()
     return _run(passes, nodes, leaves, graph.seeds, weights)

@@ -1,0 +1,105 @@
+"""Noticing hooks that are registered on activations during a forward.
+
+A hook may be anything but linear in its cotangent, so losses must not be added up above one: it runs as it would for
+each loss alone. But a node of the autograd graph does not tell whether it carries hooks; they have to be noticed when
+they are registered.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+OBSERVERS = frozenset({"torch.utils.module_tracker", "torch.distributed._tools.mod_tracker"})
+"""Modules of torch whose hooks only note that they ran, as `FlopCounterMode` has them; they do not keep losses apart."""
+
+
+@dataclass
+class Noticed:
+    """The hooks registered during a forward.
+
+    Attributes:
+        nodes: the nodes of the activations that hooks were registered on.
+        registrations: how many registrations were noticed, observers included.
+        all_known: whether every hook handle made meanwhile belongs to one of those; if not, hooks may be anywhere.
+    """
+
+    nodes: list[Node] = field(default_factory=list)
+    registrations: int = 0
+    all_known: bool = True
+
+
+def handles_made() -> int:
+    """How many hook handles this process has made so far: unchanged over a while, no hook was registered in it."""
+    return RemovableHandle.next_id
+
+
+_noticed: ContextVar[Noticed | None] = ContextVar("noticed", default=None)
+
+
+@contextmanager
+def noticing_hooks() -> Iterator[Noticed]:
+    """Notice the hooks registered inside the block, by this thread. `all_known` is set when it ends.
+
+    `torch.Tensor.register_hook` is exchanged for the duration; nodes' own hooks, and those of other threads, are not
+    seen, but they do make handles.
+    """
+    noticed, before = Noticed(), handles_made()
+    token = _noticed.set(noticed)
+    _Exchange.enter()
+    try:
+        yield noticed
+    finally:
+        _Exchange.leave()
+        _noticed.reset(token)
+        noticed.all_known = handles_made() - before == noticed.registrations
+
+
+class _Exchange:
+    """The exchange of `Tensor.register_hook`, made once however many threads are noticing, and undone by the last."""
+
+    lock = threading.Lock()
+    users = 0
+    original: Callable[..., Any] = torch.Tensor.register_hook
+
+    @classmethod
+    def enter(cls) -> None:
+        with cls.lock:
+            cls.users += 1
+            if cls.users == 1:
+                cls.original = torch.Tensor.register_hook
+                torch.Tensor.register_hook = _register_hook  # type: ignore[method-assign]
+
+    @classmethod
+    def leave(cls) -> None:
+        with cls.lock:
+            cls.users -= 1
+            if cls.users == 0:
+                torch.Tensor.register_hook = cls.original  # type: ignore[method-assign]
+
+
+def _register_hook(tensor: Tensor, hook: Callable[[Tensor], Any]) -> Any:
+    handle = _Exchange.original(tensor, hook)
+    noticed = _noticed.get()
+    if noticed is not None:
+        noticed.registrations += 1
+        if _defined_in(hook) not in OBSERVERS:
+            noticed.nodes.append(get_gradient_edge(tensor).node)
+    return handle
+
+
+def _defined_in(hook: Callable[[Tensor], Any]) -> str | None:
+    """The module a hook's function was written in, also where torch wraps it to hook several tensors at once."""
+    if getattr(hook, "__module__", None) == torch.autograd.graph.__name__ and inspect.isfunction(hook):
+        return getattr(inspect.getclosurevars(hook).nonlocals.get("fn"), "__module__", None)
+    return getattr(hook, "__module__", None)
