@@ -46,8 +46,9 @@ def verify_equations(losses: object, routes: object, at: object, *, cotangents: 
     Args:
         losses: loss name -> expression, or a list of them.
         routes: loss name -> which symbols it may update, as everywhere (see `Route`), or a `Plan`.
-        at: symbol (or its name) -> a number or a list of numbers, the float64 nearest to each. Every symbol needs one; a value
-            for a symbol that no equation holds is a mistake unless a route names it: then it must come out untouched.
+        at: symbol (or its name) -> a number or a list of numbers, the float64 nearest to each. Every symbol needs one;
+            a value for a symbol that no equation holds is a mistake unless a route names it: then it must come out
+            untouched.
         cotangents: loss name -> the external gradient of one that is no scalar.
 
     Returns:
@@ -56,7 +57,9 @@ def verify_equations(losses: object, routes: object, at: object, *, cotangents: 
         to how far relative changes of the point would move it, so that cancellation does not count as a mistake.
 
     Raises:
-        RouteError: everything that is wrong with equations, point and routes; or a derivative that is not finite.
+        RouteError: everything that is wrong with the equations and the point, then with the routes, then every value
+            and derivative that is no finite real number there.
+        TypeError: a weight is a schedule: there is no step here.
 
     >>> import sympy
     >>> a, b, c, x = sympy.symbols("a b c x")

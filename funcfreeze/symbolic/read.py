@@ -178,13 +178,17 @@ def _symbol_problems(shown: str, expression: Expression, point: Mapping[str, Val
 def _assumption_problems(shown: str, symbol: Any, value: Value) -> Iterator[str]:
     """SymPy simplifies by what is assumed of a symbol (√x² = x where x > 0), so its value must be such a number."""
     for number in map(sympy.Rational, value if isinstance(value, tuple) else (value,)):
-        for assumption, truth in symbol.assumptions0.items():
-            if getattr(number, f"is_{assumption}") not in (truth, None):
-                yield (
-                    f"{shown}: {symbol} was made with {assumption}={truth}, by which SymPy simplifies, and `at` has "
-                    f"{float(number)} for it"
-                )
-                break
+        broken = [
+            (name, truth)
+            for name, truth in symbol.assumptions0.items()
+            if getattr(number, f"is_{name}") not in (truth, None)
+        ]
+        if broken:  # of `positive` and all that follows from it, the one the user most likely wrote
+            name, truth = min(broken, key=lambda assumption: (not assumption[1], len(assumption[0])))
+            yield (
+                f"{shown}: {symbol} was made with {name}={truth}, by which SymPy simplifies, and `at` has "
+                f"{float(number)} for it"
+            )
 
 
 def _put_together(
