@@ -370,16 +370,18 @@ def test_a_route_error_is_a_value_error() -> None:
             {"Q": a**2},
             {"a": [1, 2]},
             None,
-            "loss 'Q' = a**2 is no scalar but has 2 entries; give its external gradient, cotangents={'Q': [1, 1]}",
+            "loss 'Q' = a**2 is no scalar but has 2 entries; give its external gradient, "
+            "such as cotangents={'Q': [1] * 2}",
         ),
         (
             {"Q": [a, a**2]},
             {"a": 1},
             None,
-            "loss 'Q' = [a, a**2] is no scalar but has 2 entries; give its external gradient, cotangents={'Q': [1, 1]}",
+            "loss 'Q' = [a, a**2] is no scalar but has 2 entries; give its external gradient, "
+            "such as cotangents={'Q': [1] * 2}",
         ),
-        ({"Q": a}, {"a": [1, 2]}, {"Q": [1]}, "loss 'Q' = a is 2 entries, and its cotangent is a list of 1"),
-        ({"Q": a}, {"a": [1, 2]}, {"Q": 1}, "loss 'Q' = a is 2 entries, and its cotangent is a single number"),
+        ({"Q": a}, {"a": [1, 2]}, {"Q": [1]}, "loss 'Q' = a is a vector of 2, and its cotangent is a list of 1"),
+        ({"Q": a}, {"a": [1, 2]}, {"Q": 1}, "loss 'Q' = a is a vector of 2, and its cotangent is a single number"),
         ({"Q": a}, {"a": 1}, {"Q": [1]}, "loss 'Q' = a is a scalar, and its cotangent is a list of 1"),
         ({"Q": a}, {"a": 1}, {"Q": "1"}, "the cotangent of 'Q' is a finite number or a list of them, got str: '1'"),
         ({"Q": a}, {"a": 1}, {"R": 1}, "there is a cotangent for 'R', which is no loss; there are 'Q'"),

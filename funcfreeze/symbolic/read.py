@@ -201,30 +201,34 @@ def _put_together(
 ) -> Equation:
     whole = {
         symbol: len(value)
-        for expression in written
-        for symbol in _whole_symbols(expression)
+        for symbol in sorted(set().union(*map(_whole_symbols, written)))
         if isinstance(value := point[symbol], tuple)
     }
     shown = f"loss {name!r} = {list(written) if listed else written[0]}"
-    vectors = " and ".join(f"{symbol} of {length}" for symbol, length in sorted(whole.items()))
+    vectors = " and ".join(f"{symbol} of {length}" for symbol, length in whole.items())
     if listed and whole:
         found.append(
             f"{shown} is a list, whose expressions are scalars, and holds the vector {vectors} numbers; index it"
         )
-    elif len(set(whole.values())) > 1:
-        found.append(f"{shown} works entry by entry, and holds vectors of different lengths: {vectors} numbers")
     length = len(written) if listed else next(iter(whole.values()), None)
+    if not listed and len(set(whole.values())) > 1:  # no length to hold the external gradient against
+        found.append(f"{shown} works entry by entry, and holds vectors of different lengths: {vectors} numbers")
+    else:
+        found += _external_problems(name, shown, length, external)
+    return Equation(name, written, length, 1.0 if external is None else external)
+
+
+def _external_problems(name: str, shown: str, length: int | None, external: Value | None) -> Iterator[str]:
     given = len(external) if isinstance(external, tuple) else None
     if length is not None and external is None:
-        found.append(
-            f"{shown} is no scalar but has {length} entries; give its external gradient, "
-            f"cotangents={{{name!r}: {[1] * min(length, 4)}}}"
+        yield (
+            f"{shown} is no scalar but has {length} entries; give its external gradient, such as "
+            f"cotangents={{{name!r}: [1] * {length}}}"
         )
     elif external is not None and given != length:
-        expected = "a scalar" if length is None else f"{length} entries"
+        expected = "a scalar" if length is None else f"a vector of {length}"
         seen = "a single number" if given is None else f"a list of {given}"
-        found.append(f"{shown} is {expected}, and its cotangent is {seen}")
-    return Equation(name, written, length, 1.0 if external is None else external)
+        yield f"{shown} is {expected}, and its cotangent is {seen}"
 
 
 def _whole_symbols(expression: Expression) -> set[str]:
