@@ -129,8 +129,7 @@ def resolve_plan(routes: object, leaves: Sequence[Leaf]) -> Plan:
         RouteError: everything that is wrong with the declaration, at once.
     """
     if isinstance(routes, Plan):
-        _check_same_parameters(routes, leaves)
-        return routes
+        return _of_these_parameters(routes, leaves)
     if not isinstance(routes, Mapping) or not routes:
         shown = "an empty one" if isinstance(routes, Mapping) else f"{type(routes).__name__}: {routes!r}"
         raise RouteError(f'routes are a mapping such as {{"cls": "*", "adv": "encoder"}}, got {shown}')
@@ -214,8 +213,8 @@ def _shown(route: Route) -> str:
     return f"{' | '.join(label(selector) for selector in route.selectors)!r}: {route.weight!r}"
 
 
-def _check_same_parameters(plan: Plan, leaves: Sequence[Leaf]) -> None:
-    """A plan stands for the parameters it was resolved against; say where these are others."""
+def _of_these_parameters(plan: Plan, leaves: Sequence[Leaf]) -> Plan:
+    """The plan in the order of these leaves; where they are not the parameters it was resolved against, an error."""
     planned = {row.path: row for row in plan.rows}
     present = {leaf.path: leaf for leaf in leaves}
     problems = [f"the plan has {path}, the model does not" for path in planned if path not in present]
@@ -229,6 +228,7 @@ def _check_same_parameters(plan: Plan, leaves: Sequence[Leaf]) -> None:
         if row.weights and not leaf.trainable:
             problems.append(f"{path} is routed in the plan and frozen in the model (requires_grad is False)")
     raise_problems(problems)
+    return Plan(plan.losses, tuple(planned[leaf.path] for leaf in leaves))
 
 
 def _weight_to_data(weight: Weight) -> Any:

@@ -1,0 +1,115 @@
+"""What the demos found, as tables for a terminal, and in words."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+
+from rich import box
+from rich.table import Table
+
+from funcfreeze.demos.finetune import Outcome
+from funcfreeze.demos.speed import Size, Timings
+from funcfreeze.demos.trials import MEASURES, Trials, compare, mean_and_spread
+
+TITLES = {
+    "source_accuracy": "source accuracy",
+    "target_accuracy": "target accuracy",
+    "domain_probe": "domain probe",
+}
+
+CONTENDERS = {
+    "recipe": "the recipe: toggled requires_grad, 3 backwards, torch.optim.Adam",
+    "recipe, fused Adam": "  with Adam(fused=True)",
+    "reversal": "gradient-reversal layer by hand, torch.optim.Adam",
+    "reversal, fused Adam": "  with Adam(fused=True)",
+    "routed": "funcfreeze: ff.Step with ff.optim.adam (fused where it can be)",
+}
+
+
+def trials_table(trials: Trials) -> Table:
+    """Every seed, the mean and the spread, both runs side by side."""
+    table = _table(f"Held-out images after the last step, {' -> '.join(trials.curves)}")
+    table.add_column("seed", justify="right")
+    for measure in MEASURES:
+        table.add_column(TITLES[measure], justify="right")
+    found = [[trials.outcome(run, measure) for run in trials.curves] for measure in MEASURES]
+    for index, seed in enumerate(trials.seeds):
+        table.add_row(str(seed), *(_arrow([values[index] for values in pair]) for pair in found))
+    table.add_section()
+    table.add_row("mean", *(_arrow([statistics.fmean(values) for values in pair]) for pair in found), style="bold")
+    if len(trials.seeds) > 1:
+        table.add_row("std", *(_arrow([statistics.stdev(values) for values in pair]) for pair in found))
+    return table
+
+
+def _arrow(values: Sequence[float]) -> str:
+    return " -> ".join(f"{value:.3f}" for value in values)
+
+
+def trials_in_words(trials: Trials) -> Iterator[str]:
+    """What may be said about the adversarial run against the baseline."""
+    first, last = trials.curves
+    for measure in MEASURES:
+        yield compare(TITLES[measure], trials.outcome(first, measure), trials.outcome(last, measure))
+
+
+def speed_table(timings: Timings, size: Size) -> Table:
+    """The median step of every contender."""
+    table = _table(
+        f"One training step: encoder of {size.layers} x {size.width}, {size.heads} class and {size.heads} domain heads, "
+        f"batch {size.batch}"
+    )
+    table.add_column("how")
+    table.add_column("ms", justify="right")
+    table.add_column("against\nfuncfreeze", justify="right")
+    routed = timings.milliseconds["routed"]
+    for name, milliseconds in timings.milliseconds.items():
+        table.add_row(
+            CONTENDERS[name],
+            f"{milliseconds:.1f}",
+            f"{milliseconds / routed:.2f} x",
+            style="bold" if name == "routed" else None,
+        )
+    return table
+
+
+def speed_in_words(timings: Timings) -> str:
+    """Under which circumstances it was measured."""
+    return (
+        f"medians of {timings.rounds} steps each, taken in turns on fresh random batches; {timings.threads} threads, "
+        f"torch {timings.torch}; the gradients of the three agree to {timings.disagreement:.0e}"
+    )
+
+
+def finetune_table(found: Mapping[str, Sequence[Outcome]]) -> Table:
+    """Both ways of fine-tuning side by side, each over all seeds."""
+    table = _table("Fine-tuning on the digits 5 to 9")
+    table.add_column("")
+    for way in found:
+        table.add_column(way, justify="right")
+    for title, cells in _finetune_rows(found):
+        table.add_row(title, *cells)
+    return table
+
+
+def _finetune_rows(found: Mapping[str, Sequence[Outcome]]) -> Iterator[tuple[str, list[str]]]:
+    ways = [*found.values()]
+    for digits, pairs in (
+        ("5 to 9", [[outcome.new_accuracy for outcome in outcomes] for outcomes in ways]),
+        ("0 to 4", [[outcome.old_accuracy for outcome in outcomes] for outcomes in ways]),
+    ):
+        for index, when in enumerate(("before", "after")):
+            yield f"accuracy on {digits} {when}", [mean_and_spread([pair[index] for pair in way]) for way in pairs]
+    for module in ways[0][0].changes:
+        yield f"largest change in {module}", [_change([way.changes[module] for way in outcomes]) for outcomes in ways]
+    yield "forward, MFLOP a step", [f"{outcomes[0].forward / 1e6:.2f}" for outcomes in ways]
+    yield "backward, MFLOP a step", [f"{outcomes[0].backward / 1e6:.2f}" for outcomes in ways]
+
+
+def _change(changes: Sequence[float]) -> str:
+    return f"{max(changes):.3f}" if any(changes) else "bit-identical"
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="", box=box.SIMPLE, pad_edge=False)

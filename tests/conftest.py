@@ -1,0 +1,37 @@
+"""Strict numerics: float64 unless a test says otherwise, fresh random numbers that a failure lets you repeat."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+import torch
+
+SEED = int(os.environ.get("FUNCFREEZE_TEST_SEED", random.SystemRandom().randrange(2**31)))
+
+
+def pytest_report_header() -> str:
+    return f"FUNCFREEZE_TEST_SEED={SEED}  torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+@pytest.fixture(autouse=True)
+def _float64_and_fresh_numbers(request: pytest.FixtureRequest):
+    torch.manual_seed(SEED + hash(request.node.nodeid) % 1000)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def seed() -> int:
+    """A seed of this run, for tests that draw their own numbers."""
+    return SEED
