@@ -5,7 +5,13 @@ from __future__ import annotations
 import io
 import sys
 
-PACKAGES = {"typer": "typer", "rich": "rich", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
+PACKAGES = {
+    "typer": "typer",
+    "rich": "rich",
+    "sklearn": "scikit-learn",
+    "matplotlib": "matplotlib",
+    "threadpoolctl": "threadpoolctl",
+}
 """What the `demo` extra brings: module -> package."""
 
 

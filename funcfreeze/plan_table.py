@@ -77,18 +77,48 @@ def _treatment(row: _Row) -> tuple[object, ...]:
 
 
 def group_rows(rows: Sequence[_Row], prefix: str = "") -> Iterator[Group]:
-    """The largest modules whose parameters are all treated alike."""
-    if len(rows) == 1:
-        yield Group(_title(rows[0]), rows)
-    elif all(_treatment(row) == _treatment(rows[0]) for row in rows) and prefix:
-        yield Group(f"{prefix}.* ({len(rows)})", rows)
-    else:
-        children: dict[str, list[_Row]] = {}
-        for row in rows:
-            rest = row.path[len(prefix) + 1 :] if prefix else row.path
-            children.setdefault(rest.split(".")[0], []).append(row)
-        for name, inside in children.items():
-            yield from group_rows(inside, f"{prefix}.{name}" if prefix else name)
+    """The largest modules, or runs of neighbouring ones, whose parameters are all treated alike."""
+    children: dict[str, list[_Row]] = {}
+    for row in rows:
+        rest = row.path[len(prefix) + 1 :] if prefix else row.path
+        children.setdefault(rest.split(".")[0], []).append(row)
+    for names, alike in _runs(children):
+        inside = [row for name in names for row in children[name]]
+        path = f"{prefix}.{_braced(names)}" if prefix else _braced(names)
+        if len(inside) == 1:
+            yield Group(_title(inside[0]), inside)
+        elif alike:
+            yield Group(f"{path}.* ({len(inside)})", inside)
+        else:
+            yield from group_rows(inside, path)
+
+
+def _runs(children: Mapping[str, Sequence[_Row]]) -> Iterator[tuple[list[str], bool]]:
+    """Names of neighbouring children that are treated alike throughout (and whether they are), the others alone."""
+    run: list[str] = []
+    for name, rows in children.items():
+        if run and _alike([*children[run[-1]], *rows]):
+            run.append(name)
+            continue
+        if run:
+            yield run, True
+        run = [name] if _alike(rows) else []
+        if not run:
+            yield [name], False
+    if run:
+        yield run, True
+
+
+def _alike(rows: Sequence[_Row]) -> bool:
+    return all(_treatment(row) == _treatment(rows[0]) for row in rows)
+
+
+def _braced(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return names[0]
+    if all(name.isdigit() for name in names):
+        return f"[{names[0]}-{names[-1]}]"
+    return "{" + (",".join(names) if len(names) < 4 else f"{names[0]}..{names[-1]}") + "}"
 
 
 def _cell(terms: Sequence[Weight], legend: dict[str, str]) -> str:

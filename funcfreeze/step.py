@@ -122,16 +122,17 @@ class Step:
         Args:
             copy: False adopts the module's storage for all the rest too, which steps then overwrite.
         """
-        params = {path: tensor.detach() for path, tensor in self.functional.present_parameters().items()}
-        buffers = {path: tensor.detach() for path, tensor in self.functional.present_buffers().items()}
-        routed = self.plan.routed
-        if copy:
-            params |= {path: params[path].clone() for path in routed}
-            buffers = {path: tensor.clone() for path, tensor in buffers.items()}
-        borrowed = params.keys() - set(routed) if copy else set()
-        optimizer = self.transform.init({path: params[path] for path in routed})
-        step = torch.zeros((), dtype=torch.int64, device=params[routed[0]].device)
-        return make_state((params, buffers, optimizer, step), Lease(borrowed=borrowed), self.specification)
+        with torch.inference_mode(False):
+            params = {path: tensor.detach() for path, tensor in self.functional.present_parameters().items()}
+            buffers = {path: tensor.detach() for path, tensor in self.functional.present_buffers().items()}
+            routed = self.plan.routed
+            if copy:
+                params |= {path: params[path].clone() for path in routed}
+                buffers = {path: tensor.clone() for path, tensor in buffers.items()}
+            borrowed = params.keys() - set(routed) if copy else set()
+            optimizer = self.transform.init({path: params[path] for path in routed})
+            step = torch.zeros((), dtype=torch.int64, device=params[routed[0]].device)
+            return make_state((params, buffers, optimizer, step), Lease(borrowed=borrowed), self.specification)
 
     def __call__(self, state: State, batch: Any) -> tuple[State, dict[str, Any]]:
         """Take one step.
@@ -152,7 +153,7 @@ class Step:
         metrics, buffers = outcome.rest
         gradients = _touched(self.plan.paths, outcome.gradients)
         _check_names(outcome.losses, metrics)
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             return self._update(state, gradients, buffers), {**outcome.losses, **metrics}
 
     def gradients(self, state: State, batch: Any) -> dict[str, Tensor]:
@@ -214,7 +215,7 @@ class Step:
             buffers = {path: tensor.clone() for path, tensor in state.buffers.items()}
             returned, after = self.functional.call(lambda model: self.losses(model, batch), params, buffers)
             losses, metrics = _split(returned)
-            return losses, (metrics, after)
+            return losses, (_not_sharing(metrics, leaves) if metrics else {}, after)
 
         return evaluate
 
@@ -265,6 +266,17 @@ def _split(returned: Any) -> tuple[Any, Mapping[str, Any]]:
         shown = ", ".join(type(part).__name__ for part in returned)
         raise TypeError(f"`losses` returns a mapping of losses, or a pair of that and a mapping of metrics; got ({shown})")
     return returned
+
+
+def _not_sharing(metrics: Mapping[str, Any], leaves: Sequence[Tensor]) -> Mapping[str, Any]:
+    """The metrics, with those that are parameters (or views of one) copied: the step overwrites parameters."""
+    parameters = {id(leaf) for leaf in leaves}
+
+    def copied(metric: Any) -> Any:
+        shares = isinstance(metric, Tensor) and parameters & {id(metric), id(metric._base)}
+        return metric.clone() if shares else metric
+
+    return optree.tree_map(copied, metrics, none_is_leaf=True)  # type: ignore[return-value, arg-type]  # same mapping
 
 
 def _check_names(losses: Mapping[str, Tensor], metrics: Mapping[str, Any]) -> None:

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-
 app = typer.Typer(
     name="funcfreeze",
     help="Train one model with several losses, where each loss may update only some of the parameters.",

@@ -6,8 +6,9 @@ bit-identical. For comparison the same is done with a route to the body as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,16 +18,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import funcfreeze as ff
 from funcfreeze.demos.digits import Images, all_digits, only
-from funcfreeze.plan import Plan
+from funcfreeze.demos.threads import one_thread
 
 Batch = tuple[Tensor, Tensor]
 """Images and labels."""
+
+Watching = Callable[[int, Mapping[str, Tensor]], None]
+"""`watch(step, losses)`, called after every step."""
+
+Watch = Callable[[int, str, int, Mapping[str, Tensor]], None]
+"""The same with seed and way in front: `watch(seed, way, step, losses)`."""
 
 OLD, NEW = range(5), range(5, 10)
 BATCH = 64
 
 PRETRAIN_RATE, FINETUNE_RATE = 1e-3, 1e-2
 """Learning rates, chosen on the seeds 100 to 102; the demo reports the seeds from 0 on."""
+
+PRETRAINING = "pretraining"
 
 ROUTES: Mapping[str, Mapping[str, list[str]]] = {
     "new head only": {"new": ["new_head"]},
@@ -49,7 +58,6 @@ class Outcome:
     """What a way of fine-tuning did.
 
     Attributes:
-        plan: which loss may update what.
         old_accuracy: share of the held-out digits 0 to 4 that body and old head classify right, before and after.
         new_accuracy: share of the held-out digits 5 to 9 that body and new head classify right, before and after.
         changes: module -> the largest change of one of its parameters; 0.0 only if all are bit-identical.
@@ -57,7 +65,6 @@ class Outcome:
         backward: floating-point operations of its backward.
     """
 
-    plan: Plan
     old_accuracy: tuple[float, float]
     new_accuracy: tuple[float, float]
     changes: dict[str, float]
@@ -97,7 +104,18 @@ def split(seed: int) -> Digits:
     return Digits(only(train, OLD), only(train, NEW), only(test, OLD), only(test, NEW))
 
 
-def pretrain(seed: int, steps: int, watch: Callable[[int, Mapping[str, Tensor]], None]) -> dict[str, nn.Module]:
+def run(seeds: Sequence[int], steps: int, watch: Watch) -> dict[str, list[Outcome]]:
+    """Pretrain for every seed, and fine-tune the same network in every way. Way -> an outcome for each seed."""
+    found: dict[str, list[Outcome]] = {way: [] for way in ROUTES}
+    with one_thread():
+        for seed in seeds:
+            model = pretrain(seed, steps, partial(watch, seed, PRETRAINING))
+            for way, routes in ROUTES.items():
+                found[way].append(finetune(model, routes, seed, steps, partial(watch, seed, way)))
+    return found
+
+
+def pretrain(seed: int, steps: int, watch: Watching) -> dict[str, nn.Module]:
     """A network whose body and old head were trained on the digits 0 to 4."""
     model = make_model(seed)
     step = ff.Step(model, old_losses, {"old": ["body", "old_head"]}, optimizer=ff.optim.adam(PRETRAIN_RATE))
@@ -105,26 +123,25 @@ def pretrain(seed: int, steps: int, watch: Callable[[int, Mapping[str, Tensor]],
     return model
 
 
+def make_step(model: Mapping[str, nn.Module], routes: Mapping[str, list[str]]) -> ff.Step:
+    """The step of fine-tuning what the routes name."""
+    # Weight decay moves whatever reaches the optimizer, also with a gradient of zero: what stays did not reach it.
+    return ff.Step(model, new_losses, routes, optimizer=ff.optim.adamw(FINETUNE_RATE, weight_decay=0.01))
+
+
 def finetune(
-    model: Mapping[str, nn.Module],
-    routes: Mapping[str, list[str]],
-    seed: int,
-    steps: int,
-    watch: Callable[[int, Mapping[str, Tensor]], None],
+    model: Mapping[str, nn.Module], routes: Mapping[str, list[str]], seed: int, steps: int, watch: Watching
 ) -> Outcome:
     """Train on the digits 5 to 9 what the routes name, and see what that did. The model itself stays as it is."""
     digits = split(seed)
-    # Weight decay moves whatever reaches the optimizer, also with a gradient of zero: what stays did not reach it.
-    step = ff.Step(model, new_losses, routes, optimizer=ff.optim.adamw(FINETUNE_RATE, weight_decay=0.01))
+    step = make_step(model, routes)
     before = step.init()
     start = {path: tensor.clone() for path, tensor in before.params.items()}
-    accuracy = [step.call(before, _accuracies, digits)]
+    old_before, new_before = step.call(before, _accuracies, digits)
     forward, backward = count_operations(step, before, digits.new)
     after = _trained(step, digits.new, seed, steps, watch)
-    accuracy.append(step.call(after, _accuracies, digits))
-    (old_before, new_before), (old_after, new_after) = accuracy
+    old_after, new_after = step.call(after, _accuracies, digits)
     return Outcome(
-        plan=step.plan,
         old_accuracy=(old_before, old_after),
         new_accuracy=(new_before, new_after),
         changes={name: largest_change(name, start, after.params) for name in model},
@@ -157,9 +174,7 @@ def largest_change(module: str, before: Mapping[str, Tensor], after: Mapping[str
     return max(smallest, *((after[path] - before[path]).abs().max().item() for path in paths))
 
 
-def _trained(
-    step: ff.Step, images: Images, seed: int, steps: int, watch: Callable[[int, Mapping[str, Tensor]], None]
-) -> ff.State:
+def _trained(step: ff.Step, images: Images, seed: int, steps: int, watch: Watching) -> ff.State:
     state, draw = step.init(), torch.Generator().manual_seed(seed)
     for done in range(1, steps + 1):
         drawn = images[torch.randint(len(images), (BATCH,), generator=draw)]

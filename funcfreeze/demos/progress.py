@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+Show = Callable[[float, str], None]
+"""`show(share, text)`: what share of the work is done, and what is going on."""
+
 LINES = 10
 """How many lines there are without a terminal."""
 
 
 @contextmanager
-def progress(console: Console, title: str) -> Iterator[Callable[[float, str], None]]:
+def progress(console: Console, title: str) -> Iterator[Show]:
     """Show progress while the block runs: it gets `show(share, text)`, to be called as often as is convenient."""
     if console.is_interactive:
         with _bar(console, title) as show:
@@ -23,7 +26,7 @@ def progress(console: Console, title: str) -> Iterator[Callable[[float, str], No
 
 
 @contextmanager
-def _bar(console: Console, title: str) -> Iterator[Callable[[float, str], None]]:
+def _bar(console: Console, title: str) -> Iterator[Show]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -36,7 +39,7 @@ def _bar(console: Console, title: str) -> Iterator[Callable[[float, str], None]]
         yield lambda share, text: bar.update(task, completed=share, text=text)
 
 
-def _plain(console: Console, title: str) -> Callable[[float, str], None]:
+def _plain(console: Console, title: str) -> Show:
     shown = 0
 
     def show(share: float, text: str) -> None:

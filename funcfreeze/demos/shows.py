@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -11,8 +12,15 @@ from torch import Tensor
 from funcfreeze.demos import adversarial, finetune, speed
 from funcfreeze.demos.files import results, write_json
 from funcfreeze.demos.plots import draw_curves
-from funcfreeze.demos.progress import progress
-from funcfreeze.demos.tables import finetune_table, speed_in_words, speed_table, trials_in_words, trials_table
+from funcfreeze.demos.progress import Show, progress
+from funcfreeze.demos.tables import (
+    finetune_in_words,
+    finetune_table,
+    speed_in_words,
+    speed_table,
+    trials_in_words,
+    trials_table,
+)
 from funcfreeze.demos.trials import Trials, run_trials
 
 UPDATE_EVERY = 10
@@ -38,70 +46,79 @@ def show_adversarial(
     step = adversarial.make_step(seeds.start, adversarial.WEIGHTS["adversarial"], settings)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "plan.json", step.plan.to_dict())
-    _say(console, "Which loss updates what", str(step.plan))
+    _block(console, "Which loss updates what", str(step.plan))
     report = adversarial.verify_step(seeds.start, settings)
-    _say(console, "Proof against the recipe, on this model and data", str(report))
+    _block(console, "Proof against the recipe, on this model and data", str(report))
     if not report.ok:
         return False
     trials = _train(console, seeds, settings)
+    _title(console, f"\nHeld-out images after the last step, {' -> '.join(trials.curves)}")
     console.print(trials_table(trials))
     for sentence in trials_in_words(trials):
-        _line(console, sentence)
-    _line(console, "A domain probe of 0.5 is chance: no linear classifier can tell the domain any more.\n")
+        _prose(console, sentence)
+    _prose(console, "A domain probe of 0.5 is chance: a linear classifier could not tell the domain any more.\n")
     with progress(console, "timing") as show:
         timings = speed.measure(seconds, size, lambda share: show(share, ""))
-    console.print(speed_table(timings, size))
-    _line(console, speed_in_words(timings) + "\n")
+    _title(
+        console,
+        f"\nOne training step: encoder of {size.layers} x {size.width}, {size.heads} class and {size.heads} domain "
+        f"heads, batch {size.batch}",
+    )
+    console.print(speed_table(timings))
+    _prose(console, speed_in_words(timings) + "\n")
     draw_curves(trials, out / "curves.png")
     write_json(out / "results.json", results(trials, report, timings, settings))
-    _line(console, f"wrote {out / 'curves.png'}, {out / 'plan.json'} and {out / 'results.json'}")
+    _verbatim(console, f"wrote {out / 'curves.png'}, {out / 'plan.json'} and {out / 'results.json'}")
     return True
 
 
 def _train(console: Console, seeds: range, settings: adversarial.Settings) -> Trials:
-    runs = [*adversarial.WEIGHTS]
-    total = len(seeds) * len(runs) * settings.steps
-    with progress(console, "training") as show:
-
-        def watch(run: str, seed: int, step: int, losses: Mapping[str, Tensor]) -> None:
-            if step % UPDATE_EVERY == 0 or step == settings.steps:
-                done = (seeds.index(seed) * len(runs) + runs.index(run)) * settings.steps + step
-                show(done / total, f"seed {seed} {run:11} {_shown(losses)}")
-
-        return run_trials(settings, seeds, watch)
+    watch = _watch(seeds, [*adversarial.WEIGHTS], settings.steps)
+    with progress(console, "training") as tell:
+        return run_trials(settings, seeds, partial(watch, tell))
 
 
 def show_finetune(console: Console, seeds: range, steps: int) -> None:
     """The second demo: a new head over a frozen body, and over one that is trained on."""
-    found: dict[str, list[finetune.Outcome]] = {way: [] for way in finetune.ROUTES}
-    parts = 1 + len(found)
-    with progress(console, "training") as show:
-        for index, seed in enumerate(seeds):
-
-            def watch(step: int, losses: Mapping[str, Tensor], part: int, seed: int = seed, index: int = index) -> None:
-                if step % UPDATE_EVERY == 0 or step == steps:
-                    share = (index * parts + part + step / steps) / (len(seeds) * parts)
-                    show(share, f"seed {seed} {_shown(losses)}")
-
-            model = finetune.pretrain(seed, steps, lambda step, losses: watch(step, losses, 0))  # noqa: B023
-            for part, (way, routes) in enumerate(finetune.ROUTES.items(), start=1):
-                found[way].append(
-                    finetune.finetune(
-                        model, routes, seed, steps, lambda step, losses, part=part: watch(step, losses, part)
-                    )
-                )
+    for way, routes in finetune.ROUTES.items():
+        plan = finetune.make_step(finetune.make_model(seeds.start), routes).plan
+        _block(console, f"Which loss updates what: {way}", str(plan))
+    watch = _watch(seeds, [finetune.PRETRAINING, *finetune.ROUTES], steps)
+    with progress(console, "training") as tell:
+        found = finetune.run(seeds, steps, partial(watch, tell))
+    _title(console, f"\nFine-tuning on the digits 5 to 9, {len(seeds)} seeds, held-out images")
     console.print(finetune_table(found))
+    _prose(console, finetune_in_words(found))
 
 
-def _shown(losses: Mapping[str, Tensor]) -> str:
-    return " ".join(f"{name} {float(loss):.3f}" for name, loss in losses.items())
+def _watch(
+    seeds: range, runs: Sequence[str], steps: int
+) -> Callable[[Show, int, str, int, Mapping[str, Tensor]], None]:
+    """Tell a progress how far a training of all runs for all seeds is."""
+    width = max(map(len, runs))
+
+    def watch(show: Show, seed: int, run: str, step: int, losses: Mapping[str, Tensor]) -> None:
+        if step % UPDATE_EVERY == 0 or step == steps:
+            done = (seeds.index(seed) * len(runs) + runs.index(run)) * steps + step
+            shown = " ".join(f"{name} {float(loss):.3f}" for name, loss in losses.items())
+            show(done / (len(seeds) * len(runs) * steps), f"seed {seed} {run:{width}} {shown}")
+
+    return watch
 
 
-def _say(console: Console, title: str, text: str) -> None:
-    console.print(title, style="bold", markup=False, highlight=False)
-    _line(console, text + "\n")
+def _block(console: Console, title: str, text: str) -> None:
+    _title(console, title)
+    _verbatim(console, text + "\n")
 
 
-def _line(console: Console, text: str) -> None:
-    """Text as it is: nothing in it is markup, and a wide table is not wrapped."""
+def _title(console: Console, text: str) -> None:
+    console.print(text, style="bold", markup=False, highlight=False)
+
+
+def _prose(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False)
+
+
+def _verbatim(console: Console, text: str) -> None:
+    """Text whose lines stay as they are, however narrow the terminal."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from funcfreeze.demos.adversarial import WEIGHTS, Point, Settings, train
+from funcfreeze.demos.threads import one_thread
 
 MEASURES: Mapping[str, Callable[[Point], float]] = {
     "source_accuracy": lambda point: point.source_accuracy,
@@ -19,8 +21,8 @@ MEASURES: Mapping[str, Callable[[Point], float]] = {
 Curve = tuple[Point, ...]
 """One run's measurements, from early to late."""
 
-Watch = Callable[[str, int, int, Mapping[str, Tensor]], None]
-"""`watch(run, seed, step, losses)`, called after every step."""
+Watch = Callable[[int, str, int, Mapping[str, Tensor]], None]
+"""`watch(seed, run, step, losses)`, called after every step."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,10 @@ class Trials:
 def run_trials(settings: Settings, seeds: Sequence[int], watch: Watch) -> Trials:
     """Train every run for every seed. All runs of a seed have the same data, initial values and batches."""
     curves: dict[str, list[Curve]] = {run: [] for run in WEIGHTS}
-    for seed in seeds:
-        for run, weight in WEIGHTS.items():
-
-            def tell(step: int, losses: Mapping[str, Tensor], run: str = run, seed: int = seed) -> None:
-                watch(run, seed, step, losses)
-
-            curves[run].append(train(seed, weight, settings, tell))
+    with one_thread():
+        for seed in seeds:
+            for run, weight in WEIGHTS.items():
+                curves[run].append(train(seed, weight, settings, partial(watch, seed, run)))
     return Trials(tuple(seeds), {run: tuple(found) for run, found in curves.items()})
 
 

@@ -39,4 +39,9 @@ def forward(evaluate: Evaluate, params: Sequence[Tensor], routing: Routing) -> F
         losses = check_losses(returned, routing)
     present = {name: loss for name, loss in zip(routing.losses, losses, strict=True) if loss is not None}
     check_differentiable([name for name, loss in present.items() if not loss.requires_grad], routing)
-    return Forward(leaves, losses, {name: loss.detach() for name, loss in present.items()}, detached(rest))
+    return Forward(leaves, losses, {name: _value(loss) for name, loss in present.items()}, detached(rest))
+
+
+def _value(loss: Tensor) -> Tensor:
+    """The loss detached; one that is itself a parameter is copied, since a step may overwrite that."""
+    return loss.detach().clone() if loss.is_leaf else loss.detach()
