@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import funcfreeze as ff
 from funcfreeze.demos.digits import Batch, Domains, Images, batches, two_domains
 from funcfreeze.demos.probe import domain_probe
+from funcfreeze.demos.threads import one_thread
 from funcfreeze.report import Report
 
 Modules = dict[str, nn.Module]
@@ -113,7 +114,8 @@ def verify_step(seed: int, settings: Settings) -> Report:
     step = make_step(seed, WEIGHTS["adversarial"], settings)
     state = step.init().replace(step=torch.tensor(settings.steps // 2))
     (batch,) = batches(two_domains(seed), seed, 1, settings.batch)
-    return ff.verify(step, state, batch)
+    with one_thread():
+        return ff.verify(step, state, batch)
 
 
 def train(

@@ -28,17 +28,29 @@ def draw_curves(trials: Trials, path: Path) -> None:
     for panel, (measure, title) in zip(axes, PANELS.items(), strict=True):
         for run in trials.curves:
             _draw(panel, trials, run, measure)
-        panel.set(title=title, xlabel="training step", ylim=(0.3, 1.02))
+        panel.set(title=title, xlabel="training step", ylim=(_lowest(trials) - 0.05, 1.02))
         panel.grid(alpha=0.3)
     axes[0].set_ylabel("share of held-out images told right")
     axes[-1].axhline(0.5, color="black", linestyle=":", linewidth=1)
     axes[-1].annotate("chance", (1, 0.5), (-4, 4), xycoords=("axes fraction", "data"), textcoords="offset points",
                       ha="right")  # fmt: skip
-    axes[0].legend(loc="lower right")
+    axes[1].legend(loc="lower right")  # the panel with the most room
     count = len(trials.seeds)
     shading = f"thick: mean of {count} seeds; shaded: ± one standard deviation; thin: each seed"
     figure.suptitle(f"Digits, an encoder against a domain head ({shading if count > 1 else 'one seed'})", fontsize=11)
     figure.savefig(path, dpi=150)
+
+
+def _lowest(trials: Trials) -> float:
+    """The lower end of all panels: the smallest value, or chance where all is above it."""
+    values = [
+        read(point)
+        for read in MEASURES.values()
+        for curves in trials.curves.values()
+        for curve in curves
+        for point in curve
+    ]
+    return min(0.5, *values)
 
 
 def _draw(panel: Axes, trials: Trials, run: str, measure: str) -> None:

@@ -56,7 +56,7 @@ def show_adversarial(
     console.print(trials_table(trials))
     for sentence in trials_in_words(trials):
         _prose(console, sentence)
-    _prose(console, "A domain probe of 0.5 is chance: a linear classifier could not tell the domain any more.\n")
+    console.print()
     with progress(console, "timing") as show:
         timings = speed.measure(seconds, size, lambda share: show(share, ""))
     _title(
@@ -65,7 +65,9 @@ def show_adversarial(
         f"heads, batch {size.batch}",
     )
     console.print(speed_table(timings))
-    _prose(console, speed_in_words(timings) + "\n")
+    for sentence in speed_in_words(timings):
+        _prose(console, sentence)
+    console.print()
     draw_curves(trials, out / "curves.png")
     write_json(out / "results.json", results(trials, report, timings, settings))
     _verbatim(console, f"wrote {out / 'curves.png'}, {out / 'plan.json'} and {out / 'results.json'}")

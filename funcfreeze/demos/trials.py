@@ -41,6 +41,11 @@ class Trials:
         """One number for each seed, measured after the last step."""
         return [MEASURES[measure](curve[-1]) for curve in self.curves[run]]
 
+    def best(self, run: str, measure: str) -> tuple[float, int]:
+        """The best mean over the seeds at any point of the training, and after how many steps it was reached."""
+        moments = zip(*self.curves[run], strict=True)
+        return max((statistics.fmean(map(MEASURES[measure], points)), points[0].step) for points in moments)
+
 
 def run_trials(settings: Settings, seeds: Sequence[int], watch: Watch) -> Trials:
     """Train every run for every seed. All runs of a seed have the same data, initial values and batches."""

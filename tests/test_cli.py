@@ -1,0 +1,205 @@
+"""The command, as one types it."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from funcfreeze.demos import adversarial, seeds, speed
+from funcfreeze.demos.commands import app
+from funcfreeze.plan import Plan
+from funcfreeze.report import Check, Report
+
+MEASURES = {"source_accuracy", "target_accuracy", "domain_probe"}
+TINY = ["--steps", "3", "--speed-seconds", "0"]
+
+
+@pytest.fixture(autouse=True)
+def single_precision():
+    """The demos run in torch's default dtype, as they do from the command."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_default_dtype(before)
+
+
+def typed(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "deep" / "folder"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "Size", partial(speed.Size, layers=2, width=8, heads=2, batch=4))
+        return typed("demo", "--out", out, "--seeds", 2, *TINY), out
+
+
+def test_demo_writes_its_files(ran):
+    result, out = ran
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in out.iterdir()) == ["curves.png", "plan.json", "results.json"]
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_writes_its_results(ran):
+    _, out = ran
+    results = json.loads((out / "results.json").read_text())
+    assert results["seeds"] == [0, 1]
+    for run in ("baseline", "adversarial"):
+        assert results[run].keys() == MEASURES
+        assert all(len(values) == 2 and 0 <= min(values) <= max(values) <= 1 for values in results[run].values())
+    assert results["verify"]["ok"] is True
+    assert 0 <= results["verify"]["worst"] < 1e-6
+    assert all(results["speed"][key] > 0 for key in ("recipe_ms", "reversal_ms", "routed_ms"))
+
+
+def test_demo_writes_the_plan_it_trained_with(ran):
+    _, out = ran
+    settings = replace(adversarial.Settings(), steps=3)
+    assert Plan.from_dict(json.loads((out / "plan.json").read_text())) == adversarial.make_step(0, 0.3, settings).plan
+
+
+def test_demo_says_things_in_order(ran):
+    result, out = ran
+    expected = [
+        "domain updates 10 of 12 parameters",
+        "ok: engine 'routed' against the recipe",
+        "training 100%",
+        "target accuracy",
+        "torch.optim.Adam",
+        f"wrote {out / 'curves.png'}",
+    ]
+    places = [result.output.index(text) for text in expected]
+    assert places == sorted(places)
+
+
+def test_demo_is_plain_without_a_terminal(ran):
+    result, _ = ran
+    assert "\x1b" not in result.output
+    assert "\r" not in result.output
+
+
+@pytest.mark.parametrize("inside", ["", "deeper"])
+def test_an_unwritable_folder_is_said_in_one_line_before_the_training(tmp_path, inside):
+    taken = tmp_path / "taken"
+    taken.write_text("a file")
+    result = typed("demo", "--out", taken / inside, *TINY)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("funcfreeze: cannot write ")
+    assert str(taken) in line
+    assert line.endswith("give another folder with --out DIR")
+
+
+def test_demo_ends_where_the_step_is_not_verified(tmp_path, monkeypatch):
+    failed = Report("engine against the recipe", (Check("encoder", error=1.0, tolerance=1e-10),))
+    monkeypatch.setattr(adversarial, "verify_step", lambda *_: failed)
+    result = typed("demo", "--out", tmp_path, *TINY)
+    assert result.exit_code == 1
+    assert "NOT OK" in result.stdout
+    assert "training" not in result.stdout
+    assert result.stderr.startswith("funcfreeze: the step is not equal to the recipe")
+
+
+@pytest.mark.parametrize("option", ["--seeds", "--steps"])
+def test_counts_start_at_one(option):
+    result = typed("demo", option, 0)
+    assert result.exit_code == 2
+    assert option in result.output
+
+
+def test_options_of_demo_are_not_ignored_before_finetune(tmp_path):
+    result = typed("demo", "--seeds", 2, "finetune")
+    assert result.exit_code == 2
+    assert "--seeds" in result.output
+    assert "finetune" in result.output
+
+
+def test_finetune_shows_plan_and_numbers():
+    result = typed("demo", "finetune", "--seeds", 2, "--steps", 3)
+    assert result.exit_code == 0, result.output
+    assert "frozen: no route" in result.output
+    (body,) = (line for line in result.output.splitlines() if "largest change in body" in line)
+    assert body.count("bit-identical") == 1
+    assert "163,840" in result.output
+    assert "\x1b" not in result.output
+
+
+def test_verify_seeds_prints_every_case():
+    result = typed("verify", "seeds")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("ok: ") >= len(seeds.seed_reports())
+
+
+def test_verify_seeds_fails_when_a_case_does(monkeypatch):
+    failed = Report("y = b + a·x", (Check("a", error=1.0, tolerance=1e-12),))
+    monkeypatch.setattr(seeds, "seed_reports", lambda: [failed])
+    result = typed("verify", "seeds")
+    assert result.exit_code == 1
+    assert "NOT OK: y = b + a·x" in result.stdout
+
+
+def test_version():
+    assert typed("--version").output == f"funcfreeze {version('funcfreeze')}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["demo"], ["demo", "finetune"], ["verify"], ["verify", "seeds"]])
+def test_every_command_has_help(arguments):
+    result = typed(*arguments, "--help")
+    assert result.exit_code == 0
+    assert "Usage: " in result.output
+
+
+WITHOUT = """
+import sys
+sys.modules.update(dict.fromkeys({blocked!r}))  # None there is a module that cannot be found
+sys.argv = ["funcfreeze", *{arguments!r}]
+import funcfreeze
+from funcfreeze.cli import main
+main()
+"""
+
+
+def without(blocked, *arguments):
+    code = WITHOUT.format(blocked=blocked, arguments=arguments)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("blocked", "package"),
+    [(["typer", "rich", "sklearn", "matplotlib"], "typer"), (["sklearn"], "scikit-learn"),
+     (["matplotlib"], "matplotlib")],
+)  # fmt: skip
+def test_a_missing_extra_is_said_in_one_line(blocked, package, tmp_path):
+    done = without(blocked, "demo", "--out", str(tmp_path / "out"))
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == (
+        f'funcfreeze: the command needs {package}, which is not installed: pip install "funcfreeze[demo]"\n'
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_verify_needs_no_data_and_no_plots():
+    done = without(["sklearn", "matplotlib"], "verify", "seeds")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_narrow_encoding_does_not_end_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "funcfreeze.cli", "demo", "finetune", "--seeds", "1", "--steps", "1"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"?  frozen: no route" in done.stdout
