@@ -1,6 +1,6 @@
 """Train one model with several losses, where each loss may update only some of the parameters."""
 
-from importlib.metadata import version
+from importlib.metadata import version as _version
 
 from funcfreeze import optim as optim
 from funcfreeze.backward import backward as backward
@@ -18,3 +18,5 @@ from funcfreeze.selectors import where as where
 from funcfreeze.state import State as State
 from funcfreeze.step import Step as Step
 from funcfreeze.verify import verify as verify
+
+__version__ = _version("funcfreeze")

@@ -74,9 +74,7 @@ def grad_and_value(
     return transformed
 
 
-def grad(
-    losses: Losses, routes: object, *, engine: str = "routed", has_aux: bool = False
-) -> Callable[..., Any]:
+def grad(losses: Losses, routes: object, *, engine: str = "routed", has_aux: bool = False) -> Callable[..., Any]:
     """As `grad_and_value`, without the losses: `f(params, *args) -> grads`, or `(grads, aux)` with `has_aux`.
 
     >>> import torch

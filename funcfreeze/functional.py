@@ -53,6 +53,19 @@ class FunctionalModule:
             for hook in (tensor._backward_hooks or {}).values()
         ]
 
+    def refuse_accumulation_hooks(self) -> None:
+        """Refuse parameters with hooks on `.grad`, to which nothing is accumulated here.
+
+        Raises:
+            ValueError: naming every such parameter.
+        """
+        hooked = [path for path, tensor in self.present_parameters().items() if tensor._post_accumulate_grad_hooks]
+        if hooked:
+            raise ValueError(
+                f"{', '.join(hooked)} has a hook that runs after .grad is accumulated, which a Step never does; remove "
+                "it (an optimizer in the backward has nothing to add to a Step), or use funcfreeze.backward"
+            )
+
     def write(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
         """Write values into the module: in place, or as new tensors where a buffer has changed its shape or dtype."""
         with torch.no_grad():
@@ -180,7 +193,7 @@ def refuse_unusable(module: nn.Module) -> None:
     problems = [problem for path, inner in module.named_modules() if (problem := _refusal(path, inner))]
     if problems:
         raise TypeError("\n".join(problems))
-    lazy = [path for path, p in module.named_parameters() if isinstance(p, nn.parameter.UninitializedTensorMixin)]
+    lazy = [path for path, p in module.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
     if lazy:
         raise ValueError(
             f"parameters without a shape yet (lazy modules): {', '.join(lazy)}; run one batch through the model first"
@@ -234,7 +247,9 @@ def _name_problem(name: object) -> str | None:
     if not isinstance(name, str) or not name:
         return f"a module is named by a non-empty string, got {name!r}"
     if "." in name:
-        return f"the module name {name!r} has a dot, which separates the parts of a path; use {name.replace('.', '_')!r}"
+        return (
+            f"the module name {name!r} has a dot, which separates the parts of a path; use {name.replace('.', '_')!r}"
+        )
     if name in dir(nn.ModuleDict()):
         return f"the module name {name!r} is taken by nn.ModuleDict itself; use {name + '_'!r}"
     return None

@@ -252,4 +252,3 @@ def _weight_from_data(data: Any) -> Weight:
         f"the weight {data['function']} was a function, which plain data cannot hold; use a schedule of "
         "funcfreeze.optim, or resolve the plan anew"
     )
-

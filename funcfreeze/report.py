@@ -1,4 +1,4 @@
-"""Reports: what was compared, how far apart it was, and whether that is near enough. Plain data with a readable print."""
+"""Reports: what was compared, how far apart it was, whether that is near enough. Plain data that prints readably."""
 
 from __future__ import annotations
 
@@ -90,7 +90,13 @@ class Report:
         head = f"{'ok' if self.ok else 'NOT OK'}: {self.title}{f' ({facts})' if facts else ''}"
         rows = [("what", "losses", "error", "tolerance", "")]
         rows += [
-            (check.subject, ", ".join(check.losses) or "-", _number(check.error), _number(check.tolerance), _verdict(check))
+            (
+                check.subject,
+                ", ".join(check.losses) or "-",
+                _number(check.error),
+                _number(check.tolerance),
+                _verdict(check),
+            )
             for check in self.checks
         ]
         widths = [max(len(row[column]) for row in rows) for column in range(5)]

@@ -1,9 +1,9 @@
 """Routes as a user writes them, brought to one form: for each loss, selectors with weights.
 
-    {"cls": "*"}                                 a selector
-    {"cls": ["encoder", "classifier"]}           their union
-    {"dom": {"domain": 1.0, "encoder": -0.1}}    a weight for each selector
-    {"aux": [Route("encoder"), Route("*.bias", weight=0.5)]}   active weights add up
+{"cls": "*"}                                 a selector
+{"cls": ["encoder", "classifier"]}           their union
+{"dom": {"domain": 1.0, "encoder": -0.1}}    a weight for each selector
+{"aux": [Route("encoder"), Route("*.bias", weight=0.5)]}   active weights add up
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _evaluate(weight: Weight, step: Tensor | None) -> float | Tensor:
         return float(weight)
     if step is None:
         raise TypeError(f"the weight {weight!r} is a schedule of the step, and there is no step here: use ff.Step")
-    value = weight(step)
+    value = weight(step)  # type: ignore[operator]  # mypy takes an int for a Real, and a float for none
     if isinstance(value, Tensor) and value.ndim == 0:
         return value.detach()
     if isinstance(value, Real):
@@ -155,4 +155,3 @@ UNIT: tuple[Weight, ...] = (1.0,)
 __all__ = [
     "UNIT", "Declaration", "Route", "Weight", "declare", "scalar_like", "weight_problem", "weight_value",
 ]  # fmt: skip
-

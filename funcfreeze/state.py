@@ -146,9 +146,9 @@ def known_to_fit(state: State) -> object:
 
 
 optree.register_pytree_node(
-    State,
-    lambda state: (state._live, None, FIELDS),
-    lambda _, fields: State(*fields),
+    State,  # type: ignore[arg-type]  # optree's stub wants a Collection, its code does not
+    lambda state: (state._live, None, FIELDS),  # type: ignore[attr-defined]
+    lambda _, fields: State(*fields),  # type: ignore[arg-type, return-value]
     path_entry_type=optree.GetAttrEntry,
     namespace=vars(registry)["__GLOBAL_NAMESPACE"],  # every namespace: nobody should have to name one to map a State
 )

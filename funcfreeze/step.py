@@ -99,6 +99,7 @@ class Step:
         plan = resolve_plan(routes, leaves)
         transform = optimizer if optimizer.bind is None else optimizer.bind(leaves)
         functional = FunctionalModule.of(module)
+        functional.refuse_accumulation_hooks()
         values = {
             "model": model,
             "losses": losses,
@@ -264,7 +265,9 @@ def _split(returned: Any) -> tuple[Any, Mapping[str, Any]]:
         return returned, {}
     if len(returned) != 2 or not isinstance(returned[1], Mapping):
         shown = ", ".join(type(part).__name__ for part in returned)
-        raise TypeError(f"`losses` returns a mapping of losses, or a pair of that and a mapping of metrics; got ({shown})")
+        raise TypeError(
+            f"`losses` returns a mapping of losses, or a pair of that and a mapping of metrics; got ({shown})"
+        )
     return returned
 
 

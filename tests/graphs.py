@@ -15,12 +15,10 @@ class NanForZero(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        ctx.save_for_backward(x)
         return x * 2.0
 
     @staticmethod
     def backward(ctx, cotangent):
-        (x,) = ctx.saved_tensors
         return 2.0 * cotangent / (cotangent.abs().sum() / cotangent.abs().sum())
 
     generate_vmap_rule = True

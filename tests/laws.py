@@ -24,9 +24,7 @@ def assert_gradients_equal(got: Mapping[str, Tensor], wanted: Mapping[str, Tenso
         dense = gradient.to_dense() if gradient.is_sparse else gradient
         mine = got[path].to_dense() if got[path].is_sparse else got[path]
         scale = float(1 + dense.detach().abs().nan_to_num().max()) if dense.numel() else 1.0
-        torch.testing.assert_close(
-            mine, dense, rtol=tolerance, atol=tolerance * scale, equal_nan=True
-        )
+        torch.testing.assert_close(mine, dense, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
 
 
 def assert_law(engine: str, losses: Any, params: Mapping[str, Tensor], table: Table, tolerance: float = 1e-12) -> None:

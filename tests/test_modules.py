@@ -71,7 +71,12 @@ class Reassigned(nn.Module):
 
 def convolutions():
     return nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Dropout(0.3), nn.Conv2d(4, 2, 2)
+        nn.Conv2d(2, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Dropout(0.3),
+        nn.Conv2d(4, 2, 2),
     )
 
 

@@ -143,7 +143,7 @@ def test_a_large_plan_prints_by_modules():
         (
             {"a": {"encoder": 1.0, "*.bias": -1.0}},
             "loss 'a': encoder.0.bias is claimed by 2 entries, 'encoder': 1.0 and '*.bias': -1.0; keep it in one, "
-            "for example path(\"encoder\") - \"*.bias\"",
+            'for example path("encoder") - "*.bias"',
         ),
         ({"a": {"encoder": "fast"}}, "a weight is a finite number, a 0-d tensor or a schedule, got str: 'fast'"),
         ({"a": {"encoder": torch.ones(2)}}, "got a tensor of shape (2,) and dtype torch.float32"),
@@ -154,7 +154,7 @@ def test_a_large_plan_prints_by_modules():
         ({"a": 3}, "loss 'a': a selector is a string, or made by path, regex, kind or where; got int: 3"),
         ({3: "encoder"}, "a loss is named by a string, got int: 3"),
         ({}, "routes are a mapping such as"),
-        (["encoder"], "routes are a mapping such as {\"cls\": \"*\", \"adv\": \"encoder\"}, got list: ['encoder']"),
+        (["encoder"], 'routes are a mapping such as {"cls": "*", "adv": "encoder"}, got list: [\'encoder\']'),
     ],
 )
 def test_mistakes_in_routes(routes, message):

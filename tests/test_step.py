@@ -53,7 +53,11 @@ def recipe(model, batches):
     for batch in batches:
         optimizer.zero_grad()
         found = losses(model, batch)
-        for loss, weight, allowed in (("cls", 1.0, ("encoder", "cls")), ("dom", -0.1, ("encoder",)), ("dom", 1.0, ("dom",))):
+        for loss, weight, allowed in (
+            ("cls", 1.0, ("encoder", "cls")),
+            ("dom", -0.1, ("encoder",)),
+            ("dom", 1.0, ("dom",)),
+        ):
             for path, parameter in model.named_parameters():
                 parameter.requires_grad_(path.split(".")[0] in allowed)
             (weight * found[loss]).backward(retain_graph=True)
@@ -239,7 +243,9 @@ def test_scheduled_weights_and_rates_read_the_step():
     step = make(routes={"cls": "cls", "dom": {"dom": schedule}}, optimizer=ff.optim.sgd(schedule))
     state = step.init()
     batch = torch.randn(5, 4)
-    plain = make(step.model, routes={"cls": "cls", "dom": "dom"}, optimizer=step.optimizer).gradients(state, batch)["dom.bias"]
+    plain = make(step.model, routes={"cls": "cls", "dom": "dom"}, optimizer=step.optimizer).gradients(state, batch)[
+        "dom.bias"
+    ]
     assert torch.equal(step.gradients(state, batch)["dom.bias"], torch.zeros(2))
     before = state.params["cls.bias"].clone()
     state, _ = step(state, batch)
@@ -369,7 +375,10 @@ def test_any_optimizer_of_torch():
 def test_partitioned_optimizers_see_ties_and_kinds():
     model = network()
     optimizer = ff.optim.partition(
-        {ff.kind(nn.Linear): ff.optim.adam(1e-3), ~ff.kind(nn.Linear): ff.optim.chain(ff.optim.clip_by_global_norm(1.0), ff.optim.sgd(0.1))}
+        {
+            ff.kind(nn.Linear): ff.optim.adam(1e-3),
+            ~ff.kind(nn.Linear): ff.optim.chain(ff.optim.clip_by_global_norm(1.0), ff.optim.sgd(0.1)),
+        }
     )
     step = make(model, optimizer=optimizer)
     state, _ = step(step.init(), torch.randn(5, 4))

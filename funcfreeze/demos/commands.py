@@ -14,6 +14,7 @@ app = typer.Typer(
     help="Train one model with several losses, where each loss may update only some of the parameters.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="markdown",  # the lines of a docstring are joined to paragraphs
     pretty_exceptions_enable=False,  # `main` turns a missing package into one line
 )
 demo = typer.Typer()

@@ -21,7 +21,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 OBSERVERS = frozenset({"torch.utils.module_tracker", "torch.distributed._tools.mod_tracker"})
-"""Modules of torch whose hooks only note that they ran, as `FlopCounterMode` has them; they do not keep losses apart."""
+"""Modules of torch whose hooks only note that they ran, as `FlopCounterMode` has them: they keep no losses apart."""
 
 
 @dataclass

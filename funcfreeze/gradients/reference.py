@@ -80,7 +80,8 @@ class _Levels:
             touched.update(_delivered(loss, own))
             return loss, found
 
-        loss, pullback, carried = vjp(alone, {leaf: params[leaf] for leaf, _ in row}, has_aux=True)
+        own = {leaf: params[leaf] for leaf, _ in row}
+        loss, pullback, carried = vjp(alone, own, has_aux=True)  # type: ignore[misc]  # its stub forgets has_aux
         found = _Found(*carried)
         with torch.no_grad():
             found.gradients[level] = self._pull_back(pullback, loss, row, touched)

@@ -19,7 +19,7 @@ from funcfreeze.routes import scalar_like
 
 
 class Routed:
-    """Plans the backward on the autograd graph: no weight gradient that nobody may use, no shared trunk walked twice."""
+    """Plans the backward on the graph: no weight gradient that nobody may use, no shared trunk walked twice."""
 
     def merged(self, evaluate: Evaluate, params: Sequence[Tensor], routing: Routing, step: Tensor | None) -> Outcome:
         """Every leaf's gradient, one engine call for every set of losses that travels together."""
@@ -65,9 +65,7 @@ class LiveGraph(NamedTuple):
     seeds: Sequence[Tensor | None]
 
 
-def read_losses(
-    losses: Sequence[Tensor | None], leaves: Sequence[Tensor], hooked: Sequence[Node] | None
-) -> LiveGraph:
+def read_losses(losses: Sequence[Tensor | None], leaves: Sequence[Tensor], hooked: Sequence[Node] | None) -> LiveGraph:
     """Read the graph of scalar losses (None where absent) down to the leaves.
 
     Args:
@@ -138,14 +136,13 @@ def _call(
     planned: Pass, nodes: dict[int, Node], leaves: Sequence[Tensor], entering: Sequence[tuple[Entry, Tensor]]
 ) -> tuple[Tensor | None, ...]:
     """One call of the autograd engine, with the pass's blocked nodes passing nothing on."""
+    inputs: list[Tensor | GradientEdge] = [leaves[leaf] for leaf, _, _ in planned.leaves]
+    inputs += (GradientEdge(nodes[exit.node], exit.input_nr) for exit in planned.exits)
     handles = [nodes[node].register_prehook(_pass_nothing_on) for node in planned.blocked]
     try:
         return torch.autograd.grad(
             [GradientEdge(nodes[entry.node], entry.input_nr) for entry, _ in entering],
-            [
-                *(leaves[leaf] for leaf, _, _ in planned.leaves),
-                *(GradientEdge(nodes[exit.node], exit.input_nr) for exit in planned.exits),
-            ],
+            inputs,  # type: ignore[arg-type]  # its stub takes tensors or edges, the engine takes both together
             [cotangent for _, cotangent in entering],
             retain_graph=planned.retain,
             allow_unused=True,
@@ -180,4 +177,3 @@ def _add(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     if one is None or other is None:
         return other if one is None else one
     return other + one if one.is_sparse and not other.is_sparse else one + other  # torch adds sparse to dense only
-

@@ -29,7 +29,7 @@ def two_level(layer):
         head = torch.tanh(middle @ p["head"]) * trunk
         return {"a": (head @ p["head"]).square().sum(), "b": (middle * trunk).sin().sum()}
 
-    shapes = {name: (4, 4) for name in ("trunk", "middle", "head")}
+    shapes = dict.fromkeys(("trunk", "middle", "head"), (4, 4))
     return losses, params(**shapes), {"a": dict.fromkeys(shapes, 1.0), "b": {"trunk": -0.3, "middle": -0.3}}
 
 
@@ -299,7 +299,7 @@ def test_views_and_writes_into_them(engine):
         h[0] = p["v"]
         h[:, 1].mul_(2.0)
         left, right = h.split([1, 2], dim=1)
-        u, s, _ = torch.linalg.svd(h + 3 * torch.eye(3))
+        _, s, _ = torch.linalg.svd(h + 3 * torch.eye(3))
         return {"a": (left.sum() * right).sum(), "b": s.sum(), "c": torch.cat([h, h]).square().sum()}
 
     table = {"a": {"w": 1.0, "v": 1.0}, "b": {"w": 1.0}, "c": {"v": 0.5, "w": 0.5}}

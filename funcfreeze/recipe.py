@@ -1,0 +1,73 @@
+"""The recipe as a training loop: a real module, `requires_grad` toggled, `.grad`. What `verify` compares with."""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from funcfreeze.functional import FunctionalModule
+from funcfreeze.gradients.toggle import accumulate
+from funcfreeze.state import State
+from funcfreeze.step import Step
+
+
+class Recipe:
+    """The eager loop: a real module, `requires_grad` toggled, `.grad`, and the optimizer's pure form."""
+
+    def __init__(self, step: Step, module: nn.Module, state: State) -> None:
+        self.module = module
+        self.losses = step.losses
+        self.routing = step.routing
+        self.transform = step.transform
+        self.routed = step.plan.routed
+        self.functional = FunctionalModule.of(module)
+        self.functional.write(state.params, state.buffers)
+        self.optimizer = copy.deepcopy(state.optimizer)
+
+    def gradients(self, batch: Any, number: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Losses and gradients by name, from one forward; parameters that no loss touches have none."""
+        parameters = self.functional.present_parameters()
+        with torch.enable_grad():
+            returned = self.losses(self.module, batch)
+            losses = returned[0] if isinstance(returned, tuple) else returned
+            ordered = [losses[name] for name in self.routing.losses]
+            accumulate(ordered, list(parameters.values()), self.routing, self.routing.weight_values(number))
+        found = {path: p.grad.detach() for path, p in parameters.items() if p.grad is not None}
+        for parameter in parameters.values():
+            parameter.grad = None
+        return {name: loss.detach() for name, loss in losses.items() if loss is not None}, found
+
+    def update(self, gradients: Mapping[str, Tensor], number: Tensor) -> None:
+        """One optimizer step."""
+        parameters = {path: p.detach() for path, p in self.functional.present_parameters().items()}
+        own = {path: parameters[path] for path in self.routed}
+        with torch.no_grad():
+            updates, self.optimizer = self.transform.update(gradients, self.optimizer, own, step=number)
+            for path, update in updates.items():
+                if update is not None:
+                    parameters[path] += update
+
+
+@contextmanager
+def random_numbers(seed: int) -> Iterator[None]:
+    """The same random numbers for every side of a comparison, and the generators as they were afterwards."""
+    numpy = sys.modules.get("numpy")  # only a program that has imported it can draw from it
+    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        if numpy:
+            numpy.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            if numpy:
+                numpy.random.set_state(numpy_state)
