@@ -26,6 +26,9 @@ CONTENDERS = {
     "routed": "funcfreeze, ff.optim.adam",
 }
 
+FEWEST_ROUNDS = 5
+"""With fewer rounds than this nothing is said about who is faster."""
+
 
 def trials_table(trials: Trials) -> Table:
     """Every seed, the mean and the spread, both runs side by side."""
@@ -77,10 +80,17 @@ def speed_table(timings: Timings) -> Table:
 def speed_in_words(timings: Timings) -> Iterator[str]:
     """What the table comes to, and under which circumstances it was measured."""
     taken = timings.milliseconds
-    yield (
-        f"A step takes {taken['routed'] / taken['recipe']:.2f} of the time of the recipe, and "
-        f"{taken['routed'] / taken['reversal, fused Adam']:.2f} of that of a reversal layer under as fast an optimizer."
-    )
+    if timings.rounds < FEWEST_ROUNDS:
+        yield (
+            f"Only {timings.rounds} of {FEWEST_ROUNDS} rounds were done in time, too few to go by: the machine is slow "
+            "or busy. Try again with a larger --speed-seconds."
+        )
+    else:
+        yield (
+            f"A step takes {taken['routed'] / taken['recipe']:.2f} of the time of the recipe, and "
+            f"{taken['routed'] / taken['reversal, fused Adam']:.2f} of that of a reversal layer under as fast an "
+            "optimizer."
+        )
     yield (
         f"Medians of {timings.rounds} steps each, taken in turns on fresh random batches; {timings.threads} threads, "
         f"torch {timings.torch}; the gradients of the three agree to {timings.disagreement:.0e}."

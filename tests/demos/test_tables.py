@@ -5,7 +5,8 @@ import io
 from rich.console import Console
 
 from funcfreeze.demos.adversarial import Point
-from funcfreeze.demos.tables import trials_in_words, trials_table
+from funcfreeze.demos.speed import Timings
+from funcfreeze.demos.tables import speed_in_words, trials_in_words, trials_table
 from funcfreeze.demos.trials import Trials
 
 
@@ -48,3 +49,12 @@ def test_the_baseline_is_shown_at_its_best_moment_too():
     assert "baseline's best mean target accuracy at any time was 0.750, after 1 steps." in "\n".join(
         trials_in_words(trials((0.6, 0.9, 0.5)))
     )
+
+
+def test_nothing_is_said_about_speed_after_too_few_rounds():
+    taken = {"recipe": 100.0, "reversal": 60.0, "reversal, fused Adam": 50.0, "routed": 55.0}
+    few, many = (" ".join(speed_in_words(Timings(taken, 1e-8, rounds, threads=2, torch="2.13.0"))) for rounds in (4, 5))
+    assert "0.55 of the time of the recipe, and 1.10 of that of a reversal layer" in many
+    assert "of the recipe" not in few
+    assert "Only 4 of 5 rounds" in few
+    assert "--speed-seconds" in few
