@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from funcfreeze.gradients.flows import UNIT_WEIGHT, LossWeights
+from funcfreeze.gradients.weights import UNIT_WEIGHT, LossWeights
 from funcfreeze.plan import Plan
 from funcfreeze.routes import UNIT, Weight, weight_value
 

@@ -1,6 +1,7 @@
 """Planning a backward: which engine calls compute all losses' gradients without doing anything twice.
 
-`flows` says what travels together and where; here that is written down as engine calls, one for each flow.
+`flows` says which cotangents travel together and where they merge, `calls` which of them share a call; here that is
+written down as the calls that `routed` makes.
 """
 
 from __future__ import annotations
@@ -9,20 +10,11 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from funcfreeze.gradients.flows import (
-    UNIT_WEIGHT,
-    Flow,
-    FlowMap,
-    LossWeights,
-    Runs,
-    Shape,
-    Weights,
-    blocked_stops,
-    blocked_zone,
-    engine_runs,
-    follow,
-)
+from funcfreeze.gradients.calls import Runs, blocked_exits, blocked_zone, engine_runs, share_calls, unsafe_exits
+from funcfreeze.gradients.flows import FlowMap, above_hooks, follow
 from funcfreeze.gradients.graph import NO_LEAF, Graph
+from funcfreeze.gradients.shape import Shape
+from funcfreeze.gradients.weights import UNIT_WEIGHT, Flow, LossWeights, Weights
 
 
 class Seed(NamedTuple):
@@ -83,91 +75,100 @@ def plan_passes(graph: Graph, weights: tuple[LossWeights, ...]) -> tuple[Pass, .
         graph: the structure of the autograd graph.
         weights: for each loss, which leaves it may update and with which weight.
     """
-    return tuple(_passes(follow(Shape(graph), Weights(weights))))
+    shape, ready = Shape(graph), Weights(weights)
+    forbidden = above_hooks(shape)
+    while True:
+        found = follow(shape, ready, forbidden)
+        runs = engine_runs(found, share_calls(found))
+        unsafe = unsafe_exits(found, runs)
+        if not unsafe:
+            return tuple(_passes(found, runs))
+        forbidden |= unsafe  # merges move further down, and may be unsafe there too
 
 
-def _passes(found: FlowMap) -> Iterator[Pass]:
-    runs = engine_runs(found)
-    blocked: list[list[int]] = [[] for _ in runs.flows]
-    running = [below & passing for below, passing in zip(runs.below, runs.passing, strict=True)]
-    for index, node in blocked_stops(found, runs):
-        blocked[index].append(node)
-        for inside in blocked_zone(found, runs, index, node):
-            running[inside] |= 1 << index
-    retained = _retained(found.shape, running, len(runs.flows))
+def _passes(found: FlowMap, runs: Runs) -> Iterator[Pass]:
+    blocked = [blocked_exits(runs, index) for index in range(len(runs.calls))]
+    retained = _retained(found, runs, blocked)
     slots = _slots(found, runs)
-    entries, exits, leaves = _entries(found, slots), _exits(slots), _leaves(found)
-    travelling = [flow for flow in runs.flows if flow in entries]  # one that stops where it starts needs no call
+    entries, exits, leaves = _entries(found, runs, slots), _exits(runs, slots), _leaves(found, runs)
+    travelling = [index for index, places in enumerate(entries) if places]  # what stops where it starts needs no call
     mentioned = [
-        {entry.node for entry in entries[flow]}
-        | {exit.node for exit in exits.get(flow, ())}
-        | {node for _, node, _ in leaves.get(flow, ())}
-        for flow in travelling
+        {entry.node for entry in entries[index]}
+        | {exit.node for exit in exits[index]}
+        | {node for _, node, _ in leaves[index]}
+        for index in travelling
     ]
     last = {node: turn for turn, nodes in enumerate(mentioned) for node in nodes}
-    for turn, flow in enumerate(travelling):
-        index = runs.flows.index(flow)
+    for turn, index in enumerate(travelling):
         yield Pass(
-            entries=tuple(entries[flow]),
-            leaves=tuple(leaves.get(flow, ())),
-            exits=tuple(exits.get(flow, ())),
+            entries=tuple(entries[index]),
+            leaves=tuple(leaves[index]),
+            exits=tuple(exits[index]),
             blocked=tuple(blocked[index]),
             retain=bool(retained >> index & 1),
             done=tuple(sorted(node for node in mentioned[turn] if last[node] == turn)),
         )
 
 
-def _retained(shape: Shape, running: Sequence[int], flows: int) -> int:
-    """The bit set of flows that run a node which a later one runs too."""
-    if shape.is_compiled:  # a compiled backward frees all it saved, or nothing
-        return (1 << flows) - 1
+def _retained(found: FlowMap, runs: Runs, blocked: Sequence[Sequence[int]]) -> int:
+    """The bit set of calls that run a node which a later one runs too."""
+    if found.shape.is_compiled:  # a compiled backward frees all it saved, or nothing
+        return (1 << len(runs.calls)) - 1
+    running = [below & passing for below, passing in zip(runs.below, runs.passing, strict=True)]
+    for index, exits in enumerate(blocked):
+        for exit in exits:
+            for node in blocked_zone(found, runs, index, exit):
+                running[node] |= 1 << index
     retained = 0
     for bits in set(running) - {0}:
         retained |= bits & ~(1 << bits.bit_length() - 1)
     return retained
 
 
-def _slots(found: FlowMap, runs: Runs) -> dict[tuple[Flow, int, int], int]:
-    """A number for every (flow, node, input) at which a flow stops after having travelled."""
-    stops = (
-        (flow, node, input_nr)
-        for flow in runs.flows
-        for node in found.stops.get(flow, ())
+Slots = dict[tuple[int, int, int], int]
+"""(index of a call, node, input) at which one of its flows exits after having travelled -> slot."""
+
+
+def _slots(found: FlowMap, runs: Runs) -> Slots:
+    exits = (
+        (index, node, input_nr)
+        for index, places in enumerate(runs.exits)
+        for node, (flow,) in places.items()  # flows of one call never exit at the same node
         for input_nr in sorted(found.arrivals[node].get(flow, ()))
     )
-    return {stop: slot for slot, stop in enumerate(stops)}
+    return {exit: slot for slot, exit in enumerate(exits)}
 
 
-def _exits(slots: dict[tuple[Flow, int, int], int]) -> dict[Flow, list[Exit]]:
-    exits: dict[Flow, list[Exit]] = {}
-    for (flow, node, input_nr), slot in slots.items():
-        exits.setdefault(flow, []).append(Exit(node, input_nr, slot))
+def _exits(runs: Runs, slots: Slots) -> list[list[Exit]]:
+    exits: list[list[Exit]] = [[] for _ in runs.calls]
+    for (index, node, input_nr), slot in slots.items():
+        exits[index].append(Exit(node, input_nr, slot))
     return exits
 
 
-def _entries(found: FlowMap, slots: dict[tuple[Flow, int, int], int]) -> dict[Flow, list[Entry]]:
-    """Where each flow enters: where its loss starts, unless it stops there at once, and where others become it."""
-    sources: dict[Flow, dict[tuple[int, int], list[Seed | Captured]]] = {}
+def _entries(found: FlowMap, runs: Runs, slots: Slots) -> list[list[Entry]]:
+    """Where cotangents enter each call: where losses start, unless they exit there at once, and where others exit."""
+    call_of = {flow: index for index, call in enumerate(runs.calls) for flow in call}
+    sources: list[dict[tuple[int, int], list[Seed | Captured]]] = [{} for _ in runs.calls]
 
     def enter(flow: Flow, node: int, input_nr: int, source: Seed | Captured) -> None:
-        sources.setdefault(flow, {}).setdefault((node, input_nr), []).append(source)
+        sources[call_of[flow]].setdefault((node, input_nr), []).append(source)
 
     for start in found.starts:
         weight, flow = found.stops.get(start.flow, {}).get(start.node, (UNIT_WEIGHT, start.flow))
         enter(flow, start.node, start.input_nr, Seed(start.loss, start.weight if start.flow.folded else weight))
-    for (flow, node, input_nr), slot in slots.items():
+    for (index, node, input_nr), slot in slots.items():
+        (flow,) = runs.exits[index][node]
         weight, merged = found.stops[flow][node]
         enter(merged, node, input_nr, Captured(slot, weight))
-    return {
-        flow: [Entry(node, input_nr, tuple(added)) for (node, input_nr), added in places.items()]
-        for flow, places in sources.items()
-    }
+    return [[Entry(node, input_nr, tuple(added)) for (node, input_nr), added in places.items()] for places in sources]
 
 
-def _leaves(found: FlowMap) -> dict[Flow, list[tuple[int, int, int]]]:
-    """The gradients each flow computes: the leaves it ends in, with the weight it still lacks there."""
-    leaves: dict[Flow, list[tuple[int, int, int]]] = {}
+def _leaves(found: FlowMap, runs: Runs) -> list[list[tuple[int, int, int]]]:
+    """The gradients each call computes: the leaves its flows end in, with the weight they still lack there."""
+    call_of = {flow: index for index, call in enumerate(runs.calls) for flow in call}
+    leaves: list[list[tuple[int, int, int]]] = [[] for _ in runs.calls]
     for node, leaf in found.shape.leaf.items():
         for flow in found.passing[node] if leaf != NO_LEAF else ():
-            leaves.setdefault(flow, []).append((leaf, node, found.weights.at_leaf(flow, leaf)))
+            leaves[call_of[flow]].append((leaf, node, found.weights.at_leaf(flow, leaf)))
     return leaves

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
-from funcfreeze.gradients.flows import UNIT_WEIGHT, LossWeights
 from funcfreeze.gradients.hooks import noticing_hooks
 from funcfreeze.gradients.law import Evaluate, Outcome, Routing, SeparateOutcome
 from funcfreeze.gradients.returned import check_differentiable, check_losses
+from funcfreeze.gradients.weights import UNIT_WEIGHT, LossWeights
 from funcfreeze.routes import scalar_like
 
 

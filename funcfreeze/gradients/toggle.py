@@ -10,9 +10,9 @@ from collections.abc import Set as AbstractSet
 
 from torch import Tensor
 
-from funcfreeze.gradients.flows import UNIT_WEIGHT
 from funcfreeze.gradients.forward import forward
 from funcfreeze.gradients.law import Evaluate, Outcome, Routing, SeparateOutcome
+from funcfreeze.gradients.weights import UNIT_WEIGHT
 from funcfreeze.routes import scalar_like
 
 

@@ -6,8 +6,13 @@ import pytest
 
 from graphs import random_graph
 from laws import assert_law
+from oracle import oracle
 
 GRAPHS = 300
+
+
+def not_a_number(graph):
+    return any(g.isnan().any() for row in oracle(graph.losses, graph.params, graph.table).values() for g in row.values())
 
 
 @pytest.mark.parametrize("engine", ["routed", "reference", "toggle"])
@@ -22,4 +27,6 @@ def test_random_graphs(engine, seed):
 def test_random_graphs_with_foreign_code_and_hooks(engine, foreign, hooks, seed):
     for offset in range(GRAPHS):
         graph = random_graph(seed + offset, foreign=foreign, hooks=hooks)
+        if foreign and not_a_number(graph):
+            continue  # a loss whose own cotangent is zero at a Function that gives NaN for zero: no sum to compare
         assert_law(engine, graph.losses, graph.params, graph.table)
