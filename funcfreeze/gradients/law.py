@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -49,7 +50,7 @@ class Routing:
             weights.append(tuple((leaf, _number(terms, given)) for leaf, given in routed))
         return Routing(plan.losses, plan.paths, tuple(weights), tuple(terms))
 
-    @property
+    @cached_property
     def routed(self) -> frozenset[int]:
         """The leaves that some loss may update."""
         return frozenset(leaf for row in self.weights for leaf, _ in row)

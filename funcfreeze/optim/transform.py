@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import optree
 from torch import Tensor
 
+from funcfreeze.pytree import flatten_by_path
 from funcfreeze.selectors import Leaf, closest
 
 PyTree = Any  # of tensors: a tensor, or nested containers of them that optree knows
@@ -102,15 +103,11 @@ def by_path(tree: PyTree) -> Named:
     """
     if type(tree) is dict and all(type(key) is str for key in tree) and all(map(_is_leaf, tree.values())):
         return Named(tree, True, lambda values: {path: values.get(path) for path in tree})
-    keys, leaves, structure = optree.tree_flatten_with_path(tree, none_is_leaf=True)
-    paths = [".".join(map(str, key)) for key in keys]
-    named: dict[str, Tensor | None] = {}
-    for path, leaf in zip(paths, leaves, strict=True):
+    paths, leaves, structure = flatten_by_path(tree)
+    named: dict[str, Tensor | None] = dict(zip(paths, leaves, strict=True))
+    for path, leaf in named.items():
         if not _is_leaf(leaf):
             raise TypeError(f"{path or 'the pytree'} is no tensor but {type(leaf).__name__}: {leaf!r}")
-        if path in named:
-            raise ValueError(f"two leaves of one pytree have the path {path!r}; rename a key")
-        named[path] = leaf
     return Named(named, False, lambda values: optree.tree_unflatten(structure, [values.get(path) for path in paths]))
 
 

@@ -12,7 +12,9 @@ GRAPHS = 300
 
 
 def not_a_number(graph):
-    return any(g.isnan().any() for row in oracle(graph.losses, graph.params, graph.table).values() for g in row.values())
+    return any(
+        g.isnan().any() for row in oracle(graph.losses, graph.params, graph.table).values() for g in row.values()
+    )
 
 
 @pytest.mark.parametrize("engine", ["routed", "reference", "toggle"])
