@@ -42,8 +42,8 @@ def verify(step: Step, state: State, batch: Any, *, steps: int = 5) -> Report:
     The recipe runs on a copy of the real module: one forward, `requires_grad` toggled, and for each loss one
     `backward(retain_graph=True)`. The step runs on another copy with its own engine. Both get the same random numbers.
     Compared are, at every step, losses, touched sets and gradients; after the last, displacements from the start,
-    buffers, and that what is frozen or untouched is bit-identical, its optimizer state included. In float64 if the model
-    can, else in its own dtype.
+    buffers, and that what is frozen or untouched is bit-identical, its optimizer state included. In float64 if the
+    model can, else in its own dtype.
 
     The model, the state and the random number generators are left as they were.
 

@@ -1,0 +1,113 @@
+"""What is promised and can only be timed, measured side by side in one process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+import funcfreeze as ff
+from bench import recipes, workloads
+from bench.memory import peak_bytes
+from bench.timing import interleaved, median_ratio, medians
+from bench.workloads import Workload
+
+Measures = dict[str, Any]
+
+
+def whole_step(workload: Workload, rounds: int) -> Measures:
+    """A whole step with Adam: the recipe, one plain summed loss, funcfreeze."""
+    contenders = {
+        "recipe": recipes.recipe(workload),
+        "summed": recipes.summed(workload),
+        "routed": recipes.routed(workload),
+    }
+    if workload.name == "adversarial MLP":
+        contenders["reversal"] = recipes.reversal(workload)
+    times = interleaved(contenders, rounds)
+    return {
+        "ms": medians(times),
+        "recipe / routed": median_ratio(times, "recipe", "routed"),
+        "routed / summed": median_ratio(times, "routed", "summed"),
+    }
+
+
+def gradients_only(workload: Workload, rounds: int) -> Measures:
+    """Losses and gradients without an optimizer, against the backward of the plain sum."""
+    contenders = {
+        "summed": recipes.summed(workload, step=False),
+        "routed": recipes.gradients(workload),
+        "recipe": recipes.recipe(workload, step=False),
+    }
+    times = interleaved(contenders, rounds)
+    return {"ms": medians(times), "routed / summed": median_ratio(times, "routed", "summed")}
+
+
+def outside_the_engine(workload: Workload, rounds: int) -> Measures:
+    """The part of a gradient that is neither the model's forward nor autograd's engine, once the plan is cached."""
+    spent: dict[str, float] = {"forward": 0.0, "engine": 0.0}
+
+    def timed(name: str, f: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return f(*args, **kwargs)
+            finally:
+                spent[name] += time.perf_counter() - start
+
+        return run
+
+    step = ff.Step(
+        workload.model, timed("forward", workload.losses), workload.routes, optimizer=ff.optim.adam(1e-3)
+    )
+    state, original = step.init(), torch.autograd.grad
+    parts, totals = [], []
+    torch.autograd.grad = timed("engine", original)
+    try:
+        for turn in range(rounds + 2):
+            batch = workload.batch()
+            spent.update(forward=0.0, engine=0.0)
+            start = time.perf_counter()
+            step.gradients(state, batch)
+            total = time.perf_counter() - start
+            if turn > 1:
+                totals.append(total)
+                parts.append(1 - (spent["forward"] + spent["engine"]) / total)
+    finally:
+        torch.autograd.grad = original
+    return {"ms": statistics.median(totals) * 1e3, "part outside": statistics.median(parts)}
+
+
+def memory(workload: Workload) -> Measures:
+    """Peak bytes of a whole step, counted exactly, against one plain summed loss and the recipe."""
+    batch = workload.batch()
+    fixed = replace(workload, batch=lambda: batch)
+    peaks = {}
+    for name, make in (("summed", recipes.summed), ("recipe", recipes.recipe), ("routed", recipes.routed)):
+        run = make(fixed)
+        run()
+        peaks[name] = peak_bytes(run)
+    return {
+        "bytes": peaks,
+        "routed / summed": peaks["routed"] / peaks["summed"],
+        "recipe / summed": peaks["recipe"] / peaks["summed"],
+    }
+
+
+def measure(rounds: int) -> dict[str, Measures]:
+    """All bars."""
+    heads = workloads.many_heads(16)
+    return {
+        "whole step, adversarial MLP, signed weights": whole_step(workloads.adversarial(), rounds),
+        "whole step, adversarial MLP, 3 losses": whole_step(workloads.confusion(), rounds),
+        "whole step, 16 losses on one trunk": whole_step(heads, rounds),
+        "gradients, 16 losses on one trunk": gradients_only(heads, rounds),
+        "planning, 48-layer transformer, 3 losses": outside_the_engine(workloads.transformer(), max(4, rounds // 3)),
+        "memory, adversarial MLP, signed weights": memory(workloads.adversarial(size=8192)),
+        "memory, adversarial MLP, 3 losses": memory(workloads.confusion(size=8192)),
+        "memory, 16 losses on one trunk": memory(workloads.many_heads(16, size=8192)),
+    }
