@@ -61,9 +61,7 @@ def outside_the_engine(workload: Workload, rounds: int) -> Measures:
 
         return run
 
-    step = ff.Step(
-        workload.model, timed("forward", workload.losses), workload.routes, optimizer=ff.optim.adam(1e-3)
-    )
+    step = ff.Step(workload.model, timed("forward", workload.losses), workload.routes, optimizer=ff.optim.adam(1e-3))
     state, original = step.init(), torch.autograd.grad
     parts, totals = [], []
     torch.autograd.grad = timed("engine", original)

@@ -206,7 +206,11 @@ def _checks(
         yield Check(f"{group.title} gradients", losses, seen.gradients[group.title], near, untouched)
         yield Check(f"{group.title} displacement", losses, displacement[group.title], far)
     still = set(step.plan.paths) - seen.reached
-    yield _exactly("untouched parameters", _moved(start.params, end.params, still), f"{len(still)} bit-identical")
+    yield _exactly(
+        "untouched parameters",
+        _moved(start.params, end.params, still),
+        f"{len(still)} bit-identical" if still else "none: all are touched",
+    )
     yield _exactly("their optimizer state", _changed_entries(start.optimizer, end.optimizer, still), "bit-identical")
     yield from _buffer_checks(end.buffers, recipe.functional.present_buffers(), far)
 

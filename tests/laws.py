@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,21 +17,31 @@ from funcfreeze.selectors import Leaf
 from oracle import Table, oracle, summed
 
 
-def assert_gradients_equal(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], tolerance: float = 1e-12) -> None:
-    """Equal touched sets, and equal gradients relative to the largest of them."""
+def assert_gradients_equal(
+    got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], tolerance: float = 1e-12, terms: Sequence[Any] = ()
+) -> None:
+    """Equal touched sets, and equal gradients relative to the size of what they are the sum of."""
     assert set(got) == set(wanted), f"touched sets differ in {sorted(set(got) ^ set(wanted))}"
     for path, gradient in wanted.items():
-        dense = gradient.to_dense() if gradient.is_sparse else gradient
-        mine = got[path].to_dense() if got[path].is_sparse else got[path]
-        scale = float(1 + dense.detach().abs().nan_to_num().max()) if dense.numel() else 1.0
-        torch.testing.assert_close(mine, dense, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+        scale = 1 + sum(_size(term[path]) for term in (*terms, wanted) if path in term)
+        torch.testing.assert_close(
+            _dense(got[path]), _dense(gradient), rtol=tolerance, atol=tolerance * scale, equal_nan=True
+        )
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor.to_dense() if tensor.is_sparse else tensor
+
+
+def _size(tensor: Tensor) -> float:
+    return float(_dense(tensor).detach().abs().nan_to_num().max()) if tensor.numel() else 0.0
 
 
 def assert_law(engine: str, losses: Any, params: Mapping[str, Tensor], table: Table, tolerance: float = 1e-12) -> None:
     """An engine's merged and separate gradients, and its losses, are the oracle's."""
     apart = oracle(losses, params, table)
     grads, values = grad_and_value(losses, table, engine=engine)(dict(params))
-    assert_gradients_equal(without_none(grads), summed(apart), tolerance)
+    assert_gradients_equal(without_none(grads), summed(apart), tolerance, list(apart.values()))
     expected = losses({path: tensor.detach().clone().requires_grad_() for path, tensor in params.items()})
     for name, value in expected.items():
         if value is not None:

@@ -54,7 +54,8 @@ class Equation:
         """The loss in torch: a 0-d tensor on the autograd graph of `tensors`."""
         entries = [operations.evaluate(expression, tensors) for expression in self.written]
         if self.length is None:
-            return entries[0] if self.external == 1.0 else entries[0] * self.external
+            factor = torch.tensor(self.external, dtype=torch.float64)
+            return entries[0] if self.external == 1.0 else entries[0] * factor
         value = entries[0] if self.elementwise else torch.stack(entries)
         return (value * torch.tensor(self.external, dtype=torch.float64)).sum()
 

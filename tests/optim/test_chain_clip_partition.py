@@ -33,10 +33,10 @@ def test_chain_of_clip_and_adamw(form, max_norm):
 
 def test_clip_keeps_dtype_structure_and_nothing_else():
     tx = clip_by_global_norm(1.0)
-    params = {"a": torch.tensor(1.0), "b": torch.ones(2).double(), "c": torch.ones(1)}
+    params = {"a": torch.tensor(1.0, dtype=torch.float32), "b": torch.ones(2), "c": torch.ones(1, dtype=torch.float32)}
     assert tx.init(params) == ()
     assert tx.in_place is None
-    updates, state = tx.update({"a": torch.tensor(3.0), "b": torch.full((2,), 4.0).double()}, (), params)
+    updates, state = tx.update({"a": torch.tensor(3.0, dtype=torch.float32), "b": torch.full((2,), 4.0)}, (), params)
     assert state == ()
     assert [None if u is None else u.dtype for u in updates.values()] == [torch.float32, torch.float64, None]
     assert tx.update({}, (), params) == ({"a": None, "b": None, "c": None}, ())
@@ -151,10 +151,10 @@ def test_partition_declarations(parts, text):
 
 
 LEAVES = [
-    Leaf(("enc.w", "dec.w"), torch.ones(2), (nn.Sequential, nn.Linear)),
-    Leaf(("enc.b",), torch.ones(2), (nn.Sequential, nn.Linear)),
-    Leaf(("norm.w",), torch.ones(2), (nn.LayerNorm,)),
-    Leaf(("other",), torch.ones(2)),
+    Leaf(("enc.w", "dec.w"), torch.ones(2, dtype=torch.float64), (nn.Sequential, nn.Linear)),
+    Leaf(("enc.b",), torch.ones(2, dtype=torch.float64), (nn.Sequential, nn.Linear)),
+    Leaf(("norm.w",), torch.ones(2, dtype=torch.float64), (nn.LayerNorm,)),
+    Leaf(("other",), torch.ones(2, dtype=torch.float64)),
 ]
 
 
