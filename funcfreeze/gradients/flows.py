@@ -50,6 +50,10 @@ class FlowMap:
     passing: list[list[Flow]]
     stops: dict[Flow, dict[int, tuple[int, Flow]]] = field(default_factory=dict)
 
+    def merges_into(self, flows: AbstractSet[Flow]) -> set[int]:
+        """The nodes where one of these flows is made of others."""
+        return {node for stops in self.stops.values() for node, (_, merged) in stops.items() if merged in flows}
+
     @property
     def flows(self) -> list[Flow]:
         """All flows, each after those that feed it: flows of fewer losses, or its own before folding."""
@@ -90,6 +94,26 @@ def above_hooks(shape: Shape) -> frozenset[int]:
         if any(child in above for child, _ in shape.children[node]):
             above.add(node)
     return frozenset(above)
+
+
+def tearing_merges(found: FlowMap) -> frozenset[int]:
+    """The merges that let a loss arrive at foreign code in two parts, one of them by way of the merge.
+
+    The code would run on each part. That is right if it is linear, and yet it may divide by the size of a part that
+    happens to be zero.
+    """
+    nodes: set[int] = set()
+    for node, foreign in enumerate(found.shape.runs_foreign_code):
+        leaving = found.passing[node] if foreign else []
+        torn = {
+            flow
+            for index, flow in enumerate(leaving)
+            for other in leaving[:index] + leaving[index + 1 :]
+            if flow.losses & other.losses
+        }
+        if torn:
+            nodes |= found.merges_into(torn) & found.shape.above(node)
+    return frozenset(nodes)
 
 
 def _reach(shape: Shape, weights: Weights) -> list[int]:

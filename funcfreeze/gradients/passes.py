@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from funcfreeze.gradients.calls import Runs, blocked_exits, blocked_zone, engine_runs, share_calls, unsafe_exits
-from funcfreeze.gradients.flows import FlowMap, above_hooks, follow
+from funcfreeze.gradients.flows import FlowMap, above_hooks, follow, tearing_merges
 from funcfreeze.gradients.graph import NO_LEAF, Graph
 from funcfreeze.gradients.shape import Shape
 from funcfreeze.gradients.weights import UNIT_WEIGHT, Flow, LossWeights, Weights
@@ -79,8 +79,9 @@ def plan_passes(graph: Graph, weights: tuple[LossWeights, ...]) -> tuple[Pass, .
     forbidden = above_hooks(shape)
     while True:
         found = follow(shape, ready, forbidden)
-        runs = engine_runs(found, share_calls(found))
-        unsafe = unsafe_exits(found, runs)
+        torn = tearing_merges(found)
+        runs = engine_runs(found, [] if torn else share_calls(found))
+        unsafe = torn | unsafe_exits(found, runs)
         if not unsafe:
             return tuple(_passes(found, runs))
         forbidden |= unsafe  # merges move further down, and may be unsafe there too

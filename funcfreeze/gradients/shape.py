@@ -44,6 +44,14 @@ class Shape:
         foreign = {kind: _is_foreign(kind) for kind in set(self.graph.kinds)}
         return [foreign[kind] for kind in self.graph.kinds]
 
+    def above(self, node: int) -> set[int]:
+        """The nodes from which this one can be reached, itself included."""
+        found = {node}
+        for other in reversed(self.order):
+            if any(child in found for child, _ in self.children[other]):
+                found.add(other)
+        return found
+
     @cached_property
     def is_compiled(self) -> bool:
         """Whether a backward compiled by torch.compile is in the graph; its saved tensors are freed all or never."""
