@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from funcfreeze.functional import module_leaves, refuse_unusable
+from funcfreeze.functional import as_module, module_leaves, refuse_unusable
 from funcfreeze.gradients import Routing
 from funcfreeze.gradients.hooks import handles_made
 from funcfreeze.gradients.returned import check_losses, refuse_constants
@@ -17,7 +18,7 @@ from funcfreeze.gradients.routed import LiveGraph, planned_backward, read_losses
 from funcfreeze.plan import resolve_plan
 
 
-def backward(losses: Mapping[str, Tensor | None], routes: object, model: nn.Module) -> None:
+def backward(losses: Mapping[str, Tensor | None], routes: object, model: nn.Module | Mapping[str, nn.Module]) -> None:
     """Accumulate every loss's gradient into `.grad` of the parameters it may update, as toggling `requires_grad` would.
 
     One call instead of the recipe; the optimizer, the scaler and all the rest of the loop stay as they are. The graph
@@ -29,7 +30,7 @@ def backward(losses: Mapping[str, Tensor | None], routes: object, model: nn.Modu
     Args:
         losses: name -> 0-d floating tensor on a live graph; None for a loss that is absent this time.
         routes: loss name -> which parameters it may update (see `Route`), or a `Plan`, which is not resolved anew.
-        model: the module whose parameters the losses were computed from.
+        model: the module whose parameters the losses were computed from, or a mapping of modules.
 
     Raises:
         RouteError: everything that is wrong with the routes or the losses, at once.
@@ -46,8 +47,9 @@ def backward(losses: Mapping[str, Tensor | None], routes: object, model: nn.Modu
     (tensor([[0., 0.],
             [0., 0.]]), tensor([1.]))
     """
-    refuse_unusable(model)
-    leaves = module_leaves(model)
+    module = as_module(model)
+    refuse_unusable(module)
+    leaves = module_leaves(module)
     routing = Routing.of(resolve_plan(routes, leaves))
     weights = routing.weight_values(None)
     present = check_losses(losses, routing)
@@ -56,7 +58,7 @@ def backward(losses: Mapping[str, Tensor | None], routes: object, model: nn.Modu
     graph = read_losses(present, parameters, hooked=())
     if not _is_free_of_hooks(graph, parameters):
         graph = graph._replace(structure=graph.structure._replace(hooked=None))
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         gradients = planned_backward(graph, parameters, routing, weights)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
@@ -69,22 +71,25 @@ class _Moment(NamedTuple):
 
     handles: int
     nodes: int
+    thread: int
 
     @staticmethod
     def now() -> _Moment:
-        return _Moment(handles_made(), torch._C._autograd._get_sequence_nr())
+        return _Moment(handles_made(), torch._C._autograd._get_sequence_nr(), threading.get_ident())
 
 
 _LAST_CALL: ContextVar[_Moment | None] = ContextVar("last_call", default=None)
-"""When `backward` last returned in this thread. It decides what may be merged, never what comes out."""
+"""When `backward` last returned in this context: before anything that is newer, as far as this thread made it."""
 
 
 def _is_free_of_hooks(graph: LiveGraph, parameters: Sequence[Tensor]) -> bool:
     """Whether no hook can be on the graph: none was registered since a moment before all of its nodes were made."""
-    last = _LAST_CALL.get()
-    if last is None or handles_made() != last.handles:
+    last, now = _LAST_CALL.get(), _Moment.now()
+    if last is None or (last.handles, last.thread) != (now.handles, now.thread):
         return False
-    return all(node._sequence_nr() >= last.nodes for node in graph.nodes) and not any(
+    ends = set(graph.structure.leaves[::2])  # what accumulates a gradient has no number; its hooks are the parameter's
+    made = (node._sequence_nr() for index, node in enumerate(graph.nodes) if index not in ends)
+    return all(last.nodes <= number < now.nodes for number in made) and not any(
         parameter._backward_hooks for parameter in parameters
     )
 

@@ -55,8 +55,9 @@ def grad_and_value(
     def transformed(params: Any, *args: Any) -> tuple[Any, Any]:
         paths, leaves, structure = flatten_by_path(params)
         named = {path: leaf for path, leaf in zip(paths, leaves, strict=True) if isinstance(leaf, Tensor)}
-        key = tuple((path, tuple(tensor.shape)) for path, tensor in named.items())
+        key = tuple((path, tuple(tensor.shape), tensor.dtype) for path, tensor in named.items())
         if key not in known:
+            known.clear()  # a loop has one structure
             known[key] = Routing.of(resolve_plan(routes, [_leaf(path, tensor) for path, tensor in named.items()]))
 
         def evaluate(given: list[Tensor]) -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,6 +80,19 @@ class FunctionalModule:
                 for module, name in sites:
                     module.__dict__["_buffers"][name] = value.clone()
 
+    def exchange_buffers(self, f: Callable[[Tensor], Tensor]) -> None:
+        """Put `f(buffer)` in the place of every buffer, wherever it is tied."""
+        for path, tensor in self.present_buffers().items():
+            exchanged = f(tensor)
+            for module, name in self.buffers[path]:
+                module.__dict__["_buffers"][name] = exchanged
+
+    def exchange(self, f: Callable[[Tensor], Tensor]) -> None:
+        """Put `f(tensor)` in the place of every parameter's values and of every buffer, wherever it is tied."""
+        for parameter in self.present_parameters().values():
+            parameter.data = f(parameter)
+        self.exchange_buffers(f)
+
     def call(
         self, f: Callable[[nn.Module], Any], parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
     ) -> tuple[Any, dict[str, Tensor]]:
@@ -89,20 +103,41 @@ class FunctionalModule:
             place. The given buffers are written to where the forward updates them in place: pass clones.
 
         Raises:
-            RuntimeError: the call changed a parameter, in place or by putting another one in its place.
+            RuntimeError: the call changed a parameter, in place or by putting another one in its place, or it added or
+                removed a buffer; or the module is no longer what it was when its sites were noted.
         """
         versions = {path: tensor._version for path, tensor in parameters.items()}
-        with _in_place_of(self.parameters, "_parameters", parameters), _in_place_of(self.buffers, "_buffers", buffers):
+        with (
+            _EXCHANGING,
+            _buffers_kept(self.module),
+            _in_place_of(self.parameters, "_parameters", parameters),
+            _in_place_of(self.buffers, "_buffers", buffers),
+        ):
             result = f(self.module)
             problems = [
                 problem
                 for path, sites in self.parameters.items()
                 if (problem := _changed(path, sites, parameters[path], versions[path]))
             ]
-            after = self.present_buffers()
+            problems += self._buffer_problems()
+            after = {} if problems else self.present_buffers()
         if problems:
             raise RuntimeError("\n".join(problems))
         return result, after
+
+    def _buffer_problems(self) -> Iterator[str]:
+        """What the call did to the set of buffers, which a state cannot follow."""
+        known = {(id(module), name) for sites in self.buffers.values() for module, name in sites}
+        for path, sites in self.buffers.items():
+            if any(module.__dict__["_buffers"].get(name) is None for module, name in sites):
+                yield f"the forward removed buffer {path} or set it to None; give it a value instead, zeros for example"
+        for prefix, module in self.module.named_modules():
+            for name, tensor in module.__dict__["_buffers"].items():
+                if tensor is not None and (id(module), name) not in known:
+                    yield (
+                        f"the forward made a buffer, {prefix}.{name}, that was None when the Step was built; run one "
+                        "batch through the model first"
+                    )
 
 
 def module_leaves(module: nn.Module) -> list[Leaf]:
@@ -146,8 +181,30 @@ def _grouped(module: nn.Module, store: str) -> list[tuple[tuple[str, ...], tuple
 
 def _present(site: Site, store: str) -> Tensor:
     module, name = site
-    tensor: Tensor = module.__dict__[store][name]
+    tensor: Tensor | None = module.__dict__[store].get(name)
+    if tensor is None:
+        raise RuntimeError(
+            f"{type(module).__name__}.{name} is gone: the model has changed since the Step was built; build the Step "
+            "after the model is complete"
+        )
     return tensor
+
+
+_EXCHANGING = threading.RLock()
+"""Held while a module holds tensors that are not its own. Modules are shared in ways nobody can see from here (another
+`Step`, another `ModuleDict` around the same parts), so one lock serves them all; a call inside a call may pass."""
+
+
+@contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Leave every module with the buffers it had, also where a forward adds or removes one."""
+    saved = [(inner.__dict__["_buffers"], dict(inner.__dict__["_buffers"])) for inner in module.modules()]
+    try:
+        yield
+    finally:
+        for store, before in saved:
+            store.clear()
+            store.update(before)
 
 
 @contextmanager
@@ -175,8 +232,8 @@ def _changed(path: str, sites: Sequence[Site], given: Tensor, version: int) -> s
     if given._version != version:
         return (
             f"the forward changed parameter {path} in place (its version went from {version} to {given._version}), "
-            "so its gradient belongs to neither value; `losses` may only read parameters: change them between steps, "
-            "with state.replace(params=...)"
+            "so its gradient belongs to neither value, and the state holds the new one already; `losses` may only read "
+            "parameters: change them between steps, with state.replace(params=...)"
         )
     return None
 
@@ -233,7 +290,8 @@ def as_module(model: object) -> nn.Module:
     if isinstance(model, nn.Module):
         return model
     if not isinstance(model, Mapping) or not model:
-        raise TypeError(f"the model is an nn.Module or a mapping of them, got {type(model).__name__}")
+        seen = "an empty one" if isinstance(model, Mapping) else type(model).__name__
+        raise TypeError(f"the model is an nn.Module or a mapping of them, got {seen}")
     others = [f"{name!r}: {type(inner).__name__}" for name, inner in model.items() if not isinstance(inner, nn.Module)]
     if others:
         raise TypeError(f"a mapping of modules holds nn.Modules only, got {', '.join(others)}")

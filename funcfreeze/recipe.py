@@ -53,6 +53,8 @@ class Recipe:
             for path, update in updates.items():
                 if update is not None:
                     parameters[path] += update
+        # a buffer that was updated with gradients on would bring this step's graph into the next
+        self.functional.exchange_buffers(Tensor.detach)
 
 
 @contextmanager

@@ -138,15 +138,18 @@ def _evaluate(weight: Weight, step: Tensor | None) -> float | Tensor:
     value = weight(step)  # type: ignore[operator]  # mypy takes an int for a Real, and a float for none
     if isinstance(value, Tensor) and value.ndim == 0:
         return value.detach()
-    if isinstance(value, Real):
+    if isinstance(value, Real) and math.isfinite(value):
         return float(value)
     shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-    raise ValueError(f"the schedule {weight!r} must return a number or a 0-d tensor, it returned {shown}")
+    raise ValueError(f"the schedule {weight!r} must return a finite number or a 0-d tensor, it returned {shown}")
 
 
 def scalar_like(weight: float | Tensor, like: Tensor) -> float | Tensor:
-    """A weight that can multiply `like` without moving it: tensors come to its device."""
-    return weight.to(like.device) if isinstance(weight, Tensor) and weight.device != like.device else weight
+    """A weight that can multiply `like` without moving it or, where it is 0-d too, promoting it."""
+    if not isinstance(weight, Tensor):
+        return weight
+    precision = like.real.dtype if like.is_complex() else like.dtype
+    return weight.to(like.device, precision)
 
 
 UNIT: tuple[Weight, ...] = (1.0,)

@@ -49,7 +49,8 @@ class _Path:
         return f"path({self.pattern!r})"
 
     def matches(self, leaf: Leaf) -> bool:
-        return any(fnmatchcase(prefix, self.pattern) for name in leaf.names for prefix in _prefixes(name))
+        prefixes = [prefix for name in leaf.names for prefix in _prefixes(name)]
+        return self.pattern in prefixes or any(fnmatchcase(prefix, self.pattern) for prefix in prefixes)
 
     @property
     def literal(self) -> bool:

@@ -57,7 +57,7 @@ def check_fits(state: object, wanted: Specification) -> State:
         return state
     problems = [
         *_tensor_problems("parameter", wanted.params, params),
-        *_tensor_problems("buffer", wanted.buffers, state.buffers),
+        *_path_problems("buffer", wanted.buffers, state.buffers),  # a forward may change their shapes
         *_optimizer_problems(wanted.optimizer, state.optimizer, wanted.params.keys(), "optimizer"),
     ]
     if not isinstance(state.step, Tensor) or state.step.ndim != 0 or state.step.dtype != torch.int64:
@@ -69,11 +69,15 @@ def check_fits(state: object, wanted: Specification) -> State:
     return state
 
 
-def _tensor_problems(noun: str, wanted: Mapping[str, Shape], given: Mapping[str, Tensor]) -> Iterator[str]:
+def _path_problems(noun: str, wanted: Mapping[str, Shape], given: Mapping[str, Tensor]) -> Iterator[str]:
     for path in wanted.keys() - given.keys():
         yield f"{noun} {path}: the Step has it, the State does not"
     for path in given.keys() - wanted.keys():
         yield f"{noun} {path}: the State has it, the Step does not"
+
+
+def _tensor_problems(noun: str, wanted: Mapping[str, Shape], given: Mapping[str, Tensor]) -> Iterator[str]:
+    yield from _path_problems(noun, wanted, given)
     for path, (shape, dtype) in wanted.items():
         seen = given.get(path)
         if seen is not None and (tuple(seen.shape), seen.dtype) != (shape, dtype):

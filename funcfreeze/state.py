@@ -19,11 +19,13 @@ class Lease:
 
     Attributes:
         spent: whether a step has reused the tensors, so that they no longer hold what these states say.
-        borrowed: the paths of parameters that someone outside holds too: a step writes to a copy of those.
+        borrowed: the paths of parameters that someone outside may hold too: a step writes to a copy of those.
+        borrowed_optimizer: the same for the whole optimizer state.
     """
 
     spent: bool = False
     borrowed: set[str] = field(default_factory=set)
+    borrowed_optimizer: bool = False
 
 
 class State:
@@ -31,7 +33,8 @@ class State:
 
     A step with `donate=True` reuses the storage of the state it is given. That state is *spent* then, and reading it
     raises, so that nobody takes the new values for the old. A state made by `replace` shares tensors with its origin
-    and is spent with it; `optree.tree_map(torch.clone, state)` makes one that is independent.
+    and is spent with it. One made in any other way (the constructor, `optree.tree_map`, a deep copy) is independent:
+    the first step that takes it copies what it would overwrite.
 
     Attributes:
         params: path -> tensor, all of the model's parameters, also those that no loss may update.
@@ -59,7 +62,8 @@ class State:
     def __init__(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Any, step: Tensor
     ) -> None:
-        _fill(self, (params, buffers, optimizer, step), Lease(), None)
+        # nobody here knows who else holds these tensors: the first step copies what it would overwrite
+        _fill(self, (params, buffers, optimizer, step), Lease(False, set(params), True), None)
 
     @property
     def params(self) -> Mapping[str, Tensor]:
@@ -100,6 +104,9 @@ class State:
         if unknown:
             raise TypeError(f"a State has {', '.join(FIELDS)}; got {', '.join(unknown)}")
         fields = dict(zip(FIELDS, self._live, strict=True)) | changes
+        if "params" in changes:
+            self._lease.borrowed |= set(changes["params"])
+        self._lease.borrowed_optimizer |= "optimizer" in changes
         return make_state(tuple(fields[name] for name in FIELDS), self._lease)
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
@@ -108,7 +115,10 @@ class State:
     __delattr__ = __setattr__  # type: ignore[assignment]  # it raises whatever it is given
 
     def __reduce__(self) -> tuple[type[State], tuple[Any, ...]]:
-        return State, self._live  # a copy or an unpickled state holds tensors of its own, under a lease of its own
+        return State, self._live  # for deep copies and pickles, which hold tensors of their own
+
+    def __copy__(self) -> State:
+        return make_state(self._live, self._lease, self._fits)  # a shallow copy holds the same tensors
 
     def __repr__(self) -> str:
         if self._lease.spent:

@@ -155,7 +155,8 @@ class Step:
         gradients = _touched(self.plan.paths, outcome.gradients)
         _check_names(outcome.losses, metrics)
         with torch.inference_mode(False), torch.no_grad():
-            return self._update(state, gradients, buffers), {**outcome.losses, **metrics}
+            kept = {**outcome.losses, **_not_sharing(metrics, self._params(state))}
+            return self._update(state, gradients, buffers), kept
 
     def gradients(self, state: State, batch: Any) -> dict[str, Tensor]:
         """The merged gradients by path, holding only touched parameters. Updates nothing, buffers included."""
@@ -216,7 +217,7 @@ class Step:
             buffers = {path: tensor.clone() for path, tensor in state.buffers.items()}
             returned, after = self.functional.call(lambda model: self.losses(model, batch), params, buffers)
             losses, metrics = _split(returned)
-            return losses, (_not_sharing(metrics, leaves) if metrics else {}, after)
+            return losses, (metrics, after)
 
         return evaluate
 
@@ -224,8 +225,9 @@ class Step:
         """The new state. Everything that can fail comes before the first write."""
         lease, routed = lease_of(state), set(self.plan.routed)
         copied = lease.borrowed & gradients.keys() if self.donate else routed
-        params = {path: tensor.clone() if path in copied else tensor for path, tensor in state.params.items()}
-        optimizer = state.optimizer if self.donate else optree.tree_map(_copy, state.optimizer)
+        params = {path: p.clone() if path in copied else p.detach() for path, p in state.params.items()}
+        owned = self.donate and not lease.borrowed_optimizer
+        optimizer = state.optimizer if owned else optree.tree_map(_copy, state.optimizer)
         step = state.step + 1
         own = {path: params[path] for path in self.plan.routed}
         optimizer = _optimize(self.transform, gradients, optimizer, own, state.step)
@@ -245,9 +247,17 @@ def _optimize(
         commit = transform.in_place(gradients, state, params, step=step)
         return commit()
     updates, state = transform.update(gradients, state, params, step=step)
-    for path, update in updates.items():
-        if update is not None:
-            params[path].add_(update)
+    present = {path: update for path, update in updates.items() if update is not None}
+    problems = [
+        f"{path}: the update has shape {tuple(update.shape)}, the parameter "
+        + (f"has shape {tuple(params[path].shape)}" if path in params else "is not among those that may be updated")
+        for path, update in present.items()
+        if path not in params or update.shape != params[path].shape
+    ]
+    if problems:
+        raise ValueError("\n".join(["the optimizer's updates do not fit the parameters:", *problems]))
+    for path, update in present.items():
+        params[path].add_(update)
     return state
 
 
@@ -271,15 +281,17 @@ def _split(returned: Any) -> tuple[Any, Mapping[str, Any]]:
     return returned
 
 
-def _not_sharing(metrics: Mapping[str, Any], leaves: Sequence[Tensor]) -> Mapping[str, Any]:
-    """The metrics, with those that are parameters (or views of one) copied: the step overwrites parameters."""
-    parameters = {id(leaf) for leaf in leaves}
+def _not_sharing(metrics: Mapping[str, Any], params: Sequence[Tensor]) -> dict[str, Any]:
+    """The metrics, with those that share memory with a parameter copied: the step is about to overwrite parameters."""
+    if not metrics:
+        return {}
+    memories = {param.untyped_storage().data_ptr() for param in params}
 
     def copied(metric: Any) -> Any:
-        shares = isinstance(metric, Tensor) and parameters & {id(metric), id(metric._base)}
-        return metric.clone() if shares else metric
+        shares = isinstance(metric, Tensor) and metric.layout == torch.strided
+        return metric.clone() if shares and metric.untyped_storage().data_ptr() in memories else metric
 
-    return optree.tree_map(copied, metrics, none_is_leaf=True)  # type: ignore[return-value, arg-type]  # same mapping
+    return {name: optree.tree_map(copied, metric, none_is_leaf=True) for name, metric in metrics.items()}
 
 
 def _check_names(losses: Mapping[str, Tensor], metrics: Mapping[str, Any]) -> None:

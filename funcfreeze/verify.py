@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ import optree
 import torch
 from torch import Tensor, nn
 
+from funcfreeze.functional import FunctionalModule
 from funcfreeze.plan_table import group_rows
 from funcfreeze.recipe import Recipe, random_numbers
 from funcfreeze.report import Check, Report
@@ -45,7 +47,8 @@ def verify(step: Step, state: State, batch: Any, *, steps: int = 5) -> Report:
     buffers, and that what is frozen or untouched is bit-identical, its optimizer state included. In float64 if the
     model can, else in its own dtype.
 
-    The model, the state and the random number generators are left as they were.
+    The model, the state and the generators of torch, `random` and numpy are left as they were. `losses` runs several
+    times a step; a generator of your own that it draws from makes the sides differ.
 
     Args:
         step: the step to verify.
@@ -84,7 +87,7 @@ def _compare(
 ) -> Report:
     module = _module_copy(step, dtype)
     mine = Step(module, step.losses, step.plan, optimizer=step.optimizer, engine=step.engine, donate=step.donate)
-    now, batch = _cast_state(state, dtype), _cast(batch, dtype)
+    now, given, batch = _cast_state(state, dtype), batch, _cast(batch, dtype)
     recipe = Recipe(mine, _module_copy(step, dtype), now)
     start = copy.deepcopy(now)
     seen = _Seen()
@@ -97,6 +100,10 @@ def _compare(
         with random_numbers(turn):
             now, metrics = mine(now, batch)
         seen.compare(mine, turn, (losses, gradients), (metrics, own))
+        if turn == 0:
+            seen.compare_buffers(now.buffers, recipe.functional.present_buffers())
+            with random_numbers(turn):
+                seen.compare_model(own.keys(), step.gradients(state, given).keys())
         recipe.update(gradients, number)
     kinds = [tensor.dtype for tensor in start.params.values() if tensor.is_floating_point() or tensor.is_complex()]
     kind = max(kinds, key=lambda kind: torch.finfo(kind).eps)
@@ -108,8 +115,11 @@ def _compare(
 
 
 def _module_copy(step: Step, dtype: torch.dtype | None) -> nn.Module:
-    module: nn.Module = copy.deepcopy(step.module)
-    return module if dtype is None else module.to(dtype)
+    """A copy of the step's model in another dtype; ties stay ties, which `Module.to` does not see to for buffers."""
+    functional = FunctionalModule.of(copy.deepcopy(step.module))
+    if dtype is not None:
+        functional.exchange(lambda tensor: _cast(tensor, dtype))
+    return functional.module
 
 
 def _cast_state(state: State, dtype: torch.dtype | None) -> State:
@@ -122,12 +132,14 @@ def _cast_state(state: State, dtype: torch.dtype | None) -> State:
 
 
 def _cast(tree: Any, dtype: torch.dtype | None) -> Any:
-    """A copy of a pytree with its real floating tensors in another dtype, or in their own."""
+    """A copy of a pytree with its floating tensors in another precision, complex ones too, or in their own."""
 
     def cast(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        return leaf.detach().to(dtype, copy=True) if dtype and leaf.is_floating_point() else leaf.detach().clone()
+        if dtype is None or not (leaf.is_floating_point() or leaf.is_complex()):
+            return leaf.detach().clone()
+        return leaf.detach().to(dtype.to_complex() if leaf.is_complex() else dtype, copy=True)
 
     return optree.tree_map(cast, tree, none_is_leaf=True)
 
@@ -154,6 +166,22 @@ class _Seen:
     rounding: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, float] = field(default_factory=dict)
     reached: set[str] = field(default_factory=set)
+    buffers: float = 0.0
+
+    def compare_buffers(self, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+        """Take in the buffers after the first step; later ones follow parameters that have drifted apart."""
+        floating = [path for path, tensor in theirs.items() if not _counts(tensor)]
+        self.buffers = _larger(0.0, *(_apart(mine[path], theirs[path]) for path in floating))
+
+    def compare_model(self, copied: AbstractSet[str], original: AbstractSet[str]) -> None:
+        """Take in what the step touches on a copy of the model and on the model itself, which should be the same."""
+        for path in sorted(copied ^ original):
+            self.touched.append(
+                f"{path} is touched on {'a copy of the model' if path in copied else 'the model itself'} only; does "
+                "`losses` use the model it is given?"
+            )
+        if not original:
+            self.touched.append("no loss touches any parameter, so nothing was compared")
 
     def compare(self, step: Step, turn: int, recipe: tuple[Any, Any], mine: tuple[Any, Any]) -> None:
         """Take in one step: losses and gradients of both sides."""
@@ -212,7 +240,7 @@ def _checks(
         f"{len(still)} bit-identical" if still else "none: all are touched",
     )
     yield _exactly("their optimizer state", _changed_entries(start.optimizer, end.optimizer, still), "bit-identical")
-    yield from _buffer_checks(end.buffers, recipe.functional.present_buffers(), far)
+    yield from _buffer_checks(seen, end.buffers, recipe.functional.present_buffers(), near)
 
 
 def _exactly(subject: str, problems: list[str], good: str, losses: tuple[str, ...] = ()) -> Check:
@@ -244,21 +272,29 @@ def _entries(optimizer: Any, paths: set[str]) -> dict[tuple[Any, ...], Any]:
 
 def _identical(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.dtype == other.dtype and torch.equal(one.nan_to_num(), other.nan_to_num())
+        if one.dtype != other.dtype or one.shape != other.shape:
+            return False
+        return torch.equal(one, other) or torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
     return type(one) is type(other) and bool(one == other)
 
 
-def _buffer_checks(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], tolerance: float) -> Iterator[Check]:
+def _buffer_checks(
+    seen: _Seen, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], tolerance: float
+) -> Iterator[Check]:
     if not theirs:
         return
-    whole = {path for path, tensor in theirs.items() if not tensor.is_floating_point() and not tensor.is_complex()}
+    whole = {path for path, tensor in theirs.items() if _counts(tensor)}
     wrong = [
         f"{path} is {_shown(mine[path])} here and {_shown(theirs[path])} in the recipe"
         for path in sorted(whole)
         if not _identical(mine[path], theirs[path])
     ]
     yield _exactly("buffer counts", wrong, f"{len(whole)} equal")
-    yield Check("buffers", (), _larger(0.0, *(_apart(mine[p], theirs[p]) for p in theirs if p not in whole)), tolerance)
+    yield Check("buffers, one step", (), seen.buffers, tolerance)
+
+
+def _counts(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() and not tensor.is_complex()
 
 
 def _shown(tensor: Tensor) -> str:
@@ -288,7 +324,7 @@ def _minus(mine: Tensor | None, wanted: Tensor | None) -> Tensor:
 
 def _norm(tensors: list[Tensor]) -> float:
     dense = (tensor.to_dense() if tensor.is_sparse else tensor for tensor in tensors)
-    return math.sqrt(sum(float(tensor.double().abs().square().sum()) for tensor in dense))
+    return math.sqrt(sum(float(tensor.abs().double().square().sum()) for tensor in dense))
 
 
 def _apart(mine: Tensor | None, wanted: Tensor) -> float:

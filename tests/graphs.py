@@ -40,6 +40,18 @@ class Scale(torch.autograd.Function):
         return 3.0 * cotangent
 
 
+class NoneForFirst(torch.autograd.Function):
+    """Delivers no gradient for its first input."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        return torch.tanh(x) + y
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        return None, cotangent * 2.0
+
+
 @dataclass(frozen=True)
 class RandomGraph:
     """Losses of a random computation over `params`, and random overlapping signed routes."""
@@ -63,7 +75,7 @@ def random_graph(seed: int, *, foreign: bool = False, hooks: bool = False) -> Ra
     steps = []
     for _ in range(rng.randint(3, 18)):
         kinds = ["linear", "add", "mul", "tanh", "split", "cat", "unbind", "norm", "inplace", "self"]
-        kinds += ["nan", "scale"] if foreign else []
+        kinds += ["nan", "scale", "none"] if foreign else []
         steps.append(
             (
                 rng.choice(kinds),
@@ -119,6 +131,8 @@ def random_graph(seed: int, *, foreign: bool = False, hooks: bool = False) -> Ra
                 new = b * b * 0.3
             elif kind == "nan":
                 new = NanForZero.apply(b)
+            elif kind == "none":
+                new = NoneForFirst.apply(a, b)
             else:
                 new = Scale.apply(b)
             if hook is not None and new.requires_grad:

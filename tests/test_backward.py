@@ -164,3 +164,19 @@ def test_mistakes_leave_grad_alone(change, text):
     with pytest.raises(ff.RouteError, match=text):
         ff.backward(change(losses(net, torch.randn(6, 4))), ROUTES, net)
     assert all(p.grad is None for p in net.parameters())
+
+
+def test_under_inference_mode():
+    net, x = Net(), torch.randn(6, 4)
+    found = losses(net, x)
+    with torch.inference_mode():
+        ff.backward(found, ROUTES, net)
+    ff.backward(losses(net, x), ROUTES, net)
+    assert not net.cls.weight.grad.is_inference()
+
+
+def test_a_mapping_of_modules():
+    parts = {"a": nn.Linear(2, 2), "b": nn.Linear(2, 1)}
+    ff.backward({"l": parts["b"](parts["a"](torch.ones(1, 2))).sum()}, {"l": "b"}, parts)
+    assert parts["a"].weight.grad is None
+    assert parts["b"].bias.grad is not None

@@ -228,5 +228,5 @@ def test_schedules_outside_a_step():
     with pytest.raises(TypeError, match="is a schedule of the step, and there is no step here: use ff.Step"):
         ff.grad(lambda p: {"a": p["w"] * 1.0}, {"a": {"w": ff.optim.dann_schedule(3)}})({"w": torch.ones(())})
     s = step(routes={"cls": "*", "adv": {"encoder": lambda number: "much"}})
-    with pytest.raises(ValueError, match=r"must return a number or a 0-d tensor, it returned 'much'"):
+    with pytest.raises(ValueError, match=r"must return a finite number or a 0-d tensor, it returned 'much'"):
         s(s.init(), BATCH.to(torch.float64))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import optree
 import pytest
@@ -383,3 +386,136 @@ def test_partitioned_optimizers_see_ties_and_kinds():
     step = make(model, optimizer=optimizer)
     state, _ = step(step.init(), torch.randn(5, 4))
     assert int(state.step) == 1
+
+
+def untouched_by(step, state, *others):
+    """Run a step on a state and see that the values of other states and modules stay."""
+    before = [[t.clone() for t in tensors] for tensors in others]
+    step(state, torch.randn(5, 4))
+    assert all(same(one, list(other)) for one, other in zip(before, others, strict=True))
+
+
+def test_states_made_elsewhere_are_copied_before_they_are_overwritten():
+    step = make()
+    state = step.init()
+    moved = optree.tree_map(lambda tensor: tensor.to("cpu"), state)
+    untouched_by(step, moved, state.params.values(), optree.tree_leaves(state.optimizer))
+    other = step.init()
+    mixed = step.init().replace(params=other.params)
+    untouched_by(step, mixed, other.params.values())
+    own = {path: p.detach() for path, p in step.module.named_parameters()}
+    untouched_by(step, step.init().replace(params=own), list(step.module.parameters()))
+    narrow = make(step.model, routes={"cls": "cls", "dom": "dom"})
+    wide = make(step.model, routes={"cls": "*", "dom": "dom"})
+    untouched_by(wide, optree.tree_map(lambda tensor: tensor, narrow.init()), list(step.module.parameters()))
+
+
+def test_a_shallow_copy_is_spent_with_its_origin():
+    step = make()
+    state = step.init()
+    step(copy.copy(state), torch.randn(5, 4))
+    assert repr(state) == "State(spent)"
+
+
+def test_a_pickled_state_goes_on():
+    step = make()
+    state, _ = step(step.init(), torch.randn(5, 4))
+    batch = torch.randn(5, 4)
+    again, _ = step(pickle.loads(pickle.dumps(state)), batch)
+    state, _ = step(state, batch)
+    assert same(everything(state), everything(again))
+
+
+def test_threads_may_step_on_one_module():
+    def slow(model, batch):
+        h = model[0](batch)
+        time.sleep(0.002)
+        return {"a": model[1:](h).square().mean()}
+
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    parameters = list(model.parameters())
+    batch = torch.randn(4, 3)
+
+    def run(_):
+        step = ff.Step(model, slow, {"a": "*"}, optimizer=ff.optim.sgd(0.1))
+        state = step.init()
+        for _ in range(8):
+            state, _ = step(state, batch)
+        return state.params
+
+    with ThreadPoolExecutor(3) as pool:
+        first, *others = pool.map(run, range(3))
+    assert all(same(list(first.values()), list(other.values())) for other in others)
+    assert all(one is other for one, other in zip(parameters, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("engine", ["routed", "reference", "toggle"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scalar_parameters_keep_their_dtype_under_scheduled_weights(engine, dtype):
+    model = nn.ParameterDict(
+        {"s": nn.Parameter(torch.ones((), dtype=dtype)), "v": nn.Parameter(torch.ones(2, dtype=dtype))}
+    )
+    routes = {"a": {"s": ff.optim.linear_schedule(0.1, 0.5, 10), "v": 0.5}}
+    step = ff.Step(model, lambda m, b: {"a": (m["s"] * m["v"]).sum()}, routes, optimizer=ff.optim.adam(), engine=engine)
+    gradients = step.gradients(step.init(), None)
+    assert {path: gradient.dtype for path, gradient in gradients.items()} == {"s": dtype, "v": dtype}
+    step(step.init(), None)
+
+
+def test_metrics_that_share_memory_with_a_parameter_keep_their_values():
+    model = nn.Linear(3, 1)
+
+    def losses(m, batch):
+        return {"a": m(batch).sum()}, {"detached": m.bias.detach(), "view": [m.weight.data[0, 1:]]}
+
+    step = ff.Step(model, losses, {"a": "*"}, optimizer=ff.optim.sgd(0.1))
+    _, metrics = step(step.init(), torch.ones(2, 3))
+    assert torch.equal(metrics["detached"], model.bias)
+    assert torch.equal(metrics["view"][0], model.weight[0, 1:])
+
+
+class Memory(nn.Module):
+    def __init__(self, start):
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+        self.register_buffer("memory", start)
+
+    def forward(self, x):
+        h = self.linear(x)
+        self.memory = h.mean(0) if self.memory is None else None
+        return h
+
+
+@pytest.mark.parametrize(
+    ("start", "text"),
+    [
+        (None, "the forward made a buffer, .memory, that was None when the Step was built; run one batch"),
+        (torch.zeros(2), "the forward removed buffer memory or set it to None; give it a value instead"),
+    ],
+)
+def test_buffers_that_come_and_go(start, text):
+    model = Memory(start)
+    step = ff.Step(model, lambda m, b: {"a": m(b).sum()}, {"a": "*"}, optimizer=ff.optim.sgd(0.1))
+    with pytest.raises(RuntimeError, match=text):
+        step(step.init(), torch.randn(3, 4))
+    assert model.memory is start
+
+
+def test_a_custom_transform_with_wrong_updates_changes_nothing():
+    wrong = ff.optim.Transform(
+        lambda params: (), lambda grads, state, params, *, step=None: ({**grads, "cls.bias": torch.ones(7)}, state)
+    )
+    step = make(optimizer=wrong)
+    state = step.init()
+    before = everything(state)
+    with pytest.raises(ValueError, match=r"cls.bias: the update has shape \(7,\), the parameter has shape \(3,\)"):
+        step(state, torch.randn(5, 4))
+    assert same(before, everything(state))
+
+
+def test_a_model_that_changed_after_the_step_was_built():
+    step = make()
+    state = step.init()
+    nn.utils.parametrizations.weight_norm(step.module["cls"])
+    with pytest.raises(RuntimeError, match=r"Linear.weight is gone: the model has changed since the Step was built"):
+        step(state, torch.randn(5, 4))

@@ -228,3 +228,37 @@ def test_a_frozen_parameter_that_moves_is_seen(monkeypatch):
     failed = [check for check in report.checks if not check.ok]
     assert [check.subject for check in failed] == ["untouched parameters"]
     assert "still.bias has changed" in failed[0].detail
+
+
+def test_losses_that_do_not_use_their_model_are_not_ok():
+    net = Net()
+    step = ff.Step(net, lambda model, batch: losses(net, batch), ROUTES, optimizer=ff.optim.adamw(1e-2))
+    report = ff.verify(step, step.init(), torch.randn(6, 4))
+    assert not report.ok
+    assert "does `losses` use the model it is given?" in str(report)
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_tied_buffers_and_complex_parameters():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Module(), nn.Module()
+            self.one.register_buffer("n", torch.zeros(2))
+            self.two.register_buffer("n", self.one.n)
+            self.weight = nn.Parameter(torch.randn(3, 2, dtype=torch.complex64))
+
+    def odd(model, batch):
+        h = batch.to(model.weight.dtype) @ model.weight
+        model.one.n += h.abs().mean(0).detach()
+        return {"a": (h.abs() + model.two.n).square().mean()}
+
+    step = ff.Step(Odd(), odd, {"a": "*"}, optimizer=ff.optim.sgd(0.1))
+    report = ff.verify(step, step.init(), torch.randn(4, 3).float())
+    assert report.ok, str(report)
+
+
+def test_an_imaginary_error_is_an_error():
+    from funcfreeze.verify import _norm
+
+    assert _norm([torch.tensor([3j])]) == 3.0

@@ -37,10 +37,11 @@ class Routed:
         """Every loss's gradients apart, one engine call each, over the leaves that loss may update."""
         live = forward(evaluate, params, routing)
         weights = routing.weight_values(step)
-        gradients = [
-            _alone(loss, live.leaves, dict(row), weights)
-            for loss, row in zip(live.losses, routing.weights, strict=True)
-        ]
+        with torch.inference_mode(False), torch.no_grad():
+            gradients = [
+                _alone(loss, live.leaves, dict(row), weights)
+                for loss, row in zip(live.losses, routing.weights, strict=True)
+            ]
         return SeparateOutcome(gradients, live.values, live.rest)
 
 
@@ -103,7 +104,8 @@ def planned_backward(
     passes = plan_passes(graph.structure, routing.weights)
     nodes = {node: graph.nodes[node] for planned in passes for node in planned.done}
     graph.nodes.clear()
-    return _run(passes, nodes, leaves, graph.seeds, weights)
+    with torch.inference_mode(False), torch.no_grad():
+        return _run(passes, nodes, leaves, graph.seeds, weights)
 
 
 def _run(

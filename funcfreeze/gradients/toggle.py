@@ -50,7 +50,8 @@ def _backward(loss: Tensor, leaves: Sequence[Tensor], allowed: AbstractSet[int])
     required = [leaf.requires_grad for leaf in leaves]
     _toggle(leaves, [index in allowed for index in range(len(leaves))])
     try:
-        root.backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        # `inputs` only keeps the gradient out of tensors that are no parameters here, a teacher in a closure, say
+        root.backward(retain_graph=True, inputs=[leaves[index] for index in sorted(allowed)])  # type: ignore[no-untyped-call]
     finally:
         _toggle(leaves, required)
 
