@@ -40,11 +40,13 @@ class FunctionalModule:
 
     def present_parameters(self) -> dict[str, Tensor]:
         """The parameters in the module now, by path."""
-        return {path: _present(sites[0], "_parameters") for path, sites in self.parameters.items()}
+        with _EXCHANGING:
+            return {path: _present(sites[0], "_parameters") for path, sites in self.parameters.items()}
 
     def present_buffers(self) -> dict[str, Tensor]:
         """The buffers in the module now, by path."""
-        return {path: _present(sites[0], "_buffers") for path, sites in self.buffers.items()}
+        with _EXCHANGING:
+            return {path: _present(sites[0], "_buffers") for path, sites in self.buffers.items()}
 
     def parameter_hooks(self) -> list[tuple[str, Callable[[Tensor], Tensor | None]]]:
         """The hooks registered on the module's own parameters, which its stand-ins must carry too."""
@@ -69,7 +71,7 @@ class FunctionalModule:
 
     def write(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
         """Write values into the module: in place, or as new tensors where a buffer has changed its shape or dtype."""
-        with torch.no_grad():
+        with _EXCHANGING, torch.no_grad():
             for path, sites in self.parameters.items():
                 _present(sites[0], "_parameters").copy_(parameters[path])
             for path, sites in self.buffers.items():
