@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from funcfreeze.functional import as_module, module_leaves, refuse_unusable
 from funcfreeze.gradients import Routing
+from funcfreeze.gradients.graph import NO_LEAF
 from funcfreeze.gradients.hooks import handles_made
 from funcfreeze.gradients.returned import check_losses, refuse_constants
 from funcfreeze.gradients.routed import LiveGraph, planned_backward, read_losses
 from funcfreeze.plan import resolve_plan
+from funcfreeze.selectors import RouteError
 
 
 def backward(losses: Mapping[str, Tensor | None], routes: object, model: nn.Module | Mapping[str, nn.Module]) -> None:
@@ -29,7 +31,8 @@ def backward(losses: Mapping[str, Tensor | None], routes: object, model: nn.Modu
 
     Args:
         losses: name -> 0-d floating tensor on a live graph; None for a loss that is absent this time.
-        routes: loss name -> which parameters it may update (see `Route`), or a `Plan`, which is not resolved anew.
+        routes: loss name -> which parameters it may update (see `Route`). A `Plan` (`step.plan`) is not resolved anew
+            at every call, which small networks notice.
         model: the module whose parameters the losses were computed from, or a mapping of modules.
 
     Raises:
@@ -56,6 +59,10 @@ def backward(losses: Mapping[str, Tensor | None], routes: object, model: nn.Modu
     refuse_constants([name for name, loss in losses.items() if loss is not None and not loss.requires_grad])
     parameters = [leaf.tensor for leaf in leaves]
     graph = read_losses(present, parameters, hooked=())
+    if graph.nodes and not any(leaf != NO_LEAF for leaf in graph.structure.leaves[1::2]):
+        raise RouteError(
+            "no parameter of this model is in the graph of the losses; were they computed from another model?"
+        )
     if not _is_free_of_hooks(graph, parameters):
         graph = graph._replace(structure=graph.structure._replace(hooked=None))
     with torch.inference_mode(False), torch.no_grad():

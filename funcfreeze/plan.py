@@ -187,10 +187,9 @@ def _conflicts(leaf: Leaf, claimed: Sequence[Route], exclusive: bool) -> list[st
     tied = f" (one parameter, tied as {' = '.join(leaf.names)})" if len(leaf.names) > 1 else ""
     entries = " and ".join(_shown(route) for route in claimed)
     if exclusive:
-        first, *others = (label(route.selectors[0]) for route in claimed)
         return [
-            f"{leaf.path}{tied} is claimed by {len(claimed)} entries, {entries}; keep it in one, for example "
-            f'path("{first}") - "{others[0]}"'
+            f"{leaf.path}{tied} is claimed by {len(claimed)} entries, {entries}; take it out of all but one, as in "
+            'path("*") - "encoder"'
         ]
     names = [frozenset(name for name in leaf.names if _claims_name(route, leaf, name)) for route in claimed]
     contradict = any(

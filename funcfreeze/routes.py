@@ -134,7 +134,10 @@ def _evaluate(weight: Weight, step: Tensor | None) -> float | Tensor:
     if isinstance(weight, Real):
         return float(weight)
     if step is None:
-        raise TypeError(f"the weight {weight!r} is a schedule of the step, and there is no step here: use ff.Step")
+        raise TypeError(
+            f"the weight {weight!r} is a schedule of the step, and there is no step here: use ff.Step, or pass its "
+            "value as a number"
+        )
     value = weight(step)  # type: ignore[operator]  # mypy takes an int for a Real, and a float for none
     if isinstance(value, Tensor) and value.ndim == 0:
         return value.detach()

@@ -21,11 +21,15 @@ class Lease:
         spent: whether a step has reused the tensors, so that they no longer hold what these states say.
         borrowed: the paths of parameters that someone outside may hold too: a step writes to a copy of those.
         borrowed_optimizer: the same for the whole optimizer state.
+        gradients: on the CPU those of the step that made the state, alive until the next step starts, as `.grad` is in
+            an eager loop. Freed at once, their pages go back to the system and are faulted in again at every step: 13 %
+            of the step of the demo's speed table.
     """
 
     spent: bool = False
     borrowed: set[str] = field(default_factory=set)
     borrowed_optimizer: bool = False
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class State:

@@ -150,6 +150,7 @@ class Step:
             Whatever is raised, module and state are as they were.
         """
         check_fits(state, self.specification)
+        lease_of(state).gradients = {}
         outcome = self._engine.merged(self._evaluate(state, batch), self._params(state), self.routing, state.step)
         metrics, buffers = outcome.rest
         gradients = _touched(self.plan.paths, outcome.gradients)
@@ -235,8 +236,9 @@ class Step:
             lease.spent = True
         else:
             lease.borrowed |= params.keys() - routed  # both states hold these now: neither may write to them
-        fields = (params, buffers, optimizer, step)
-        return make_state(fields, Lease(borrowed=lease.borrowed - copied), self.specification)
+        kept = {path: gradient for path, gradient in gradients.items() if gradient.device.type == "cpu"}
+        renewed = Lease(borrowed=lease.borrowed - copied, gradients=kept)
+        return make_state((params, buffers, optimizer, step), renewed, self.specification)
 
 
 def _optimize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
@@ -230,8 +230,8 @@ def _checks(
     displacement = _by_group(step, moved, wanted, DISPLACEMENT_FLOOR)
     for group in group_rows([row for row in step.plan.rows if row.weights]):
         losses = tuple(name for name in names if name in group.rows[0].weights)
-        untouched = "" if seen.reached & {row.path for row in group.rows} else "never touched"
-        yield Check(f"{group.title} gradients", losses, seen.gradients[group.title], near, untouched)
+        missed = [row.path for row in group.rows if row.path not in seen.reached]
+        yield Check(f"{group.title} gradients", losses, seen.gradients[group.title], near, _never_touched(missed))
         yield Check(f"{group.title} displacement", losses, displacement[group.title], far)
     still = set(step.plan.paths) - seen.reached
     yield _exactly(
@@ -241,6 +241,13 @@ def _checks(
     )
     yield _exactly("their optimizer state", _changed_entries(start.optimizer, end.optimizer, still), "bit-identical")
     yield from _buffer_checks(seen, end.buffers, recipe.functional.present_buffers(), near)
+
+
+def _never_touched(paths: Sequence[str]) -> str:
+    """What to notice about parameters that a loss may update and no loss reaches."""
+    if not paths:
+        return ""
+    return f"never touched, though routed: {', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''}"
 
 
 def _exactly(subject: str, problems: list[str], good: str, losses: tuple[str, ...] = ()) -> Check:

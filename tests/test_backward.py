@@ -180,3 +180,9 @@ def test_a_mapping_of_modules():
     ff.backward({"l": parts["b"](parts["a"](torch.ones(1, 2))).sum()}, {"l": "b"}, parts)
     assert parts["a"].weight.grad is None
     assert parts["b"].bias.grad is not None
+
+
+def test_losses_of_another_model_are_refused():
+    net = Net()
+    with pytest.raises(ff.RouteError, match="no parameter of this model is in the graph of the losses"):
+        ff.backward(losses(copy.deepcopy(net), torch.randn(6, 4)), ROUTES, net)

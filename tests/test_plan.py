@@ -142,8 +142,8 @@ def test_a_large_plan_prints_by_modules():
         ({"a": ff.path("encoder") & "heads"}, "(path('encoder') & path('heads')) leaves no trainable parameter"),
         (
             {"a": {"encoder": 1.0, "*.bias": -1.0}},
-            "loss 'a': encoder.0.bias is claimed by 2 entries, 'encoder': 1.0 and '*.bias': -1.0; keep it in one, "
-            'for example path("encoder") - "*.bias"',
+            "loss 'a': encoder.0.bias is claimed by 2 entries, 'encoder': 1.0 and '*.bias': -1.0; take it out "
+            'of all but one, as in path("*") - "encoder"',
         ),
         ({"a": {"encoder": "fast"}}, "a weight is a finite number, a 0-d tensor or a schedule, got str: 'fast'"),
         ({"a": {"encoder": torch.ones(2)}}, "got a tensor of shape (2,) and dtype torch.float32"),
