@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import optree
@@ -23,7 +23,7 @@ Losses = Callable[[Any, Any], Any]
 """`losses(model, batch)` -> a mapping name -> scalar, or that and a mapping of metrics."""
 
 
-@dataclass(frozen=True, eq=False, init=False)
+@dataclass(frozen=True, eq=False, init=False, repr=False)
 class Step:
     """A training step: `state, metrics = step(state, batch)`.
 
@@ -70,10 +70,10 @@ class Step:
     engine: str
     donate: bool
     plan: Plan
-    functional: FunctionalModule = field(repr=False)
-    routing: Routing = field(repr=False)
-    transform: Transform = field(repr=False)
-    specification: Specification = field(repr=False)
+    functional: FunctionalModule
+    routing: Routing
+    transform: Transform
+    specification: Specification
 
     def __init__(
         self,
@@ -114,6 +114,9 @@ class Step:
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        return f"Step({', '.join(self.plan.losses)}; engine={self.engine!r}, donate={self.donate})"
 
     def init(self, copy: bool = True) -> State:
         """A fresh state from the module's present values, with a new optimizer state and step 0.
