@@ -149,6 +149,13 @@ def _call(
             retain_graph=planned.retain,
             allow_unused=True,
         )
+    except NotImplementedError as error:
+        if "NestedTensor" not in str(error):
+            raise
+        raise NotImplementedError(
+            "torch cannot differentiate an operation on strided nested tensors that the forward uses (the cause is "
+            "above); make them with layout=torch.jagged"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

@@ -393,3 +393,14 @@ def test_checkpointing_recomputes_once_for_every_call_that_visits_it():
     forwards.clear()
     ff.grad(losses, table)(p)
     assert len(forwards) == 4  # two blocks, each once forward and once again for the shared walk
+
+
+@pytest.mark.filterwarnings("ignore:.*nested.*:UserWarning")
+def test_strided_nested_tensors_are_pointed_to_jagged_ones():
+    def losses(p):
+        rows = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)])
+        h = torch.tanh(F.linear(rows, p["w"]))
+        return {"a": torch.nested.to_padded_tensor(h, 0.0).sum()}
+
+    with pytest.raises(NotImplementedError, match="strided nested tensors .* make them with layout=torch.jagged"):
+        ff.grad(losses, {"a": "*"})(params(w=(3, 3)))
