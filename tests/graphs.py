@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,12 +14,15 @@ from torch import Tensor
 class NanForZero(torch.autograd.Function):
     """Its backward normalises the cotangent: right for every single loss, NaN if it is run on zeros."""
 
+    sizes: ClassVar[list[float]] = []  # of the cotangents it was run on, for the test to read
+
     @staticmethod
     def forward(ctx, x):
         return x * 2.0
 
     @staticmethod
     def backward(ctx, cotangent):
+        NanForZero.sizes.append(float(cotangent.abs().sum()))
         return 2.0 * cotangent / (cotangent.abs().sum() / cotangent.abs().sum())
 
     generate_vmap_rule = True

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from graphs import random_graph
+from graphs import NanForZero, random_graph
 from laws import assert_law
 from oracle import oracle
 
 GRAPHS = 300
 
 
-def not_a_number(graph):
-    return any(
-        g.isnan().any() for row in oracle(graph.losses, graph.params, graph.table).values() for g in row.values()
-    )
+def divides_by_nothing(graph):
+    """Whether a Function that divides by a cotangent's size gets one that is zero, or is but for rounding."""
+    NanForZero.sizes.clear()
+    oracle(graph.losses, graph.params, graph.table)
+    return any(size < 1e-9 for size in NanForZero.sizes)
 
 
 @pytest.mark.parametrize("engine", ["routed", "reference", "toggle"])
@@ -29,7 +30,7 @@ def test_random_graphs(engine, seed):
 def test_random_graphs_with_foreign_code_and_hooks(engine, foreign, hooks, seed):
     for offset in range(GRAPHS):
         graph = random_graph(seed + offset, foreign=foreign, hooks=hooks)
-        if foreign and not_a_number(graph):
-            continue  # a loss whose own cotangent is zero at a Function that gives NaN for zero: no sum to compare
+        if foreign and divides_by_nothing(graph):
+            continue  # then a sum of losses may be exactly zero where each loss alone is not, or the other way round
         # Functions that multiply, hooks that clamp, normalisation of nearly equal numbers: ill-conditioned, not wrong
         assert_law(engine, graph.losses, graph.params, graph.table, tolerance=1e-7)
