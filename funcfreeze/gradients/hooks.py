@@ -78,14 +78,14 @@ class _Exchange:
             cls.users += 1
             if cls.users == 1:
                 cls.original = torch.Tensor.register_hook
-                torch.Tensor.register_hook = _register_hook  # type: ignore[method-assign]
+                torch.Tensor.register_hook = _register_hook  # type: ignore[method-assign]  # that is the point
 
     @classmethod
     def leave(cls) -> None:
         with cls.lock:
             cls.users -= 1
             if cls.users == 0:
-                torch.Tensor.register_hook = cls.original  # type: ignore[method-assign]
+                torch.Tensor.register_hook = cls.original  # type: ignore[method-assign]  # put back
 
 
 def _register_hook(tensor: Tensor, hook: Callable[[Tensor], Any]) -> Any:

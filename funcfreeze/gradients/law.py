@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from funcfreeze.gradients.weights import UNIT_WEIGHT, LossWeights
+from funcfreeze.gradients.weights import LossWeights
 from funcfreeze.plan import Plan
 from funcfreeze.routes import UNIT, Weight, weight_value
 
@@ -113,4 +113,4 @@ class Engine(Protocol):
         ...
 
 
-__all__ = ["UNIT_WEIGHT", "Engine", "Evaluate", "Outcome", "Routing", "SeparateOutcome"]
+__all__ = ["Engine", "Evaluate", "Outcome", "Routing", "SeparateOutcome"]

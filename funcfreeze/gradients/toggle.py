@@ -1,6 +1,6 @@
 """The recipe people write: toggle `requires_grad`, one `backward(retain_graph=True)` per loss, over one forward.
 
-It wastes work, and it is what everybody means: the oracle that other engines are compared with.
+It walks the graph once for every loss, and it is what everybody means: what other engines are compared with.
 """
 
 from __future__ import annotations
