@@ -105,27 +105,54 @@ class FunctionalModule:
             place. The given buffers are written to where the forward updates them in place: pass clones.
 
         Raises:
-            RuntimeError: the call changed a parameter, in place or by putting another one in its place, or it added or
-                removed a buffer; or the module is no longer what it was when its sites were noted.
+            RuntimeError: as `buffers_after`.
         """
-        versions = {path: tensor._version for path, tensor in parameters.items()}
+        with self.holding(parameters, buffers):
+            versions = {path: tensor._version for path, tensor in parameters.items()}
+            result = f(self.module)
+            return result, self.buffers_after(parameters, versions)
+
+    @contextmanager
+    def holding(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Iterator[None]:
+        """These tensors are in the module inside the block; afterwards it holds its own again.
+
+        A backward belongs inside, too: activation checkpointing runs parts of the module once more.
+        """
         with (
             _EXCHANGING,
             _buffers_kept(self.module),
             _in_place_of(self.parameters, "_parameters", parameters),
             _in_place_of(self.buffers, "_buffers", buffers),
         ):
-            result = f(self.module)
-            problems = [
-                problem
-                for path, sites in self.parameters.items()
-                if (problem := _changed(path, sites, parameters[path], versions[path]))
-            ]
-            problems += self._buffer_problems()
-            after = {} if problems else self.present_buffers()
+            yield
+
+    def buffers_after(self, parameters: Mapping[str, Tensor], versions: Mapping[str, int]) -> dict[str, Tensor]:
+        """The buffers as a call left them, by path; asked while its tensors are held.
+
+        Args:
+            parameters: what the module was given to hold.
+            versions: of these tensors, before the call.
+
+        Raises:
+            RuntimeError: the call changed a parameter, in place or by putting another one in its place, or it added or
+                removed a buffer; or the module is no longer what it was when its sites were noted.
+        """
+        problems = [
+            problem
+            for path, sites in self.parameters.items()
+            if (problem := _changed(path, sites, parameters[path], versions[path]))
+        ]
+        problems += self._buffer_problems()
         if problems:
             raise RuntimeError("\n".join(problems))
-        return result, after
+        return self.present_buffers()
+
+    def hold_copies(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put copies of these buffers into the module, until the block of `holding` ends."""
+        for path, tensor in tensors.items():
+            copy = tensor.clone()
+            for module, name in self.buffers[path]:
+                module.__dict__["_buffers"][name] = copy
 
     def _buffer_problems(self) -> Iterator[str]:
         """What the call did to the set of buffers, which a state cannot follow."""

@@ -58,10 +58,11 @@ class State:
     AttributeError: a State is frozen; make another with state.replace(step=...)
     """
 
-    __slots__ = ("_fields", "_fits", "_lease")
+    __slots__ = ("_fields", "_fits", "_lease", "_listed")
     _fields: tuple[Mapping[str, Tensor], Mapping[str, Tensor], Any, Tensor]
     _lease: Lease
     _fits: object
+    _listed: object
 
     def __init__(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Any, step: Tensor
@@ -130,22 +131,24 @@ class State:
         return f"State(step={int(self.step)}, {len(self.params)} parameters, {len(self.buffers)} buffers)"
 
 
-def _fill(state: State, fields: tuple[Any, ...], lease: Lease, fits: object) -> None:
+def _fill(state: State, fields: tuple[Any, ...], lease: Lease, fits: object, listed: object = None) -> None:
     object.__setattr__(state, "_fields", fields)
     object.__setattr__(state, "_lease", lease)
     object.__setattr__(state, "_fits", fits)
+    object.__setattr__(state, "_listed", listed)
 
 
-def make_state(fields: tuple[Any, ...], lease: Lease, fits: object = None) -> State:
+def make_state(fields: tuple[Any, ...], lease: Lease, fits: object = None, listed: object = None) -> State:
     """A state under a lease that it may share, known to fit a specification.
 
     Args:
         fields: params, buffers, optimizer and step.
         lease: who may write to the tensors.
         fits: what `known_to_fit` answers with.
+        listed: what `listing_of` answers with.
     """
     state = State.__new__(State)
-    _fill(state, fields, lease, fits)
+    _fill(state, fields, lease, fits, listed)
     return state
 
 
@@ -157,6 +160,11 @@ def lease_of(state: State) -> Lease:
 def known_to_fit(state: State) -> object:
     """The specification the state was found to fit when it was made, so that it is not compared again, or None."""
     return state._fits
+
+
+def listing_of(state: State) -> object:
+    """What the compiled step that made the state noted of its tensors, for the next step to take them as they are."""
+    return state._listed
 
 
 optree.register_pytree_node(

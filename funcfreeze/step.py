@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,17 +11,15 @@ import optree
 import torch
 from torch import Tensor, nn
 
+from funcfreeze.compile import CompiledStep, resolve
+from funcfreeze.compile.layout import Listed
+from funcfreeze.computation import Computation, Losses, not_sharing
 from funcfreeze.functional import FunctionalModule, as_module, module_leaves, refuse_unusable
-from funcfreeze.gradients import Engine, Evaluate, Routing, find_engine
+from funcfreeze.gradients import Routing, find_engine
 from funcfreeze.optim import Transform
 from funcfreeze.plan import Plan, resolve_plan
-from funcfreeze.selectors import RouteError
 from funcfreeze.specification import Specification, check_fits
-from funcfreeze.state import Lease, State, lease_of, make_state
-
-Losses = Callable[[Any, Any], Any]
-"""`losses(model, batch)` -> a mapping name -> scalar, or that and a mapping of metrics."""
-
+from funcfreeze.state import Lease, State, lease_of, listing_of, make_state
 
 @dataclass(frozen=True, eq=False, init=False, repr=False)
 class Step:
@@ -35,13 +33,13 @@ class Step:
         routes: loss name -> which parameters it may update (see `Route`), or a `Plan`.
         optimizer: a `Transform` such as `optim.adamw(1e-3)`.
         engine: "routed" (the fast one), "reference" (`torch.func`) or "toggle" (the eager recipe).
+        compile: whether the whole step is one compiled graph: None (compiled on CUDA, eager elsewhere), True, False, or a
+            mapping of `torch.compile`'s `backend`, `mode`, `options` and `dynamic`. The routed engine only.
         donate: whether a step reuses the storage of the state it is given, which is spent then.
 
     Attributes:
         plan: the resolved, frozen loss × parameter table; printable and comparable.
-        functional: the model as a pure function.
-        routing: the plan in the engines' terms.
-        transform: the optimizer, bound to the model's parameters.
+        computation: what a step computes, on plain tensors.
         specification: what a state must look like.
 
     Raises:
@@ -68,12 +66,12 @@ class Step:
     losses: Losses
     optimizer: Transform
     engine: str
+    compile: object
     donate: bool
     plan: Plan
-    functional: FunctionalModule
-    routing: Routing
-    transform: Transform
+    computation: Computation
     specification: Specification
+    compiled: CompiledStep | None
 
     def __init__(
         self,
@@ -83,9 +81,10 @@ class Step:
         *,
         optimizer: Transform,
         engine: str = "routed",
+        compile: bool | Mapping[str, Any] | None = None,
         donate: bool = True,
     ) -> None:
-        find_engine(engine)
+        chosen = find_engine(engine)
         if not callable(losses):
             raise TypeError(f"losses is a function losses(model, batch), got {type(losses).__name__}")
         if not isinstance(optimizer, Transform):
@@ -100,17 +99,21 @@ class Step:
         transform = optimizer if optimizer.bind is None else optimizer.bind(leaves)
         functional = FunctionalModule.of(module)
         functional.refuse_accumulation_hooks()
+        options = resolve(compile if engine == "routed" or compile is not None else False, module.parameters())
+        if options is not None and engine != "routed":
+            raise ValueError(f"only the routed engine is compiled; use compile=False with engine={engine!r}")
+        computation = Computation(functional, losses, plan, Routing.of(plan), chosen, transform)
         values = {
             "model": model,
             "losses": losses,
             "optimizer": optimizer,
             "engine": engine,
+            "compile": compile,
             "donate": donate,
             "plan": plan,
-            "functional": functional,
-            "routing": Routing.of(plan),
-            "transform": transform,
+            "computation": computation,
             "specification": Specification.of(functional, plan, transform),
+            "compiled": None if options is None else CompiledStep(computation, options),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -154,27 +157,25 @@ class Step:
         """
         check_fits(state, self.specification)
         lease_of(state).gradients = {}
-        outcome = self._engine.merged(self._evaluate(state, batch), self._params(state), self.routing, state.step)
-        metrics, buffers = outcome.rest
-        gradients = _touched(self.plan.paths, outcome.gradients)
-        _check_names(outcome.losses, metrics)
+        if self.compiled is not None:
+            return self._compiled_step(self.compiled, state, batch)
+        computed = self.computation.gradients(state.params, state.buffers, state.step, batch)
         with torch.inference_mode(False), torch.no_grad():
-            kept = {**outcome.losses, **_not_sharing(metrics, self._params(state))}
-            return self._update(state, gradients, buffers), kept
+            metrics = {**computed.losses, **not_sharing(computed.metrics, list(state.params.values()))}
+            return self._update(state, computed.gradients, computed.buffers), metrics
 
     def gradients(self, state: State, batch: Any) -> dict[str, Tensor]:
-        """The merged gradients by path, holding only touched parameters. Updates nothing, buffers included."""
+        """The merged gradients by path, holding only touched parameters. Updates nothing, buffers included.
+
+        Always computed eagerly, also by a compiled step.
+        """
         check_fits(state, self.specification)
-        outcome = self._engine.merged(self._evaluate(state, batch), self._params(state), self.routing, state.step)
-        return _touched(self.plan.paths, outcome.gradients)
+        return self.computation.gradients(state.params, state.buffers, state.step, batch).gradients
 
     def per_loss_gradients(self, state: State, batch: Any) -> dict[str, dict[str, Tensor]]:
         """Each loss's gradients by path, weights applied; summed over the losses they are `gradients`."""
         check_fits(state, self.specification)
-        outcome = self._engine.separate(self._evaluate(state, batch), self._params(state), self.routing, state.step)
-        return {
-            loss: _touched(self.plan.paths, row) for loss, row in zip(self.plan.losses, outcome.gradients, strict=True)
-        }
+        return self.computation.per_loss_gradients(state.params, state.buffers, state.step, batch)
 
     def call(self, state: State, f: Callable[..., Any], *args: Any) -> Any:
         """`f(model, *args)` with the state's tensors in the model: evaluation, acting, sampling.
@@ -195,35 +196,68 @@ class Step:
         return self.model
 
     @property
+    def functional(self) -> FunctionalModule:
+        """The model as a pure function."""
+        return self.computation.functional
+
+    @property
+    def transform(self) -> Transform:
+        """The optimizer, bound to the model's parameters."""
+        return self.computation.transform
+
+    @property
+    def traces(self) -> int:
+        """How many times the step has been traced and compiled so far; 0 for an eager one."""
+        return 0 if self.compiled is None else self.compiled.traces
+
+    @property
     def module(self) -> nn.Module:
         """The model as one module; a mapping of modules is held by an `nn.ModuleDict`."""
         return self.functional.module
 
-    @property
-    def _engine(self) -> Engine:
-        return find_engine(self.engine)
+    def _compiled_step(self, compiled: CompiledStep, state: State, batch: Any) -> tuple[State, dict[str, Any]]:
+        """The same in one graph, which overwrites the tensors of the state or copies of them."""
+        lease = lease_of(state)
+        listed = listing_of(state)
+        if isinstance(listed, Listed) and self.donate and self._owns(lease):
+            params, buffers, optimizer, step = fields = state.params, state.buffers, state.optimizer, state.step
+        else:
+            params, buffers, optimizer, step = fields = self._owned(state)
+            listed = Listed.of(*fields)
+        returned = compiled(listed, batch)
+        if self.donate:
+            lease.spent = True
+        else:
+            lease.borrowed |= params.keys() - set(self.plan.routed)
+        optimizer = optimizer if returned.optimizer is None else returned.optimizer
+        kept = dict(zip(map(str, range(len(returned.gradients))), returned.gradients, strict=True))
+        renewed = Lease(borrowed=lease.borrowed - set(self.plan.routed), gradients=kept)
+        fields = (params, {**buffers, **returned.buffers} if returned.buffers else buffers, optimizer, step)
+        listed = listed.with_buffers(returned.buffers) if returned.optimizer is None else None
+        state = make_state(fields, renewed, self.specification, listed)
+        return state, {**returned.losses, **returned.metrics}
 
-    def _params(self, state: State) -> list[Tensor]:
-        return [state.params[path] for path in self.plan.paths]
+    def _owns(self, lease: Lease) -> bool:
+        """Whether all that a step overwrites may be overwritten."""
+        return not lease.borrowed_optimizer and lease.borrowed.isdisjoint(self.plan.routed)
 
-    def _evaluate(self, state: State, batch: Any) -> Evaluate:
-        """The forward as engines call it: parameters -> (losses, (metrics, buffers after the forward)).
+    def _owned(self, state: State) -> tuple[dict[str, Tensor], dict[str, Tensor], Any, Tensor]:
+        """The state's fields, copied where somebody else may hold them, or where two of them share their memory."""
+        lease, routed = lease_of(state), set(self.plan.routed)
+        copied = lease.borrowed & routed if self.donate else routed
+        memories: set[int] = set()
 
-        Buffers are cloned for every forward, so that an exception leaves the state's as they were.
-        """
-        hooks = self.functional.parameter_hooks()
+        def mine(tensor: Tensor, copy: bool) -> Tensor:
+            memory = tensor.untyped_storage().data_ptr()
+            shared = memory in memories and tensor.numel() > 0
+            memories.add(memory)
+            return tensor.clone() if copy or shared else tensor.detach()
 
-        def evaluate(leaves: list[Tensor]) -> tuple[Any, Any]:
-            params = dict(zip(self.plan.paths, leaves, strict=True))
-            for path, hook in hooks:
-                if params[path].requires_grad:
-                    params[path].register_hook(hook)  # type: ignore[no-untyped-call]
-            buffers = {path: tensor.clone() for path, tensor in state.buffers.items()}
-            returned, after = self.functional.call(lambda model: self.losses(model, batch), params, buffers)
-            losses, metrics = _split(returned)
-            return losses, (metrics, after)
-
-        return evaluate
+        params = {path: mine(tensor, path in copied) for path, tensor in state.params.items()}
+        copy = not self.donate or lease.borrowed_optimizer
+        optimizer = optree.tree_map(lambda leaf: mine(leaf, copy) if isinstance(leaf, Tensor) else leaf, state.optimizer)
+        buffers = {path: mine(tensor, True) for path, tensor in state.buffers.items()}
+        return params, buffers, optimizer, mine(state.step, True)
 
     def _update(self, state: State, gradients: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> State:
         """The new state. Everything that can fail comes before the first write."""
@@ -233,8 +267,7 @@ class Step:
         owned = self.donate and not lease.borrowed_optimizer
         optimizer = state.optimizer if owned else optree.tree_map(_copy, state.optimizer)
         step = state.step + 1
-        own = {path: params[path] for path in self.plan.routed}
-        optimizer = _optimize(self.transform, gradients, optimizer, own, state.step)
+        optimizer = self.computation.optimize(gradients, optimizer, params, state.step)
         if self.donate:
             lease.spent = True
         else:
@@ -244,67 +277,8 @@ class Step:
         return make_state((params, buffers, optimizer, step), renewed, self.specification)
 
 
-def _optimize(
-    transform: Transform, gradients: Mapping[str, Tensor], state: Any, params: Mapping[str, Tensor], step: Tensor
-) -> Any:
-    """Overwrite the parameters, and return the optimizer's new state."""
-    if transform.in_place is not None:
-        commit = transform.in_place(gradients, state, params, step=step)
-        return commit()
-    updates, state = transform.update(gradients, state, params, step=step)
-    present = {path: update for path, update in updates.items() if update is not None}
-    problems = [
-        f"{path}: the update has shape {tuple(update.shape)}, the parameter "
-        + (f"has shape {tuple(params[path].shape)}" if path in params else "is not among those that may be updated")
-        for path, update in present.items()
-        if path not in params or update.shape != params[path].shape
-    ]
-    if problems:
-        raise ValueError("\n".join(["the optimizer's updates do not fit the parameters:", *problems]))
-    for path, update in present.items():
-        params[path].add_(update)
-    return state
-
-
 def _copy(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
-
-
-def _touched(paths: Sequence[str], gradients: Sequence[Tensor | None]) -> dict[str, Tensor]:
-    return {path: gradient for path, gradient in zip(paths, gradients, strict=True) if gradient is not None}
-
-
-def _split(returned: Any) -> tuple[Any, Mapping[str, Any]]:
-    """What `losses` returned as losses and metrics."""
-    if not isinstance(returned, tuple):
-        return returned, {}
-    if len(returned) != 2 or not isinstance(returned[1], Mapping):
-        shown = ", ".join(type(part).__name__ for part in returned)
-        raise TypeError(
-            f"`losses` returns a mapping of losses, or a pair of that and a mapping of metrics; got ({shown})"
-        )
-    return returned
-
-
-def _not_sharing(metrics: Mapping[str, Any], params: Sequence[Tensor]) -> dict[str, Any]:
-    """The metrics, with those that share memory with a parameter copied: the step is about to overwrite parameters."""
-    if not metrics:
-        return {}
-    memories = {param.untyped_storage().data_ptr() for param in params}
-
-    def copied(metric: Any) -> Any:
-        shares = isinstance(metric, Tensor) and metric.layout == torch.strided
-        return metric.clone() if shares and metric.untyped_storage().data_ptr() in memories else metric
-
-    return {name: optree.tree_map(copied, metric, none_is_leaf=True) for name, metric in metrics.items()}
-
-
-def _check_names(losses: Mapping[str, Tensor], metrics: Mapping[str, Any]) -> None:
-    if clash := losses.keys() & metrics.keys():
-        raise RouteError(
-            f"{', '.join(sorted(clash))}: both a loss and a metric have this name, and the step returns both; rename "
-            "the metric"
-        )
 
 
 @contextmanager

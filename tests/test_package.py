@@ -20,6 +20,8 @@ FLOORS = [
     {"gradients"},
     {"state", "differentiate", "backward"},
     {"specification", "equations"},
+    {"computation"},
+    {"compile"},
     {"step"},
     {"recipe"},
     {"verify"},

@@ -1,0 +1,103 @@
+"""The programs of one step, and which of them is right for the state, the batch and the model as they are."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from funcfreeze.compile.layout import Layout, Listed
+from funcfreeze.compile.options import Options
+from funcfreeze.compile.program import Program, Returned
+from funcfreeze.compile.watch import PLAIN, Watch
+from funcfreeze.computation import Computation
+
+MANY = 8
+"""So many programs are more than train and eval, with and without a loss, can explain."""
+
+
+class CompiledStep:
+    """A computation, compiled as often as it has to be.
+
+    Attributes:
+        traces: how many times it has been traced and compiled so far.
+    """
+
+    def __init__(self, computation: Computation, options: Options) -> None:
+        self.traces = 0
+        self._computation = computation
+        self._options = options
+        self._programs: list[Program] = []
+        self._lock = threading.RLock()
+
+    def __call__(self, state: Listed, batch: Any) -> Returned:
+        """Take a step that overwrites the state's tensors.
+
+        Raises:
+            TypeError: the batch holds something that is neither a tensor nor a plain value.
+        """
+        leaves, structure = optree.tree_flatten(batch, none_is_leaf=True)
+        constants = {index: leaf for index, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            program = self._program(state.layout, structure, constants)
+            return program(state.tensors, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
+
+    def _program(self, layout: Layout, structure: optree.PyTreeSpec, constants: dict[int, Any]) -> Program:
+        for index, program in enumerate(self._programs):
+            if (
+                (program.layout is layout or program.layout == layout)
+                and program.structure == structure
+                and program.constants == constants
+                and program.watch.holds()
+            ):
+                if index:
+                    self._programs.insert(0, self._programs.pop(index))
+                return program
+        _check_constants(structure, constants)
+        return self._add(layout, structure, constants)
+
+    def _add(self, layout: Layout, structure: optree.PyTreeSpec, constants: dict[int, Any]) -> Program:
+        functional = self._computation.functional
+        if len(self._programs) >= MANY:
+            warnings.warn(
+                f"this step is traced for the {len(self._programs) + 1}th time, now because "
+                f"{self._difference(layout, structure, constants)}; what changes from step to step should be a tensor",
+                stacklevel=4,
+            )
+        watch = Watch(functional.module, self._computation.losses, [*functional.present_parameters().values()])
+        program = Program(self._computation, layout, structure, constants, watch, self._options, self._count)
+        self._programs.insert(0, program)
+        return program
+
+    def _count(self) -> None:
+        self.traces += 1
+
+    def _difference(self, layout: Layout, structure: optree.PyTreeSpec, constants: dict[int, Any]) -> str:
+        """Why the program used last does not do."""
+        last = self._programs[0]
+        if last.structure != structure:
+            return "the batch has another structure"
+        if last.constants != constants:
+            return f"a Python value in the batch changed from {last.constants} to {constants}"
+        if last.layout != layout:
+            return "the state's tensors have other shapes, strides or dtypes"
+        return "; ".join(last.watch.changes())
+
+
+def _check_constants(structure: optree.PyTreeSpec, constants: dict[int, Any]) -> None:
+    paths = structure.paths() if constants else []
+    problems = [
+        f"batch[{']['.join(map(repr, paths[index]))}]: {type(value).__name__}" if paths[index] else type(value).__name__
+        for index, value in constants.items()
+        if not isinstance(value, PLAIN)
+    ]
+    if problems:
+        raise TypeError(
+            "a compiled step takes batches of tensors, numbers and strings in dicts, lists and tuples, got\n"
+            + "\n".join(f"  - {problem}" for problem in problems)
+            + "\nturn it into one of these (torch.as_tensor, dict(...)), or build the Step with compile=False"
+        )

@@ -1,0 +1,114 @@
+"""A state's tensors in one list, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+Kind = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]
+"""A tensor's shape, strides, dtype and device: what compiled code takes for granted."""
+
+Fields = tuple[dict[str, Tensor], dict[str, Tensor], Any, Tensor]
+"""Params, buffers, optimizer and step of a state."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the tensors of a state are listed: parameters, the optimizer's, the step, buffers. Compares by value.
+
+    Attributes:
+        params: their paths.
+        buffers: their paths.
+        optimizer: the structure of the optimizer's state.
+        constants: its leaves that are no tensors, with their positions.
+        kinds: of all tensors.
+    """
+
+    params: tuple[str, ...]
+    buffers: tuple[str, ...]
+    optimizer: optree.PyTreeSpec
+    constants: tuple[tuple[int, Any], ...]
+    kinds: tuple[Kind, ...]
+
+    def fields(self, tensors: Sequence[Tensor]) -> Fields:
+        """The four fields of a state, from its tensors."""
+        rest = iter(tensors)
+        params = {path: next(rest) for path in self.params}
+        constants = dict(self.constants)
+        leaves = [constants[index] if index in constants else next(rest) for index in range(self.optimizer.num_leaves)]
+        step = next(rest)
+        buffers = {path: next(rest) for path in self.buffers}
+        return params, buffers, optree.tree_unflatten(self.optimizer, leaves), step
+
+    def written(self, before: Any, after: Any, output: Callable[[Tensor], Any]) -> Any:
+        """Write the optimizer's new state over the old one where it fits; what else there is becomes an output.
+
+        Returns:
+            None if everything fitted, else the new state, with an output for every tensor.
+
+        Raises:
+            TypeError: something in the state that is no tensor changes from step to step.
+        """
+        old, structure = optree.tree_flatten(before, none_is_leaf=True)
+        new, renewed = optree.tree_flatten(after, none_is_leaf=True)
+        if structure != renewed or any(_misfits(one, other) for one, other in zip(old, new, strict=True)):
+            return optree.tree_map(output, after, none_is_leaf=True)
+        # all are read before the first is overwritten: the new ones may be the old ones in another order
+        values = [None if one is other or not isinstance(other, Tensor) else other for one, other in zip(old, new, strict=True)]
+        known = {id(one) for one in old if isinstance(one, Tensor)}
+        values = [value.clone() if value is not None and id(value) in known else value for value in values]
+        for one, value in zip(old, values, strict=True):
+            if value is not None:
+                one.copy_(value)
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class Listed:
+    """A state's tensors by their layout, owned by the next step."""
+
+    layout: Layout
+    tensors: list[Tensor]
+
+    @staticmethod
+    def of(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Any, step: Tensor) -> Listed:
+        """List a state's tensors."""
+        leaves, structure = optree.tree_flatten(optimizer, none_is_leaf=True)
+        constants = tuple((index, leaf) for index, leaf in enumerate(leaves) if not isinstance(leaf, Tensor))
+        kept = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        tensors = [*params.values(), *kept, step, *buffers.values()]
+        kinds = tuple(map(_kind, tensors))
+        return Listed(Layout(tuple(params), tuple(buffers), structure, constants, kinds), tensors)
+
+    def with_buffers(self, changed: Mapping[str, Tensor]) -> Listed | None:
+        """The same with other buffers in the place of some; None if they are of another kind."""
+        if not changed:
+            return self
+        tensors = self.tensors.copy()
+        start = len(tensors) - len(self.layout.buffers)
+        for index, path in enumerate(self.layout.buffers, start):
+            if path in changed:
+                tensors[index] = changed[path]
+                if _kind(changed[path]) != self.layout.kinds[index]:
+                    return None
+        return Listed(self.layout, tensors)
+
+
+def _misfits(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device)
+    if type(one) is not type(other) or one != other:
+        raise TypeError(
+            f"the optimizer's state holds {one!r}, which became {other!r}: a compiled step cannot count in Python. Keep "
+            "it as a tensor, or build the Step with compile=False"
+        )
+    return False
+
+
+def _kind(tensor: Tensor) -> Kind:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device

@@ -1,0 +1,72 @@
+"""What `Step(compile=...)` means: whether to compile, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+Backend = Callable[[Any, list[Any]], Callable[..., Any]]
+"""A compiler of FX graphs, as `torch.compile` takes them: (graph, inputs) -> callable."""
+
+_KEYS = ("backend", "mode", "options", "dynamic")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `torch.compile` that a step takes.
+
+    Attributes:
+        backend: "inductor", another of torch's backends, or a callable.
+        mode: of Inductor, such as "reduce-overhead".
+        options: of Inductor, by name.
+        dynamic: None (a size becomes dynamic when it changes), True or False.
+    """
+
+    backend: str | Backend = "inductor"
+    mode: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    dynamic: bool | None = None
+
+
+def resolve(compile: object, params: Iterable[Tensor]) -> Options | None:
+    """The options, or None for an eager step.
+
+    Args:
+        compile: None (compiled on CUDA, eager elsewhere), a bool, or a mapping of `torch.compile`'s arguments.
+        params: the model's parameters, whose device decides for None.
+
+    Raises:
+        TypeError: neither of these.
+        ValueError: a mapping with other keys.
+
+    >>> import torch
+    >>> resolve(None, [torch.zeros(1)]) is None
+    True
+    >>> resolve({"mode": "reduce-overhead"}, []).mode
+    'reduce-overhead'
+    >>> resolve({"fullgraph": False}, [])
+    Traceback (most recent call last):
+        ...
+    ValueError: compile: a step takes torch.compile's backend, mode, options and dynamic, got fullgraph (it is always
+    one full graph)
+    """
+    if compile is None:
+        return Options() if any(param.device.type == "cuda" for param in params) else None
+    if isinstance(compile, bool):
+        return Options() if compile else None
+    if not isinstance(compile, Mapping):
+        raise TypeError(
+            "compile is None (compiled on CUDA, eager elsewhere), True, False, or a mapping of torch.compile's "
+            f"arguments, got {type(compile).__name__}: {compile!r}"
+        )
+    given = {key: value for key, value in compile.items() if key != "fullgraph" or value is not True}
+    if unknown := [str(key) for key in given if key not in _KEYS]:
+        hint = " (it is always one full graph)" if "fullgraph" in unknown else ""
+        raise ValueError(
+            f"compile: a step takes torch.compile's {', '.join(_KEYS[:-1])} and {_KEYS[-1]}, got {', '.join(unknown)}"
+            + hint
+        )
+    return Options(**{**given, "options": dict(given.get("options") or {})})

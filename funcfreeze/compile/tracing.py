@@ -1,0 +1,161 @@
+"""The surroundings of a trace: stand-ins for tensors, and torch's settings that would get in its way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import TracingContext, detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+from funcfreeze.compile.outside import ReplacingOutsiders
+from funcfreeze.compile.watch import Watch
+
+
+@dataclass(frozen=True)
+class StandIns:
+    """Fake tensors for a graph's inputs and a state, of the mode in which Dynamo compiles."""
+
+    mode: FakeTensorMode
+    inputs: list[Any]
+    state: list[Tensor]
+
+    @contextmanager
+    def mode_active(self) -> Iterator[None]:
+        """Operations give fake tensors, with symbolic sizes where the inputs have them."""
+        with self.mode, enable_python_dispatcher():
+            yield
+
+
+def stand_ins(inputs: Sequence[Any], state: Sequence[Tensor]) -> StandIns:
+    """Fakes for the batch's tensors as Dynamo wants their sizes, and for the state's, whose sizes are fixed."""
+    mode, contexts = detect_fake_mode(), TracingContext.get().tensor_to_context
+    assert mode is not None, "called outside of a compilation"
+
+    def fake(given: Any) -> Any:
+        if not isinstance(given, Tensor):
+            return given
+        context = contexts.get(given)
+        return mode.from_tensor(given, symbolic_context=context, source=context.tensor_source if context else None)
+
+    return StandIns(mode, [fake(given) for given in inputs], [mode.from_tensor(t, static_shapes=True) for t in state])
+
+
+class Outside:
+    """The tensors that a trace reads from elsewhere, as they are at every call.
+
+    Attributes:
+        stand_ins: what stood for them when they were noticed.
+    """
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+        self._index: dict[int, int] = {}
+        self._noticed: list[Tensor] = []
+        self._read: list[Callable[[], Tensor]] = []
+        self.names: list[str | None] = []
+        self.stand_ins: list[Tensor] = []
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors now, in the order of the stand-ins: one that a module's attribute holds may be another by now."""
+        return [read().detach() for read in self._read]
+
+    def noticing(self, mode: FakeTensorMode) -> Callable[[Tensor], Tensor]:
+        """Makes a stand-in for each new tensor."""
+
+        def replace(tensor: Tensor) -> Tensor:
+            if id(tensor) not in self._index:
+                self._index[id(tensor)] = len(self._noticed)
+                self._noticed.append(tensor)
+                place = self._watch.where(tensor)
+                self.names.append(place[0] if place else None)
+                self._read.append(place[1] if place else lambda: tensor)
+                with _disable_current_modes():
+                    plain = tensor.detach()
+                self.stand_ins.append(mode.from_tensor(plain, static_shapes=True))
+            return self.stand_ins[self._index[id(tensor)]]
+
+        return replace
+
+    def standing_for(self, given: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+        """Puts the given tensors in their places."""
+
+        def replace(tensor: Tensor) -> Tensor:
+            if id(tensor) not in self._index:
+                raise RuntimeError(
+                    f"`losses` makes a tensor of shape {tuple(tensor.shape)} and dtype {tensor.dtype} from data outside "
+                    "torch each time it is called (numpy, perhaps), which a compiled step cannot follow; pass it in the "
+                    "batch, or build the Step with compile=False"
+                )
+            return given[self._index[id(tensor)]]
+
+        return replace
+
+    def was_read(self, tensor: Tensor) -> bool:
+        """Whether the trace read this tensor."""
+        return id(tensor) in self._index
+
+    def refuse(self, changes: Sequence[str]) -> None:
+        """Refuse a forward that changes Python values: compiled, it would do so only while it is traced.
+
+        Raises:
+            RuntimeError: saying what it changed.
+        """
+        if changes:
+            raise RuntimeError(
+                "the forward changes Python values, which a compiled step would do only once, when it is traced:\n"
+                + "\n".join(f"  - {change}" for change in changes)
+                + "\nkeep them in buffers or return them beside the losses, or build the Step with compile=False"
+            )
+
+
+@contextmanager
+def in_trace(replace: Callable[[Tensor], Tensor], mode: FakeTensorMode) -> Iterator[None]:
+    """Settings for the time of a trace.
+
+    Tensors from outside are exchanged; compiled parts of the model run as they were written, and so become part of the
+    graph; oneDNN's recurrent layers, which the compiler cannot look into, make place for torch's own; and the backward
+    stays in this thread, where all this holds.
+    """
+    with (
+        ReplacingOutsiders(replace),
+        torch.compiler.set_stance("force_eager"),
+        _without_onednn(),
+        torch.autograd.set_multithreading_enabled(False),
+        _unbacked_symbols_ignored(mode),
+        _checkpoints_recompute(),
+    ):
+        yield
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    onednn = torch.backends.mkldnn
+    enabled, onednn.enabled = onednn.enabled, False  # its own `flags` sets more than this, and warns of GPUs
+    try:
+        yield
+    finally:
+        onednn.enabled = enabled
+
+
+def _unbacked_symbols_ignored(mode: FakeTensorMode) -> AbstractContextManager[None]:
+    """Sizes and numbers that are known only at run time (`h[mask]`, `.item()`) need not appear in what a trace returns."""
+    environment = mode.shape_env
+    return nullcontext() if environment is None else environment.ignore_fresh_unbacked_symbols()
+
+
+@contextmanager
+def _checkpoints_recompute() -> Iterator[None]:
+    """Saved-tensor hooks, which activation checkpointing is made of, work while tracing; torch turns them off for it."""
+    before = torch._C._autograd._saved_tensors_hooks_set_tracing(False)
+    try:
+        yield
+    finally:
+        torch._C._autograd._saved_tensors_hooks_set_tracing(before)

@@ -1,0 +1,173 @@
+"""What a step computes, on plain tensors: losses and merged gradients, then the update. Eager and traced alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from funcfreeze.functional import FunctionalModule
+from funcfreeze.gradients import Engine, Evaluate, Routing
+from funcfreeze.optim import Transform
+from funcfreeze.plan import Plan
+from funcfreeze.selectors import RouteError
+
+Losses = Callable[[Any, Any], Any]
+"""`losses(model, batch)` -> a mapping name -> scalar, or that and a mapping of metrics."""
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What one forward and its backward gave.
+
+    Attributes:
+        gradients: path -> merged gradient, touched parameters only.
+        losses: every present loss by name, detached and unweighted.
+        metrics: what `losses` returned beside them, detached.
+        buffers: every buffer as the forward left it; the given tensor where it did nothing to it.
+    """
+
+    gradients: dict[str, Tensor]
+    losses: Mapping[str, Tensor]
+    metrics: Mapping[str, Any]
+    buffers: dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Computation:
+    """The user's losses over a model, differentiated by an engine and handed to an optimizer."""
+
+    functional: FunctionalModule
+    losses: Losses
+    plan: Plan
+    routing: Routing
+    engine: Engine
+    transform: Transform
+
+    def gradients(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], step: Tensor, batch: Any
+    ) -> Computed:
+        """The merged gradients and all that the forward gives. Buffers are cloned for it, not written to.
+
+        Raises:
+            RouteError: a loss and a metric have one name, or what `losses` returned does not fit the declaration.
+        """
+        with ExitStack() as holding:
+            evaluate = self._evaluate(buffers, batch, holding)
+            outcome = self.engine.merged(evaluate, [params[path] for path in self.plan.paths], self.routing, step)
+        metrics, changed = outcome.rest
+        _check_names(outcome.losses, metrics)
+        gradients = _touched(self.plan.paths, outcome.gradients)
+        return Computed(gradients, outcome.losses, metrics, {**buffers, **changed})
+
+    def per_loss_gradients(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], step: Tensor, batch: Any
+    ) -> dict[str, dict[str, Tensor]]:
+        """Each loss's weighted gradients by path, touched parameters only."""
+        with ExitStack() as holding:
+            evaluate = self._evaluate(buffers, batch, holding)
+            outcome = self.engine.separate(evaluate, [params[path] for path in self.plan.paths], self.routing, step)
+        rows = zip(self.plan.losses, outcome.gradients, strict=True)
+        return {loss: _touched(self.plan.paths, row) for loss, row in rows}
+
+    def optimize(
+        self, gradients: Mapping[str, Tensor], optimizer: Any, params: Mapping[str, Tensor], step: Tensor
+    ) -> Any:
+        """Overwrite the parameters that have a gradient, and return the optimizer's new state.
+
+        Everything that can fail comes before the first write.
+
+        Args:
+            gradients: by path, touched parameters only.
+            optimizer: the optimizer's state, which may be overwritten.
+            params: path -> tensor, at least all routed parameters.
+            step: the number of steps taken so far, 0-d int64.
+        """
+        own = {path: params[path] for path in self.plan.routed}
+        if self.transform.in_place is not None:
+            commit = self.transform.in_place(gradients, optimizer, own, step=step)
+            return commit()
+        updates, optimizer = self.transform.update(gradients, optimizer, own, step=step)
+        present = {path: update for path, update in updates.items() if update is not None}
+        problems = [
+            f"{path}: the update has shape {tuple(update.shape)}, the parameter "
+            + (f"has shape {tuple(own[path].shape)}" if path in own else "is not among those that may be updated")
+            for path, update in present.items()
+            if path not in own or update.shape != own[path].shape
+        ]
+        if problems:
+            raise ValueError("\n".join(["the optimizer's updates do not fit the parameters:", *problems]))
+        for path, update in present.items():
+            own[path].add_(update)
+        return optimizer
+
+    def _evaluate(self, buffers: Mapping[str, Tensor], batch: Any, holding: ExitStack) -> Evaluate:
+        """The forward as engines call it: parameters -> (losses, (metrics, buffers that the forward changed)).
+
+        Buffers are cloned for every forward, so that an exception leaves the given ones as they were. The module holds
+        the parameters until the stack is closed, after the backward. What that runs of the module once more (activation
+        checkpointing) finds the buffers as the forward left them, and updates only copies.
+        """
+        hooks = self.functional.parameter_hooks()
+
+        def evaluate(leaves: list[Tensor]) -> tuple[Any, Any]:
+            params = dict(zip(self.plan.paths, leaves, strict=True))
+            for path, hook in hooks:
+                if params[path].requires_grad:
+                    params[path].register_hook(hook)  # type: ignore[no-untyped-call]
+            cloned = {path: tensor.clone() for path, tensor in buffers.items()}
+            versions = {path: tensor._version for path, tensor in params.items()}
+            holding.enter_context(self.functional.holding(params, cloned))
+            losses, metrics = _split(self.losses(self.functional.module, batch))
+            after = self.functional.buffers_after(params, versions)
+            changed = {path: tensor for path, tensor in after.items() if _written(tensor, cloned[path])}
+            self.functional.hold_copies(changed)
+            return losses, (metrics, changed)
+
+        return evaluate
+
+
+def not_sharing(metrics: Mapping[str, Any], params: Sequence[Tensor]) -> dict[str, Any]:
+    """The metrics, with those that share memory with a parameter copied: the step is about to overwrite parameters."""
+    if not metrics:
+        return {}
+    memories = {param.untyped_storage().data_ptr() for param in params}
+
+    def copied(metric: Any) -> Any:
+        shares = isinstance(metric, Tensor) and metric.layout == torch.strided
+        return metric.clone() if shares and metric.untyped_storage().data_ptr() in memories else metric
+
+    return {name: optree.tree_map(copied, metric, none_is_leaf=True) for name, metric in metrics.items()}
+
+
+def _written(after: Tensor, before: Tensor) -> bool:
+    return after is not before or after._version > 0  # a fresh clone starts at version 0
+
+
+def _touched(paths: Sequence[str], gradients: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    return {path: gradient for path, gradient in zip(paths, gradients, strict=True) if gradient is not None}
+
+
+def _split(returned: Any) -> tuple[Any, Mapping[str, Any]]:
+    """What `losses` returned as losses and metrics."""
+    if not isinstance(returned, tuple):
+        return returned, {}
+    if len(returned) != 2 or not isinstance(returned[1], Mapping):
+        shown = ", ".join(type(part).__name__ for part in returned)
+        raise TypeError(
+            f"`losses` returns a mapping of losses, or a pair of that and a mapping of metrics; got ({shown})"
+        )
+    return returned
+
+
+def _check_names(losses: Mapping[str, Tensor], metrics: Mapping[str, Any]) -> None:
+    if clash := losses.keys() & metrics.keys():
+        raise RouteError(
+            f"{', '.join(sorted(clash))}: both a loss and a metric have this name, and the step returns both; rename "
+            "the metric"
+        )
