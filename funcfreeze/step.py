@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from funcfreeze.functional import FunctionalModule, as_module, module_leaves, refuse_unusable
 from funcfreeze.gradients import Engine, Evaluate, Routing, find_engine
+from funcfreeze.loss_scale import LossScale, scale_in, unscale
 from funcfreeze.optim import Transform
 from funcfreeze.plan import Plan, resolve_plan
 from funcfreeze.selectors import RouteError
@@ -36,6 +37,8 @@ class Step:
         optimizer: a `Transform` such as `optim.adamw(1e-3)`.
         engine: "routed" (the fast one), "reference" (`torch.func`) or "toggle" (the eager recipe).
         donate: whether a step reuses the storage of the state it is given, which is spent then.
+        loss_scale: for float16, the factor that keeps small gradients alive (see `LossScale`). Metrics, and gradients
+            as they are returned, are free of it; hooks see it.
 
     Attributes:
         plan: the resolved, frozen loss × parameter table; printable and comparable.
@@ -69,6 +72,7 @@ class Step:
     optimizer: Transform
     engine: str
     donate: bool
+    loss_scale: LossScale | None
     plan: Plan
     functional: FunctionalModule
     routing: Routing
@@ -84,6 +88,7 @@ class Step:
         optimizer: Transform,
         engine: str = "routed",
         donate: bool = True,
+        loss_scale: LossScale | None = None,
     ) -> None:
         find_engine(engine)
         if not callable(losses):
@@ -93,11 +98,17 @@ class Step:
                 f"optimizer is a Transform such as funcfreeze.optim.adamw(1e-3), got {type(optimizer).__name__}; a "
                 "torch optimizer class goes through funcfreeze.optim.from_torch"
             )
+        if loss_scale is not None and not isinstance(loss_scale, LossScale):
+            raise TypeError(
+                f"loss_scale is a funcfreeze.LossScale, or None; got {type(loss_scale).__name__}: {loss_scale!r}"
+            )
         module = as_module(model)
         refuse_unusable(module)
         leaves = module_leaves(module)
         plan = resolve_plan(routes, leaves)
         transform = optimizer if optimizer.bind is None else optimizer.bind(leaves)
+        if loss_scale is not None:
+            transform = loss_scale.around(transform)
         functional = FunctionalModule.of(module)
         functional.refuse_accumulation_hooks()
         values = {
@@ -106,6 +117,7 @@ class Step:
             "optimizer": optimizer,
             "engine": engine,
             "donate": donate,
+            "loss_scale": loss_scale,
             "plan": plan,
             "functional": functional,
             "routing": Routing.of(plan),
@@ -154,9 +166,11 @@ class Step:
         """
         check_fits(state, self.specification)
         lease_of(state).gradients = {}
-        outcome = self._engine.merged(self._evaluate(state, batch), self._params(state), self.routing, state.step)
+        outcome = self._engine.merged(
+            self._evaluate(state, batch), self._params(state), self.routing, state.step, self._seed(state)
+        )
         metrics, buffers = outcome.rest
-        gradients = _touched(self.plan.paths, outcome.gradients)
+        gradients = self._unscaled(state, _touched(self.plan.paths, outcome.gradients))
         _check_names(outcome.losses, metrics)
         with torch.inference_mode(False), torch.no_grad():
             kept = {**outcome.losses, **_not_sharing(metrics, self._params(state))}
@@ -165,15 +179,20 @@ class Step:
     def gradients(self, state: State, batch: Any) -> dict[str, Tensor]:
         """The merged gradients by path, holding only touched parameters. Updates nothing, buffers included."""
         check_fits(state, self.specification)
-        outcome = self._engine.merged(self._evaluate(state, batch), self._params(state), self.routing, state.step)
-        return _touched(self.plan.paths, outcome.gradients)
+        outcome = self._engine.merged(
+            self._evaluate(state, batch), self._params(state), self.routing, state.step, self._seed(state)
+        )
+        return self._unscaled(state, _touched(self.plan.paths, outcome.gradients))
 
     def per_loss_gradients(self, state: State, batch: Any) -> dict[str, dict[str, Tensor]]:
         """Each loss's gradients by path, weights applied; summed over the losses they are `gradients`."""
         check_fits(state, self.specification)
-        outcome = self._engine.separate(self._evaluate(state, batch), self._params(state), self.routing, state.step)
+        outcome = self._engine.separate(
+            self._evaluate(state, batch), self._params(state), self.routing, state.step, self._seed(state)
+        )
         return {
-            loss: _touched(self.plan.paths, row) for loss, row in zip(self.plan.losses, outcome.gradients, strict=True)
+            loss: self._unscaled(state, _touched(self.plan.paths, row))
+            for loss, row in zip(self.plan.losses, outcome.gradients, strict=True)
         }
 
     def call(self, state: State, f: Callable[..., Any], *args: Any) -> Any:
@@ -202,6 +221,13 @@ class Step:
     @property
     def _engine(self) -> Engine:
         return find_engine(self.engine)
+
+    def _seed(self, state: State) -> Tensor | None:
+        """The cotangent that every loss starts with; None is one."""
+        return None if self.loss_scale is None else scale_in(state.optimizer)
+
+    def _unscaled(self, state: State, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        return gradients if self.loss_scale is None else unscale(gradients, scale_in(state.optimizer))
 
     def _params(self, state: State) -> list[Tensor]:
         return [state.params[path] for path in self.plan.paths]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from funcfreeze.optim.hyperparameters import LearningRate, Rate, rate_at, rate_near
+from funcfreeze.optim.skip import keep_if, unless
 from funcfreeze.optim.transform import Named, OptState, PyTree, Transform, by_path, lines, match
 
 Entry = dict[str, Tensor]
@@ -26,16 +27,30 @@ class Rule:
         slots: what it keeps for a parameter: `step`, a 0-d float32 count, and tensors like the parameter; all start
             at zero.
         pure: `(param, grad, entry, rate) -> (update, new entry)`, out of place.
-        fused: `(params, grads, entries, rate) -> run`, for parameters of one device; `run()` overwrites parameters and
-            entries by torch's fused kernel.
+        fused: `(params, grads, entries, rate, found_inf) -> run`, for parameters of one device; `run()` overwrites
+            parameters and entries by torch's fused kernel, or nothing if `found_inf` is there and 1.
         takes_sparse: whether gradients may be sparse.
+        state_dtype: in which precision tensors are kept and all is computed; None for the parameter's own.
     """
 
     name: str
     slots: tuple[str, ...]
     pure: Callable[[Tensor, Tensor, Entry, Rate], tuple[Tensor, Entry]]
-    fused: Callable[[list[Tensor], list[Tensor], list[Entry], Rate], Callable[[], None]]
+    fused: Callable[[list[Tensor], list[Tensor], list[Entry], Rate, Tensor | None], Callable[[], None]]
     takes_sparse: bool
+    state_dtype: torch.dtype | None = None
+
+    def dtype_for(self, param: Tensor) -> torch.dtype:
+        """In which dtype the parameter's state is kept, and its update computed."""
+        if self.state_dtype is None:
+            return param.dtype
+        return self.state_dtype.to_complex() if param.is_complex() else self.state_dtype
+
+    def apply(self, param: Tensor, grad: Tensor, entry: Entry, rate: Rate) -> tuple[Tensor, Entry]:
+        """The update, in the parameter's own dtype, and the new entry, out of place."""
+        dtype = self.dtype_for(param)
+        moved, after = self.pure(param.to(dtype), grad.to(dtype), entry, rate_near(rate, grad))
+        return moved.to(param.dtype), after
 
 
 def leafwise(rule: Rule, lr: LearningRate) -> Transform:
@@ -56,25 +71,31 @@ def leafwise(rule: Rule, lr: LearningRate) -> Transform:
     ) -> tuple[PyTree, OptState]:
         named = by_path(params)
         touched, entries, rate = prepare(grads, state, named, step)
-        results = {
-            path: rule.pure(named[path], grad, entries[path], rate_near(rate, grad)) for path, grad in touched.items()
-        }
+        results = {path: rule.apply(named[path], grad, entries[path], rate) for path, grad in touched.items()}
         updates = named.rebuild({path: moved for path, (moved, _) in results.items()})
         return updates, {**state, **{path: entry for path, (_, entry) in results.items()}}
 
     @torch.no_grad()
     def in_place(
-        grads: PyTree, state: OptState, params: PyTree, *, step: int | Tensor | None = None
+        grads: PyTree,
+        state: OptState,
+        params: PyTree,
+        *,
+        step: int | Tensor | None = None,
+        found_inf: Tensor | None = None,
     ) -> Callable[[], OptState]:
         named = by_path(params)
         touched, entries, rate = prepare(grads, state, named, step)
-        fused = {path: None for path in touched if _fusable(named[path], touched[path], entries[path])}
-        runs = _fused_runs(rule, list(fused), named, touched, entries, rate)
+        fused = {path: None for path in touched if _fusable(rule, named[path], touched[path], entries[path])}
+        runs = _fused_runs(rule, list(fused), named, touched, entries, rate, found_inf)
         rest = {path: named[path] for path in touched if path not in fused}
         _check_writable(rest)
-        results = {
-            path: rule.pure(param, touched[path], entries[path], rate_near(rate, param)) for path, param in rest.items()
-        }
+        results = {path: rule.apply(param, touched[path], entries[path], rate) for path, param in rest.items()}
+        if found_inf is not None:
+            results = {
+                path: (unless(found_inf, moved), keep_if(found_inf, entries[path], entry))
+                for path, (moved, entry) in results.items()
+            }
 
         @torch.no_grad()
         def commit() -> OptState:
@@ -95,7 +116,7 @@ def _fresh(rule: Rule, param: Tensor) -> Entry:
     return {
         slot: torch.zeros((), dtype=torch.float32, device=param.device)
         if slot == "step"
-        else torch.zeros_like(param, requires_grad=False)
+        else torch.zeros_like(param, dtype=rule.dtype_for(param), requires_grad=False)
         for slot in rule.slots
     }
 
@@ -123,7 +144,7 @@ def _fits(rule: Rule, entry: Entry, param: Tensor) -> bool:
     """Whether `_misfits` finds nothing; asked of every parameter at every step, so quick."""
     if len(entry) != len(rule.slots):
         return False
-    shape, dtype = param.shape, param.dtype
+    shape, dtype = param.shape, rule.dtype_for(param)
     for slot in rule.slots:
         kept = entry.get(slot)
         if kept is None:
@@ -143,7 +164,7 @@ def _misfits(rule: Rule, entry: Entry, param: Tensor) -> list[str]:
     return [
         f"{slot} has shape {tuple(kept.shape)} and dtype {kept.dtype}, expected {tuple(shape)} and {dtype}"
         for slot, kept in entry.items()
-        for shape, dtype in [((), torch.float32) if slot == "step" else (param.shape, param.dtype)]
+        for shape, dtype in [((), torch.float32) if slot == "step" else (param.shape, rule.dtype_for(param))]
         if kept.shape != shape or kept.dtype != dtype
     ]
 
@@ -170,10 +191,11 @@ def _check_writable(params: Mapping[str, Tensor]) -> None:
         raise ValueError(lines("expanded tensors cannot be updated in place; clone them first:", problems))
 
 
-def _fusable(param: Tensor, grad: Tensor, entry: Entry) -> bool:
+def _fusable(rule: Rule, param: Tensor, grad: Tensor, entry: Entry) -> bool:
     """Whether torch's fused kernels give the right answer: they walk raw memory, one order for all tensors.
 
     On the CPU they do not check that (they silently give wrong numbers where the strides differ), so this does.
+    They compute in the parameter's own dtype alone.
     Under compilation the pure form is better: the compiler fuses it, and cannot look into the fused kernels.
     """
     device, strides = param.device, param.stride()
@@ -182,6 +204,7 @@ def _fusable(param: Tensor, grad: Tensor, entry: Entry) -> bool:
         or type(param) not in (Tensor, nn.Parameter)
         or device.type not in _FUSED_DEVICES
         or param.dtype not in _FUSED_DTYPES
+        or param.dtype != rule.dtype_for(param)
         or grad.layout != torch.strided
         or not _dense(param)
     ):
@@ -211,6 +234,7 @@ def _fused_runs(
     grads: Mapping[str, Tensor],
     entries: Mapping[str, Entry],
     rate: Rate,
+    found_inf: Tensor | None,
 ) -> list[Callable[[], None]]:
     """One run of the fused kernel for every device."""
     written = {_address(params[path]) for path in paths}
@@ -223,18 +247,19 @@ def _fused_runs(
             [_readable(grads[path], params[path], written) for path in group],
             [entries[path] for path in group],
             rate_near(rate, params[group[0]]),
+            None if found_inf is None else found_inf.to(device),
         )
-        for group in groups.values()
+        for device, group in groups.items()
     ]
 
 
 def _readable(grad: Tensor, param: Tensor, written: set[int]) -> Tensor:
-    """The gradient in the parameter's memory order, and in memory that the kernel will not write to.
+    """The gradient in the parameter's memory order and dtype, and in memory that the kernel will not write to.
 
     Gradients come in any order (expanded after a sum, transposed after a matmul), and an old-style
     `autograd.Function` may return a parameter itself as another's gradient.
     """
-    if grad.stride() == param.stride() and _address(grad) not in written:
+    if grad.stride() == param.stride() and grad.dtype == param.dtype and _address(grad) not in written:
         return grad
     return torch.empty_like(param, requires_grad=False).copy_(grad)
 

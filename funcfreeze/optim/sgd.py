@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd as torch_sgd
 
-from funcfreeze.optim.hyperparameters import LearningRate, Rate, check_number, check_rate
+from funcfreeze.optim.hyperparameters import LearningRate, Rate, check_number, check_rate, check_state_dtype
 from funcfreeze.optim.leafwise import Entry, Rule, leafwise
 from funcfreeze.optim.transform import Transform
 
@@ -22,12 +22,15 @@ def sgd(
     weight_decay: float = 0,
     nesterov: bool = False,
     maximize: bool = False,
+    state_dtype: torch.dtype | None = None,
 ) -> Transform:
     """Stochastic gradient descent; the same numbers as torch.optim.SGD.
 
     With momentum, the state of a parameter is its `momentum_buffer`. torch makes the buffer at the first gradient, as
     a copy of it that is not dampened; here the buffer is there from the start, as zeros, which gives the same numbers.
     With dampening a count, `step`, is kept too, to tell that first gradient from the later ones.
+
+    `state_dtype` is the precision in which the buffer is kept and all is computed (see `adam`).
 
     Sparse gradients are taken where torch.optim.SGD takes them: without weight decay.
 
@@ -45,6 +48,7 @@ def sgd(
     check_number("sgd", "momentum", momentum)
     check_number("sgd", "dampening", dampening, low=-math.inf)
     check_number("sgd", "weight_decay", weight_decay)
+    check_state_dtype("sgd", state_dtype)
     if nesterov and (momentum <= 0 or dampening != 0):
         raise ValueError(
             "sgd: nesterov=True needs momentum > 0 and dampening == 0, "
@@ -66,7 +70,9 @@ def sgd(
         counted = {"step": entry["step"] + 1} if "step" in entry else {}
         return moved, {**counted, "momentum_buffer": buffer}
 
-    def fused(params: list[Tensor], grads: list[Tensor], entries: list[Entry], rate: Rate) -> Callable[[], None]:
+    def fused(
+        params: list[Tensor], grads: list[Tensor], entries: list[Entry], rate: Rate, found_inf: Tensor | None
+    ) -> Callable[[], None]:
         steps = [entry["step"] for entry in entries if "step" in entry]
         buffers: list[Tensor | None] = [entry.get("momentum_buffer") for entry in entries]
         if steps:
@@ -90,14 +96,15 @@ def sgd(
                 dampening=0,
                 nesterov=nesterov,
                 maximize=maximize and not steps,
+                found_inf=found_inf,
             )
             for step in steps:
-                step.add_(1)
+                step.add_(1 if found_inf is None else 1 - found_inf)
 
         return run
 
     slots = ("step",) * (momentum != 0 and dampening != 0) + ("momentum_buffer",) * (momentum != 0)
-    return leafwise(Rule("sgd", slots, pure, fused, takes_sparse=weight_decay == 0), lr)
+    return leafwise(Rule("sgd", slots, pure, fused, takes_sparse=weight_decay == 0, state_dtype=state_dtype), lr)
 
 
 def _dampened(descent: Tensor, entry: Entry, dampening: float) -> Tensor:
