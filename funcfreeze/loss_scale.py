@@ -126,9 +126,7 @@ class LossScale:
             def both() -> OptState:
                 optimizer = commit()
                 return {
-                    "loss_scale": {
-                        name: kept if kept is after[name] else kept.copy_(after[name]) for name, kept in scaling.items()
-                    },
+                    "loss_scale": {name: kept.copy_(after[name]) for name, kept in scaling.items()},
                     "optimizer": optimizer,
                 }
 

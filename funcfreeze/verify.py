@@ -135,7 +135,7 @@ def _cast_state(state: State, dtype: torch.dtype | None, wanted: Any) -> State:
     known = dict(zip(*optree.tree_flatten_with_path(wanted)[:2], strict=True))
 
     def cast(path: tuple[Any, ...], leaf: Any) -> Any:
-        if path in known:  # counts, a loss scale and moments in a dtype of their own stay in it
+        if isinstance(known.get(path), Tensor):  # counts, a loss scale and moments may have a dtype of their own
             return _cast(leaf, None if dtype is None else known[path].dtype)
         # what an optimizer has made since then: torch's kernels ask for their own counts in float32
         return _cast(leaf, None if path and path[-1] == "step" else dtype)

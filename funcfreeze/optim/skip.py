@@ -58,26 +58,24 @@ def unless(found_inf: Tensor, update: Tensor) -> Tensor:
 def keep_if(found_inf: Tensor, old: OptState, new: OptState) -> OptState:
     """The old state if anything was found, else the new one, leaf by leaf; what is the same object stays it.
 
-    Raises:
-        ValueError: the states differ in more than tensors, so the host would have to know which it is.
+    Where they differ in more than tensors (what `from_torch` keeps may, at the first gradient), the host has to know
+    which of them it is: that waits for the device.
 
     >>> keep_if(torch.tensor(0.0), {"step": torch.tensor(1.0)}, {"step": torch.tensor(2.0)})
     {'step': tensor(2.)}
     """
-
-    def chosen(before: Any, after: Any) -> Any:
-        if before is after:
-            return after
-        if isinstance(before, Tensor) and isinstance(after, Tensor):
-            return torch.where(found_inf.to(after.device) > 0, before, after)
-        if before == after:
-            return after
-        raise ValueError(f"{_CANNOT_CHOOSE}: it keeps the number {after!r} where it had {before!r}. {_WAY_OUT}")
-
-    if optree.tree_structure(old) != optree.tree_structure(new):
-        raise ValueError(f"{_CANNOT_CHOOSE}: it has entries that it did not have before. {_WAY_OUT}")
-    return optree.tree_map(chosen, old, new)
+    before, structure = optree.tree_flatten(old)
+    after, other = optree.tree_flatten(new)
+    if structure != other or any(map(_differ_as_numbers, before, after)):
+        return old if found_inf > 0 else new
+    return optree.tree_unflatten(structure, [_chosen(found_inf, *pair) for pair in zip(before, after, strict=True)])
 
 
-_CANNOT_CHOOSE = "with a loss scale, this optimizer's state cannot be chosen on the device"
-_WAY_OUT = "Put from_torch last in a chain, or use sgd, adam or adamw"
+def _differ_as_numbers(before: Any, after: Any) -> bool:
+    return not (isinstance(before, Tensor) and isinstance(after, Tensor)) and before is not after and before != after
+
+
+def _chosen(found_inf: Tensor, before: Any, after: Any) -> Any:
+    if before is after or not isinstance(after, Tensor):
+        return after
+    return torch.where(found_inf.to(after.device) > 0, before, after)
