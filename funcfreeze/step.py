@@ -177,7 +177,10 @@ class Step:
             return self._update(state, gradients, buffers), kept
 
     def gradients(self, state: State, batch: Any) -> dict[str, Tensor]:
-        """The merged gradients by path, holding only touched parameters. Updates nothing, buffers included."""
+        """The merged gradients by path, holding only touched parameters. Updates nothing, buffers included.
+
+        They are free of a loss scale; those of float16 parameters are in float32 then, or small ones would be lost.
+        """
         check_fits(state, self.specification)
         outcome = self._engine.merged(
             self._evaluate(state, batch), self._params(state), self.routing, state.step, self._seed(state)

@@ -420,6 +420,29 @@ def test_nothing_waits_for_the_device(kind):
         tx.in_place(grads, state, params)()
 
 
+def test_the_compiler_sees_through_it():
+    """As one graph, in which the same steps are skipped."""
+    tx = ff.LossScale(8.0, growth_interval=2).around(
+        ff.optim.chain(ff.optim.clip_by_global_norm(1.0), ff.optim.adamw())
+    )
+    start = {"a": torch.randn(4, 3), "b": torch.randn(3)}
+    leaves, structure = optree.tree_flatten(tx.init(start))
+
+    @torch._dynamo.nonstrict_trace
+    def run(params, grads, leaves):
+        state = optree.tree_unflatten(structure, leaves)
+        grads = unscale(dict(zip(start, grads, strict=True)), state["loss_scale"]["scale"])
+        return optree.tree_leaves(tx.in_place(grads, state, dict(zip(start, params, strict=True)))())
+
+    compiled = torch.compile(lambda *args: run(*args), backend="aot_eager", fullgraph=True)
+    sides = [([p.clone() for p in start.values()], [leaf.clone() for leaf in leaves]) for _ in range(2)]
+    for bad in (False, True, False, False, True, False):
+        grads = [torch.randn(4, 3), torch.full((3,), math.nan) if bad else torch.randn(3)]
+        sides = [(params, f(params, grads, kept)) for f, (params, kept) in zip((run, compiled), sides, strict=True)]
+        torch.testing.assert_close(*sides)
+    assert all(torch.isfinite(leaf).all() for leaf in optree.tree_leaves(sides[1]))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", sorted(OPTIMIZERS.keys() - {"from_torch", "from_torch, pure"}))
 def test_no_step_waits_for_the_gpu_and_skipped_ones_change_no_bit(kind):
