@@ -193,7 +193,7 @@ def test_a_hook_that_writes_into_its_gradient_leaves_the_scale_alone():
 
     for engine in ("routed", "toggle"):
         step = ff.Step(
-            nn.Linear(1, 1, bias=False),
+            nn.Linear(1, 1, bias=False).float(),  # the scale's own dtype, so that nothing but care makes a copy
             hooked,
             {"a": "*"},
             optimizer=ff.optim.sgd(0.1),
