@@ -7,6 +7,7 @@ from funcfreeze.backward import backward as backward
 from funcfreeze.differentiate import grad as grad
 from funcfreeze.differentiate import grad_and_value as grad_and_value
 from funcfreeze.equations import verify_equations as verify_equations
+from funcfreeze.loss_scale import LossScale as LossScale
 from funcfreeze.optim import apply_updates as apply_updates
 from funcfreeze.plan import Plan as Plan
 from funcfreeze.routes import Route as Route

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from funcfreeze.functional import FunctionalModule
 from funcfreeze.gradients import Engine, Evaluate, Routing
+from funcfreeze.loss_scale import LossScale, scale_in, unscale
 from funcfreeze.optim import Transform
 from funcfreeze.plan import Plan
 from funcfreeze.selectors import RouteError
@@ -48,9 +49,10 @@ class Computation:
     routing: Routing
     engine: Engine
     transform: Transform
+    loss_scale: LossScale | None
 
     def gradients(
-        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], step: Tensor, batch: Any
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Any, step: Tensor, batch: Any
     ) -> Computed:
         """The merged gradients and all that the forward gives. Buffers are cloned for it, not written to.
 
@@ -59,21 +61,23 @@ class Computation:
         """
         with ExitStack() as holding:
             evaluate = self._evaluate(buffers, batch, holding)
-            outcome = self.engine.merged(evaluate, [params[path] for path in self.plan.paths], self.routing, step)
+            leaves = [params[path] for path in self.plan.paths]
+            outcome = self.engine.merged(evaluate, leaves, self.routing, step, self._seed(optimizer))
         metrics, changed = outcome.rest
         _check_names(outcome.losses, metrics)
-        gradients = _touched(self.plan.paths, outcome.gradients)
+        gradients = self._unscaled(_touched(self.plan.paths, outcome.gradients), optimizer)
         return Computed(gradients, outcome.losses, metrics, {**buffers, **changed})
 
     def per_loss_gradients(
-        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], step: Tensor, batch: Any
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Any, step: Tensor, batch: Any
     ) -> dict[str, dict[str, Tensor]]:
         """Each loss's weighted gradients by path, touched parameters only."""
         with ExitStack() as holding:
             evaluate = self._evaluate(buffers, batch, holding)
-            outcome = self.engine.separate(evaluate, [params[path] for path in self.plan.paths], self.routing, step)
+            leaves = [params[path] for path in self.plan.paths]
+            outcome = self.engine.separate(evaluate, leaves, self.routing, step, self._seed(optimizer))
         rows = zip(self.plan.losses, outcome.gradients, strict=True)
-        return {loss: _touched(self.plan.paths, row) for loss, row in rows}
+        return {loss: self._unscaled(_touched(self.plan.paths, row), optimizer) for loss, row in rows}
 
     def optimize(
         self, gradients: Mapping[str, Tensor], optimizer: Any, params: Mapping[str, Tensor], step: Tensor
@@ -105,6 +109,13 @@ class Computation:
         for path, update in present.items():
             own[path].add_(update)
         return optimizer
+
+    def _seed(self, optimizer: Any) -> Tensor | None:
+        """The cotangent that every loss starts with; None is one."""
+        return None if self.loss_scale is None else scale_in(optimizer)
+
+    def _unscaled(self, gradients: dict[str, Tensor], optimizer: Any) -> dict[str, Tensor]:
+        return gradients if self.loss_scale is None else unscale(gradients, scale_in(optimizer))
 
     def _evaluate(self, buffers: Mapping[str, Tensor], batch: Any, holding: ExitStack) -> Evaluate:
         """The forward as engines call it: parameters -> (losses, (metrics, buffers that the forward changed)).

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from funcfreeze.functional import FunctionalModule
 from funcfreeze.gradients.toggle import accumulate
+from funcfreeze.loss_scale import scale_in, unscale
 from funcfreeze.state import State
 from funcfreeze.step import Step
 
@@ -30,6 +31,7 @@ class Recipe:
         self.functional = FunctionalModule.of(module)
         self.functional.write(state.params, state.buffers)
         self.optimizer = copy.deepcopy(state.optimizer)
+        self.scaled = step.loss_scale is not None
 
     def gradients(self, batch: Any, number: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Losses and gradients by name, from one forward; parameters that no loss touches have none."""
@@ -38,8 +40,11 @@ class Recipe:
             returned = self.losses(self.module, batch)
             losses = returned[0] if isinstance(returned, tuple) else returned
             ordered = [losses[name] for name in self.routing.losses]
-            accumulate(ordered, list(parameters.values()), self.routing, self.routing.weight_values(number))
+            seed = scale_in(self.optimizer) if self.scaled else None
+            accumulate(ordered, list(parameters.values()), self.routing, self.routing.weight_values(number), seed)
         found = {path: p.grad.detach() for path, p in parameters.items() if p.grad is not None}
+        if seed is not None:
+            found = unscale(found, seed)
         for parameter in parameters.values():
             parameter.grad = None
         return {name: loss.detach() for name, loss in losses.items() if loss is not None}, found

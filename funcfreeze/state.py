@@ -91,6 +91,11 @@ class State:
         return self._live[3]
 
     @property
+    def fields(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Any, Tensor]:
+        """`params`, `buffers`, `optimizer` and `step`."""
+        return self._live
+
+    @property
     def _live(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Any, Tensor]:
         if self._lease.spent:
             raise RuntimeError(

@@ -16,10 +16,12 @@ from funcfreeze.compile.layout import Listed
 from funcfreeze.computation import Computation, Losses, not_sharing
 from funcfreeze.functional import FunctionalModule, as_module, module_leaves, refuse_unusable
 from funcfreeze.gradients import Routing, find_engine
+from funcfreeze.loss_scale import LossScale
 from funcfreeze.optim import Transform
 from funcfreeze.plan import Plan, resolve_plan
 from funcfreeze.specification import Specification, check_fits
 from funcfreeze.state import Lease, State, lease_of, listing_of, make_state
+
 
 @dataclass(frozen=True, eq=False, init=False, repr=False)
 class Step:
@@ -33,9 +35,11 @@ class Step:
         routes: loss name -> which parameters it may update (see `Route`), or a `Plan`.
         optimizer: a `Transform` such as `optim.adamw(1e-3)`.
         engine: "routed" (the fast one), "reference" (`torch.func`) or "toggle" (the eager recipe).
-        compile: whether the whole step is one compiled graph: None (compiled on CUDA, eager elsewhere), True, False, or a
-            mapping of `torch.compile`'s `backend`, `mode`, `options` and `dynamic`. The routed engine only.
+        compile: whether the whole step is one compiled graph: None (compiled on CUDA, eager elsewhere), True, False, or
+            a mapping of `torch.compile`'s `backend`, `mode`, `options` and `dynamic`. The routed engine only.
         donate: whether a step reuses the storage of the state it is given, which is spent then.
+        loss_scale: for float16, the factor that keeps small gradients alive (see `LossScale`). Metrics, and gradients
+            as they are returned, are free of it; hooks see it.
 
     Attributes:
         plan: the resolved, frozen loss × parameter table; printable and comparable.
@@ -68,6 +72,7 @@ class Step:
     engine: str
     compile: object
     donate: bool
+    loss_scale: LossScale | None
     plan: Plan
     computation: Computation
     specification: Specification
@@ -83,6 +88,7 @@ class Step:
         engine: str = "routed",
         compile: bool | Mapping[str, Any] | None = None,
         donate: bool = True,
+        loss_scale: LossScale | None = None,
     ) -> None:
         chosen = find_engine(engine)
         if not callable(losses):
@@ -92,17 +98,23 @@ class Step:
                 f"optimizer is a Transform such as funcfreeze.optim.adamw(1e-3), got {type(optimizer).__name__}; a "
                 "torch optimizer class goes through funcfreeze.optim.from_torch"
             )
+        if loss_scale is not None and not isinstance(loss_scale, LossScale):
+            raise TypeError(
+                f"loss_scale is a funcfreeze.LossScale, or None; got {type(loss_scale).__name__}: {loss_scale!r}"
+            )
         module = as_module(model)
         refuse_unusable(module)
         leaves = module_leaves(module)
         plan = resolve_plan(routes, leaves)
         transform = optimizer if optimizer.bind is None else optimizer.bind(leaves)
+        if loss_scale is not None:
+            transform = loss_scale.around(transform)
         functional = FunctionalModule.of(module)
         functional.refuse_accumulation_hooks()
         options = resolve(compile if engine == "routed" or compile is not None else False, module.parameters())
         if options is not None and engine != "routed":
             raise ValueError(f"only the routed engine is compiled; use compile=False with engine={engine!r}")
-        computation = Computation(functional, losses, plan, Routing.of(plan), chosen, transform)
+        computation = Computation(functional, losses, plan, Routing.of(plan), chosen, transform, loss_scale)
         values = {
             "model": model,
             "losses": losses,
@@ -110,6 +122,7 @@ class Step:
             "engine": engine,
             "compile": compile,
             "donate": donate,
+            "loss_scale": loss_scale,
             "plan": plan,
             "computation": computation,
             "specification": Specification.of(functional, plan, transform),
@@ -159,7 +172,7 @@ class Step:
         lease_of(state).gradients = {}
         if self.compiled is not None:
             return self._compiled_step(self.compiled, state, batch)
-        computed = self.computation.gradients(state.params, state.buffers, state.step, batch)
+        computed = self.computation.gradients(*state.fields, batch)
         with torch.inference_mode(False), torch.no_grad():
             metrics = {**computed.losses, **not_sharing(computed.metrics, list(state.params.values()))}
             return self._update(state, computed.gradients, computed.buffers), metrics
@@ -167,15 +180,16 @@ class Step:
     def gradients(self, state: State, batch: Any) -> dict[str, Tensor]:
         """The merged gradients by path, holding only touched parameters. Updates nothing, buffers included.
 
+        They are free of a loss scale; those of float16 parameters are in float32 then, or small ones would be lost.
         Always computed eagerly, also by a compiled step.
         """
         check_fits(state, self.specification)
-        return self.computation.gradients(state.params, state.buffers, state.step, batch).gradients
+        return self.computation.gradients(*state.fields, batch).gradients
 
     def per_loss_gradients(self, state: State, batch: Any) -> dict[str, dict[str, Tensor]]:
         """Each loss's gradients by path, weights applied; summed over the losses they are `gradients`."""
         check_fits(state, self.specification)
-        return self.computation.per_loss_gradients(state.params, state.buffers, state.step, batch)
+        return self.computation.per_loss_gradients(*state.fields, batch)
 
     def call(self, state: State, f: Callable[..., Any], *args: Any) -> Any:
         """`f(model, *args)` with the state's tensors in the model: evaluation, acting, sampling.
@@ -201,6 +215,11 @@ class Step:
         return self.computation.functional
 
     @property
+    def routing(self) -> Routing:
+        """The plan in the engines' terms."""
+        return self.computation.routing
+
+    @property
     def transform(self) -> Transform:
         """The optimizer, bound to the model's parameters."""
         return self.computation.transform
@@ -220,7 +239,7 @@ class Step:
         lease = lease_of(state)
         listed = listing_of(state)
         if isinstance(listed, Listed) and self.donate and self._owns(lease):
-            params, buffers, optimizer, step = fields = state.params, state.buffers, state.optimizer, state.step
+            params, buffers, optimizer, step = fields = state.fields
         else:
             params, buffers, optimizer, step = fields = self._owned(state)
             listed = Listed.of(*fields)
@@ -255,7 +274,9 @@ class Step:
 
         params = {path: mine(tensor, path in copied) for path, tensor in state.params.items()}
         copy = not self.donate or lease.borrowed_optimizer
-        optimizer = optree.tree_map(lambda leaf: mine(leaf, copy) if isinstance(leaf, Tensor) else leaf, state.optimizer)
+        optimizer = optree.tree_map(
+            lambda leaf: mine(leaf, copy) if isinstance(leaf, Tensor) else leaf, state.optimizer
+        )
         buffers = {path: mine(tensor, True) for path, tensor in state.buffers.items()}
         return params, buffers, optimizer, mine(state.step, True)
 

@@ -86,8 +86,17 @@ def _compare(
     step: Step, state: State, batch: Any, steps: int, dtype: torch.dtype | None, facts: Mapping[str, str]
 ) -> Report:
     module = _module_copy(step, dtype)
-    mine = Step(module, step.losses, step.plan, optimizer=step.optimizer, engine=step.engine, donate=step.donate)
-    now, given, batch = _cast_state(state, dtype), batch, _cast(batch, dtype)
+    mine = Step(
+        module,
+        step.losses,
+        step.plan,
+        optimizer=step.optimizer,
+        engine=step.engine,
+        compile=_with_torchs_random_numbers(step),
+        donate=step.donate,
+        loss_scale=step.loss_scale,
+    )
+    now, given, batch = _cast_state(state, dtype, mine.specification.optimizer), batch, _cast(batch, dtype)
     recipe = Recipe(mine, _module_copy(step, dtype), now)
     start = copy.deepcopy(now)
     seen = _Seen()
@@ -114,6 +123,14 @@ def _compare(
     )
 
 
+def _with_torchs_random_numbers(step: Step) -> Any:
+    """How the step is compiled, but with eager torch's random numbers: Inductor draws others from the same seed."""
+    if step.compiled is None or step.compiled.options.backend != "inductor":
+        return step.compile
+    given = step.compile if isinstance(step.compile, Mapping) else {}
+    return {**given, "options": {**(given.get("options") or {}), "fallback_random": True}}
+
+
 def _module_copy(step: Step, dtype: torch.dtype | None) -> nn.Module:
     """A copy of the step's model in another dtype; ties stay ties, which `Module.to` does not see to for buffers."""
     functional = FunctionalModule.of(copy.deepcopy(step.module))
@@ -122,12 +139,17 @@ def _module_copy(step: Step, dtype: torch.dtype | None) -> nn.Module:
     return functional.module
 
 
-def _cast_state(state: State, dtype: torch.dtype | None) -> State:
-    optimizer = optree.tree_map_with_path(
-        # the optimizers' own counts stay in the dtype that torch's kernels ask for
-        lambda path, leaf: _cast(leaf, None if path and path[-1] == "step" else dtype),
-        state.optimizer,
-    )
+def _cast_state(state: State, dtype: torch.dtype | None, wanted: Any) -> State:
+    """The state in another dtype, its optimizer state as a step in that dtype would start it."""
+    known = dict(zip(*optree.tree_flatten_with_path(wanted)[:2], strict=True))
+
+    def cast(path: tuple[Any, ...], leaf: Any) -> Any:
+        if isinstance(known.get(path), Tensor):  # counts, a loss scale and moments may have a dtype of their own
+            return _cast(leaf, None if dtype is None else known[path].dtype)
+        # what an optimizer has made since then: torch's kernels ask for their own counts in float32
+        return _cast(leaf, None if path and path[-1] == "step" else dtype)
+
+    optimizer = optree.tree_map_with_path(cast, state.optimizer)
     return State(_cast(state.params, dtype), _cast(state.buffers, dtype), optimizer, state.step.clone())
 
 

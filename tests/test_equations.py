@@ -230,16 +230,16 @@ class Faulty:
 
     fault: Callable[[list[list[Tensor | None]], dict[str, Tensor]], None]
 
-    def merged(self, evaluate: Any, params: Any, routing: Any, step: Any) -> Outcome:
-        apart = Reference().separate(evaluate, params, routing, step)
+    def merged(self, evaluate: Any, params: Any, routing: Any, step: Any, seed: Any = None) -> Outcome:
+        apart = Reference().separate(evaluate, params, routing, step, seed)
         table = [list(row) for row in apart.gradients]
         values = dict(apart.losses)
         self.fault(table, values)
         columns = ([entry for entry in column if entry is not None] for column in zip(*table, strict=True))
         return Outcome([sum(column[1:], column[0]) if column else None for column in columns], values, apart.rest)
 
-    def separate(self, evaluate: Any, params: Any, routing: Any, step: Any) -> Any:
-        return Reference().separate(evaluate, params, routing, step)
+    def separate(self, evaluate: Any, params: Any, routing: Any, step: Any, seed: Any = None) -> Any:
+        return Reference().separate(evaluate, params, routing, step, seed)
 
 
 def _set(loss: int, leaf: int, change: Callable[[Tensor | None], Tensor | None]) -> Callable[..., None]:

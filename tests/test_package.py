@@ -18,7 +18,7 @@ FLOORS = [
     {"plan"},
     {"functional", "optim", "symbolic"},
     {"gradients"},
-    {"state", "differentiate", "backward"},
+    {"state", "differentiate", "backward", "loss_scale"},
     {"specification", "equations"},
     {"computation"},
     {"compile"},
@@ -84,6 +84,7 @@ def test_the_public_surface():
     public = {name for name in vars(ff) if not name.startswith("_")}
     modules = {path.name.removesuffix(".py") for path in PACKAGE.iterdir()}
     assert public - modules | {"optim", "backward", "verify"} == {
+        "LossScale",
         "Plan",
         "Route",
         "RouteError",

@@ -130,7 +130,7 @@ class Faulty:
     def __init__(self, spoil: Callable[[list[Any], Any], list[Any]], twice: bool = False) -> None:
         self.spoil, self.twice = spoil, twice
 
-    def merged(self, evaluate, params, routing, step):
+    def merged(self, evaluate, params, routing, step, seed=None):
         def again(leaves):
             first = evaluate(leaves)
             if not self.twice:
@@ -139,7 +139,7 @@ class Faulty:
             counts = {path: b + 1 if b.ndim == 0 else b for path, b in buffers.items()}
             return first[0], (metrics, counts)
 
-        outcome = Routed().merged(again, params, routing, step)
+        outcome = Routed().merged(again, params, routing, step, seed)
         return replace(outcome, gradients=self.spoil(list(outcome.gradients), routing))
 
     separate = Routed().separate

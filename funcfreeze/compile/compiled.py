@@ -24,13 +24,14 @@ class CompiledStep:
     """A computation, compiled as often as it has to be.
 
     Attributes:
+        options: how to compile.
         traces: how many times it has been traced and compiled so far.
     """
 
     def __init__(self, computation: Computation, options: Options) -> None:
         self.traces = 0
         self._computation = computation
-        self._options = options
+        self.options = options
         self._programs: list[Program] = []
         self._lock = threading.RLock()
 
@@ -69,7 +70,7 @@ class CompiledStep:
                 stacklevel=4,
             )
         watch = Watch(functional.module, self._computation.losses, [*functional.present_parameters().values()])
-        program = Program(self._computation, layout, structure, constants, watch, self._options, self._count)
+        program = Program(self._computation, layout, structure, constants, watch, self.options, self._count)
         self._programs.insert(0, program)
         return program
 

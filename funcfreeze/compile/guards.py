@@ -20,11 +20,11 @@ from torch.fx import GraphModule
 from funcfreeze.compile.problems import explained
 
 _NUMBERS = itertools.count(1)
-_LIBRARY = torch.library.Library("funcfreeze", "FRAGMENT")
-_LIBRARY.define("batch(Tensor[] leaves) -> Tensor")
+_LIBRARY = torch.library.Library("funcfreeze", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("batch(Tensor[] leaves) -> Tensor")  # type: ignore[no-untyped-call]
 
 
-@torch.library.register_fake("funcfreeze::batch", lib=_LIBRARY)
+@torch.library.register_fake("funcfreeze::batch", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _fake(leaves: list[Tensor]) -> Tensor:
     return torch.empty(0)
 
@@ -53,8 +53,8 @@ class Guarded:
         self._build = build
         self._result: Any = None
         self._error: Exception | None = None
-        # Dynamo keeps what it compiled with the code object, and which sizes were seen to change with its name and line:
-        # everyone gets one of their own
+        # Dynamo keeps what it compiled with the code object, and which sizes it saw change with its name and line:
+        # everyone gets a code object, a name and a line of their own
         number = next(_NUMBERS)
         code = _look.__code__.replace(co_name=f"look_{number}", co_firstlineno=number)
         look = types.FunctionType(code, _look.__globals__)

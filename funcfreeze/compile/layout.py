@@ -59,7 +59,10 @@ class Layout:
         if structure != renewed or any(_misfits(one, other) for one, other in zip(old, new, strict=True)):
             return optree.tree_map(output, after, none_is_leaf=True)
         # all are read before the first is overwritten: the new ones may be the old ones in another order
-        values = [None if one is other or not isinstance(other, Tensor) else other for one, other in zip(old, new, strict=True)]
+        values = [
+            None if one is other or not isinstance(other, Tensor) else other
+            for one, other in zip(old, new, strict=True)
+        ]
         known = {id(one) for one in old if isinstance(one, Tensor)}
         values = [value.clone() if value is not None and id(value) in known else value for value in values]
         for one, value in zip(old, values, strict=True):
@@ -104,8 +107,8 @@ def _misfits(one: Any, other: Any) -> bool:
         return (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device)
     if type(one) is not type(other) or one != other:
         raise TypeError(
-            f"the optimizer's state holds {one!r}, which became {other!r}: a compiled step cannot count in Python. Keep "
-            "it as a tensor, or build the Step with compile=False"
+            f"the optimizer's state holds {one!r}, which became {other!r}: a compiled step cannot count in Python; "
+            "keep it as a tensor, or build the Step with compile=False"
         )
     return False
 

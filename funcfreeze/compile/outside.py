@@ -34,7 +34,7 @@ class ReplacingOutsiders(TorchDispatchMode):
     """
 
     def __init__(self, replace: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._replace = replace
 
     def __torch_dispatch__(
@@ -44,9 +44,9 @@ class ReplacingOutsiders(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         if torch.Tag.nondeterministic_seeded in func.tags and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
-                f"a checkpointed part of the forward draws random numbers ({func}); compiled, it would draw others when it "
-                "is run again in the backward. Take dropout out of what is checkpointed, or build the Step with "
-                "compile=False"
+                f"a checkpointed part of the forward draws random numbers ({func}); compiled, it would draw others "
+                "when it is run again in the backward. Take dropout out of what is checkpointed, or build the Step "
+                "with compile=False"
             )
         args, kwargs = tree_map_only(Tensor, self._traced, (args, kwargs or {}))
         return func(*args, **kwargs)

@@ -27,7 +27,7 @@ KEPT_BYTES = 2**18
 class Output(NamedTuple):
     """The place of a tensor among the outputs of the graph."""
 
-    index: int
+    place: int
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Program:
         return returned
 
     def _build(self, inputs: Sequence[Any], leaves: Sequence[int]) -> Callable[[Sequence[Any]], Returned]:
-        """Trace the step on stand-ins, then compile it for inputs like these, the state's tensors, and those outside."""
+        """Trace the step on stand-ins, then compile it for such inputs, the state's tensors, and those outside."""
         self._traced()
         fakes = stand_ins(inputs, self._state)
         outside = Outside(self.watch)
@@ -139,9 +139,12 @@ class Program:
         rest = iter(leaves)
         batch = optree.tree_unflatten(
             self.structure,
-            [self.constants[index] if index in self.constants else next(rest) for index in range(self.structure.num_leaves)],
+            [
+                self.constants[index] if index in self.constants else next(rest)
+                for index in range(self.structure.num_leaves)
+            ],
         )
-        computed = self._computation.gradients(params, buffers, step, batch)
+        computed = self._computation.gradients(params, buffers, optimizer, step, batch)
         outputs: list[Tensor] = []
 
         def output(leaf: Any) -> Any:
@@ -151,7 +154,10 @@ class Program:
             return Output(len(outputs) - 1)
 
         with torch.no_grad():
-            losses, metrics = ({name: _mapped(output, value) for name, value in group.items()} for group in (computed.losses, computed.metrics))
+            losses, metrics = (
+                {name: _mapped(output, value) for name, value in group.items()}
+                for group in (computed.losses, computed.metrics)
+            )
             changed = _write_buffers(buffers, computed)
             after = self._computation.optimize(computed.gradients, optimizer, params, step)
             after = self.layout.written(optimizer, after, output)
@@ -193,10 +199,14 @@ def _kept(gradient: Tensor, outputs: list[Tensor]) -> Output:
 
 def _filled(returned: Returned, computed: Sequence[Tensor]) -> Returned:
     def fill(leaf: Any) -> Any:
-        return computed[leaf.index] if type(leaf) is Output else leaf
+        return computed[leaf.place] if type(leaf) is Output else leaf
 
     def filled(value: Any) -> Any:
-        return fill(value) if type(value) is Output else optree.tree_map(fill, value, is_leaf=_is_output, none_is_leaf=True)
+        return (
+            fill(value)
+            if type(value) is Output
+            else optree.tree_map(fill, value, is_leaf=_is_output, none_is_leaf=True)
+        )
 
     return Returned(
         {name: fill(value) for name, value in returned.losses.items()},
@@ -222,5 +232,4 @@ def _one_call(f: Callable[..., list[Tensor]], inputs: int, outputs: int, static:
         given[index].meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     call = graph.call_function(f, tuple(given))
     graph.output(tuple(graph.call_function(operator.getitem, (call, index)) for index in range(outputs)))
-    module = GraphModule({}, graph)
-    return module
+    return GraphModule({}, graph)

@@ -35,7 +35,8 @@ class StandIns:
 
 def stand_ins(inputs: Sequence[Any], state: Sequence[Tensor]) -> StandIns:
     """Fakes for the batch's tensors as Dynamo wants their sizes, and for the state's, whose sizes are fixed."""
-    mode, contexts = detect_fake_mode(), TracingContext.get().tensor_to_context
+    mode = detect_fake_mode()
+    contexts = TracingContext.get().tensor_to_context  # type: ignore[no-untyped-call]
     assert mode is not None, "called outside of a compilation"
 
     def fake(given: Any) -> Any:
@@ -90,9 +91,9 @@ class Outside:
         def replace(tensor: Tensor) -> Tensor:
             if id(tensor) not in self._index:
                 raise RuntimeError(
-                    f"`losses` makes a tensor of shape {tuple(tensor.shape)} and dtype {tensor.dtype} from data outside "
-                    "torch each time it is called (numpy, perhaps), which a compiled step cannot follow; pass it in the "
-                    "batch, or build the Step with compile=False"
+                    f"`losses` makes a tensor of shape {tuple(tensor.shape)} and dtype {tensor.dtype} from data that "
+                    "torch does not see (numpy, perhaps) each time it is called, which a compiled step cannot follow; "
+                    "pass it in the batch, or build the Step with compile=False"
                 )
             return given[self._index[id(tensor)]]
 
@@ -137,23 +138,23 @@ def in_trace(replace: Callable[[Tensor], Tensor], mode: FakeTensorMode) -> Itera
 
 @contextmanager
 def _without_onednn() -> Iterator[None]:
-    onednn = torch.backends.mkldnn
-    enabled, onednn.enabled = onednn.enabled, False  # its own `flags` sets more than this, and warns of GPUs
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags sets more than this, and warns of GPUs
     try:
         yield
     finally:
-        onednn.enabled = enabled
+        torch._C._set_mkldnn_enabled(enabled)
 
 
 def _unbacked_symbols_ignored(mode: FakeTensorMode) -> AbstractContextManager[None]:
-    """Sizes and numbers that are known only at run time (`h[mask]`, `.item()`) need not appear in what a trace returns."""
+    """Sizes and numbers known only at run time (`h[mask]`, `.item()`) need not appear in what a trace returns."""
     environment = mode.shape_env
     return nullcontext() if environment is None else environment.ignore_fresh_unbacked_symbols()
 
 
 @contextmanager
 def _checkpoints_recompute() -> Iterator[None]:
-    """Saved-tensor hooks, which activation checkpointing is made of, work while tracing; torch turns them off for it."""
+    """Saved-tensor hooks, which activation checkpointing is made of, work in a trace; torch turns them off there."""
     before = torch._C._autograd._saved_tensors_hooks_set_tracing(False)
     try:
         yield

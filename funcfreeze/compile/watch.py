@@ -25,7 +25,7 @@ PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.d
 
 
 class Place(NamedTuple):
-    """A dict (of a module, an object, a namespace) or a closure cell, how to name it, and which keys count (None: all)."""
+    """A dict (of a module, an object, a namespace) or a closure cell, its name, and which keys count (None: all)."""
 
     held: dict[str, Any] | types.CellType
     name: str
@@ -47,9 +47,13 @@ class Watch:
         self._dicts: list[dict[str, Any]] = [place.held for place in self._whole if isinstance(place.held, dict)]
         self._keys = [tuple(held) for held in self._dicts]
         self._values = list(chain.from_iterable(map(dict.values, self._dicts)))
-        self._spots = [(place, _read(place)) for place in places if not (isinstance(place.held, dict) and not place.keys)]
+        self._spots = [
+            (place, _read(place)) for place in places if not (isinstance(place.held, dict) and not place.keys)
+        ]
         self._containers = [
-            (name, value, _frozen(value)) for name, value in self._named_values() if isinstance(value, list | dict | set)
+            (name, value, _frozen(value))
+            for name, value in self._named_values()
+            if isinstance(value, list | dict | set)
         ]
         self._hook_dicts = list(_hook_dicts(module))
         self._params = params
@@ -79,7 +83,9 @@ class Watch:
             for key, value in held.items()
             if value is tensor
         ]
-        found += [(place.name, functools.partial(_read_one, place)) for place, (value, *_) in self._spots if value is tensor]
+        found += [
+            (place.name, functools.partial(_read_one, place)) for place, (value, *_) in self._spots if value is tensor
+        ]
         return found[0] if len(found) == 1 else None
 
     def side_effects(self, read: Callable[[Tensor], bool]) -> list[str]:
@@ -112,7 +118,9 @@ class Watch:
 
     def _named_values(self) -> Iterator[tuple[str, Any]]:
         for place, held in zip(self._whole, self._dicts, strict=True):
-            yield from ((f"{place.name}.{key}", value) for key, value in held.items() if key not in _TORCHS_OWN | _CACHES)
+            yield from (
+                (f"{place.name}.{key}", value) for key, value in held.items() if key not in _TORCHS_OWN | _CACHES
+            )
         for place, values in self._spots:
             yield from ((place.name, value) for value in values)
 
@@ -228,7 +236,9 @@ def _of_value(value: Any, losses: Callable[..., Any], names: Sequence[str], seen
         if not _is_torchs(value):
             held = vars(value)
             yield from (
-                Place(held, f"{value.__name__}.{key}", (key,)) for key in names if isinstance(held.get(key, held), PLAIN)
+                Place(held, f"{value.__name__}.{key}", (key,))
+                for key in names
+                if isinstance(held.get(key, held), PLAIN)
             )
     elif _is_plain_object(value) and id(value) not in seen:
         seen.add(id(value))
@@ -302,7 +312,7 @@ def _read_one(place: Place) -> Any:
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """The same for a trace: the same object, equal plain values, or tensors that differ in nothing but their numbers."""
+    """The same for a trace: the same object, equal plain values, or tensors that differ only in their numbers."""
     if one is other:
         return True
     if type(one) is not type(other):

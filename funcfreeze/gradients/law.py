@@ -100,14 +100,30 @@ class SeparateOutcome:
 
 
 class Engine(Protocol):
-    """A way to compute the law. All engines evaluate the forward exactly once."""
+    """A way to compute the law. All engines evaluate the forward exactly once.
 
-    def merged(self, evaluate: Evaluate, params: Sequence[Tensor], routing: Routing, step: Tensor | None) -> Outcome:
+    `seed` is the 0-d cotangent that every loss starts with, such as a loss scale; None is one. It multiplies gradients,
+    not the losses that are reported.
+    """
+
+    def merged(
+        self,
+        evaluate: Evaluate,
+        params: Sequence[Tensor],
+        routing: Routing,
+        step: Tensor | None,
+        seed: Tensor | None = None,
+    ) -> Outcome:
         """Every leaf's gradient, summed over the losses with their weights."""
         ...
 
     def separate(
-        self, evaluate: Evaluate, params: Sequence[Tensor], routing: Routing, step: Tensor | None
+        self,
+        evaluate: Evaluate,
+        params: Sequence[Tensor],
+        routing: Routing,
+        step: Tensor | None,
+        seed: Tensor | None = None,
     ) -> SeparateOutcome:
         """Every loss's weighted gradients apart."""
         ...

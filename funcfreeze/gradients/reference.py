@@ -19,6 +19,7 @@ from torch.func import vjp
 from funcfreeze.gradients.hooks import noticing_hooks
 from funcfreeze.gradients.law import Evaluate, Outcome, Routing, SeparateOutcome
 from funcfreeze.gradients.returned import check_differentiable, check_losses
+from funcfreeze.gradients.seed import seed_of
 from funcfreeze.gradients.weights import UNIT_WEIGHT, LossWeights
 from funcfreeze.routes import scalar_like
 
@@ -26,16 +27,28 @@ from funcfreeze.routes import scalar_like
 class Reference:
     """Per-loss gradients by nested `torch.func.vjp`, then summed."""
 
-    def merged(self, evaluate: Evaluate, params: Sequence[Tensor], routing: Routing, step: Tensor | None) -> Outcome:
+    def merged(
+        self,
+        evaluate: Evaluate,
+        params: Sequence[Tensor],
+        routing: Routing,
+        step: Tensor | None,
+        seed: Tensor | None = None,
+    ) -> Outcome:
         """The sum of every loss's gradients."""
-        apart = self.separate(evaluate, params, routing, step)
+        apart = self.separate(evaluate, params, routing, step, seed)
         return Outcome([_sum(column) for column in zip(*apart.gradients, strict=True)], apart.losses, apart.rest)
 
     def separate(
-        self, evaluate: Evaluate, params: Sequence[Tensor], routing: Routing, step: Tensor | None
+        self,
+        evaluate: Evaluate,
+        params: Sequence[Tensor],
+        routing: Routing,
+        step: Tensor | None,
+        seed: Tensor | None = None,
     ) -> SeparateOutcome:
         """Every loss's gradients over the parameters it may update, times their weights."""
-        levels = _Levels(evaluate, routing, routing.weight_values(step))
+        levels = _Levels(evaluate, routing, routing.weight_values(step), seed)
         with noticing_hooks() as noticed, torch.inference_mode(False), torch.enable_grad():
             found = levels.differentiate(0, dict(enumerate(param.detach() for param in params)))
         if noticed.nodes or not noticed.all_known:
@@ -60,10 +73,13 @@ class _Found(NamedTuple):
 class _Levels:
     """The nest of `vjp`s around one forward, and what it learns that is not a tensor."""
 
-    def __init__(self, evaluate: Evaluate, routing: Routing, weights: Sequence[float | Tensor]) -> None:
+    def __init__(
+        self, evaluate: Evaluate, routing: Routing, weights: Sequence[float | Tensor], seed: Tensor | None
+    ) -> None:
         self.evaluate = evaluate
         self.routing = routing
         self.weights = weights
+        self.seed = seed
         self.differentiable: set[str] = set()
 
     def differentiate(self, level: int, params: dict[int, Tensor]) -> _Found:
@@ -91,7 +107,7 @@ class _Levels:
         """The loss's gradients where it touches, times their weights."""
         if not touched:
             return {}
-        (every,) = pullback(torch.ones_like(loss))
+        (every,) = pullback(seed_of(loss, self.seed))
         return {
             leaf: every[leaf] if weight == UNIT_WEIGHT else every[leaf] * scalar_like(self.weights[weight], every[leaf])
             for leaf, weight in row

@@ -14,6 +14,7 @@ from funcfreeze.gradients.graph import Graph, gradient_edge, read_graph
 from funcfreeze.gradients.hooks import noticing_hooks
 from funcfreeze.gradients.law import Evaluate, Outcome, Routing, SeparateOutcome
 from funcfreeze.gradients.passes import Captured, Entry, Pass, plan_passes
+from funcfreeze.gradients.seed import seed_of
 from funcfreeze.gradients.weights import UNIT_WEIGHT
 from funcfreeze.routes import scalar_like
 
@@ -21,58 +22,80 @@ from funcfreeze.routes import scalar_like
 class Routed:
     """Plans the backward on the graph: no weight gradient that nobody may use, no shared trunk walked twice."""
 
-    def merged(self, evaluate: Evaluate, params: Sequence[Tensor], routing: Routing, step: Tensor | None) -> Outcome:
+    def merged(
+        self,
+        evaluate: Evaluate,
+        params: Sequence[Tensor],
+        routing: Routing,
+        step: Tensor | None,
+        seed: Tensor | None = None,
+    ) -> Outcome:
         """Every leaf's gradient, one engine call for every set of losses that travels together."""
         with noticing_hooks() as noticed:
             live = forward(evaluate, params, routing)
         weights = routing.weight_values(step)
-        graph = read_losses(live.losses, live.leaves, noticed.nodes if noticed.all_known else None)
+        graph = read_losses(live.losses, live.leaves, noticed.nodes if noticed.all_known else None, seed)
         live.losses.clear()  # nothing but `graph` holds the autograd graph now, and lets it go as it is used up
         noticed.nodes.clear()
         return Outcome(planned_backward(graph, live.leaves, routing, weights), live.values, live.rest)
 
     def separate(
-        self, evaluate: Evaluate, params: Sequence[Tensor], routing: Routing, step: Tensor | None
+        self,
+        evaluate: Evaluate,
+        params: Sequence[Tensor],
+        routing: Routing,
+        step: Tensor | None,
+        seed: Tensor | None = None,
     ) -> SeparateOutcome:
         """Every loss's gradients apart, one engine call each, over the leaves that loss may update."""
         live = forward(evaluate, params, routing)
         weights = routing.weight_values(step)
         with torch.inference_mode(False), torch.no_grad():
             gradients = [
-                _alone(loss, live.leaves, dict(row), weights)
+                _alone(loss, live.leaves, dict(row), weights, seed)
                 for loss, row in zip(live.losses, routing.weights, strict=True)
             ]
         return SeparateOutcome(gradients, live.values, live.rest)
 
 
 def _alone(
-    loss: Tensor | None, leaves: Sequence[Tensor], row: dict[int, int], weights: Sequence[float | Tensor]
+    loss: Tensor | None,
+    leaves: Sequence[Tensor],
+    row: dict[int, int],
+    weights: Sequence[float | Tensor],
+    seed: Tensor | None,
 ) -> list[Tensor | None]:
     found: list[Tensor | None] = [None] * len(leaves)
     if loss is None or not loss.requires_grad:
         return found
     inputs = [leaves[index] for index in row]
-    gradients = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
+    gradients = torch.autograd.grad(loss, inputs, seed_of(loss, seed), retain_graph=True, allow_unused=True)
     for (index, weight), gradient in zip(row.items(), gradients, strict=True):
         found[index] = _weighted(gradient, weights, weight)
     return found
 
 
 class LiveGraph(NamedTuple):
-    """Losses' autograd graph: its structure, its nodes, and every present loss's cotangent, one."""
+    """Losses' autograd graph: its structure, its nodes, and every present loss's cotangent."""
 
     structure: Graph
     nodes: list[Node]
     seeds: Sequence[Tensor | None]
 
 
-def read_losses(losses: Sequence[Tensor | None], leaves: Sequence[Tensor], hooked: Sequence[Node] | None) -> LiveGraph:
+def read_losses(
+    losses: Sequence[Tensor | None],
+    leaves: Sequence[Tensor],
+    hooked: Sequence[Node] | None,
+    seed: Tensor | None = None,
+) -> LiveGraph:
     """Read the graph of scalar losses (None where absent) down to the leaves.
 
     Args:
         losses: scalar losses on a live graph.
         leaves: the leaf tensors whose gradients may be wanted.
         hooked: the nodes known to carry hooks; None if any may.
+        seed: the cotangent that every loss starts with; None is one.
 
     Raises:
         RuntimeError: reentrant activation checkpointing is in the graph.
@@ -84,7 +107,7 @@ def read_losses(losses: Sequence[Tensor | None], leaves: Sequence[Tensor], hooke
             "the forward uses reentrant activation checkpointing, whose parameters autograd cannot see; call "
             "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
         )
-    return LiveGraph(structure, nodes, [None if loss is None else torch.ones_like(loss.detach()) for loss in losses])
+    return LiveGraph(structure, nodes, [None if loss is None else seed_of(loss, seed) for loss in losses])
 
 
 def planned_backward(

@@ -12,12 +12,17 @@ from torch import Tensor
 
 from funcfreeze.gradients.forward import forward
 from funcfreeze.gradients.law import Evaluate, Outcome, Routing, SeparateOutcome
+from funcfreeze.gradients.seed import seed_of
 from funcfreeze.gradients.weights import UNIT_WEIGHT
 from funcfreeze.routes import scalar_like
 
 
 def accumulate(
-    losses: Sequence[Tensor | None], leaves: Sequence[Tensor], routing: Routing, weights: Sequence[float | Tensor]
+    losses: Sequence[Tensor | None],
+    leaves: Sequence[Tensor],
+    routing: Routing,
+    weights: Sequence[float | Tensor],
+    seed: Tensor | None = None,
 ) -> None:
     """Add every loss's weighted gradient to `.grad` of the leaves it may update, one backward after another.
 
@@ -26,6 +31,7 @@ def accumulate(
         leaves: the leaf tensors, in the routing's order, all requiring grad where routed.
         routing: which loss may update which leaf.
         weights: the value of every weight index.
+        seed: the cotangent that every loss starts with; None is one.
     """
     for loss, row in zip(losses, routing.weights, strict=True):
         if loss is not None and loss.requires_grad:
@@ -33,7 +39,7 @@ def accumulate(
             held = {index: leaves[index].grad for index in weighted}
             for index in weighted:
                 leaves[index].grad = None
-            _backward(loss, leaves, {index for index, _ in row})
+            _backward(loss, leaves, {index for index, _ in row}, seed_of(loss, seed))
             for index, weight in weighted.items():
                 leaves[index].grad = _plus(held[index], leaves[index].grad, weight)
 
@@ -45,13 +51,13 @@ def _plus(held: Tensor | None, gradient: Tensor | None, weight: float | Tensor) 
     return scaled if held is None else held + scaled
 
 
-def _backward(loss: Tensor, leaves: Sequence[Tensor], allowed: AbstractSet[int]) -> None:
+def _backward(loss: Tensor, leaves: Sequence[Tensor], allowed: AbstractSet[int], seed: Tensor) -> None:
     root = loss.view_as(loss) if loss.is_leaf else loss  # a loss that is itself a parameter is toggled with it
     required = [leaf.requires_grad for leaf in leaves]
     _toggle(leaves, [index in allowed for index in range(len(leaves))])
     try:
         # `inputs` only keeps the gradient out of tensors that are no parameters here, a teacher in a closure, say
-        root.backward(retain_graph=True, inputs=[leaves[index] for index in sorted(allowed)])  # type: ignore[no-untyped-call]
+        root.backward(seed, retain_graph=True, inputs=[leaves[index] for index in sorted(allowed)])  # type: ignore[no-untyped-call]
     finally:
         _toggle(leaves, required)
 
@@ -64,14 +70,26 @@ def _toggle(leaves: Sequence[Tensor], required: Sequence[bool]) -> None:
 class Toggle:
     """The recipe as an engine, on leaf copies of the parameters."""
 
-    def merged(self, evaluate: Evaluate, params: Sequence[Tensor], routing: Routing, step: Tensor | None) -> Outcome:
+    def merged(
+        self,
+        evaluate: Evaluate,
+        params: Sequence[Tensor],
+        routing: Routing,
+        step: Tensor | None,
+        seed: Tensor | None = None,
+    ) -> Outcome:
         """Every leaf's gradient, as it stands in `.grad` after all backwards."""
         live = forward(evaluate, params, routing)
-        accumulate(live.losses, live.leaves, routing, routing.weight_values(step))
+        accumulate(live.losses, live.leaves, routing, routing.weight_values(step), seed)
         return Outcome([leaf.grad for leaf in live.leaves], live.values, live.rest)
 
     def separate(
-        self, evaluate: Evaluate, params: Sequence[Tensor], routing: Routing, step: Tensor | None
+        self,
+        evaluate: Evaluate,
+        params: Sequence[Tensor],
+        routing: Routing,
+        step: Tensor | None,
+        seed: Tensor | None = None,
     ) -> SeparateOutcome:
         """What each loss's backwards alone leave in `.grad`."""
         live = forward(evaluate, params, routing)
@@ -79,7 +97,7 @@ class Toggle:
         gradients = []
         for index in range(len(live.losses)):
             alone = [loss if turn == index else None for turn, loss in enumerate(live.losses)]
-            accumulate(alone, live.leaves, routing, weights)
+            accumulate(alone, live.leaves, routing, weights, seed)
             gradients.append([leaf.grad for leaf in live.leaves])
             for leaf in live.leaves:
                 leaf.grad = None

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam as torch_adam
 
-from funcfreeze.optim.hyperparameters import LearningRate, Rate, check_number, check_rate
+from funcfreeze.optim.hyperparameters import LearningRate, Rate, check_number, check_rate, check_state_dtype
 from funcfreeze.optim.leafwise import Entry, Rule, leafwise
+from funcfreeze.optim.opaque import opaque, readable
 from funcfreeze.optim.transform import Transform
 
 
@@ -21,11 +22,15 @@ def adam(
     weight_decay: float = 0,
     amsgrad: bool = False,
     maximize: bool = False,
+    state_dtype: torch.dtype | None = None,
 ) -> Transform:
     """Adam; the same numbers as torch.optim.Adam, with the weight decay added to the gradient.
 
     The state of a parameter is `step`, `exp_avg`, `exp_avg_sq` and, with `amsgrad`, `max_exp_avg_sq`. The bias
     correction reads the parameter's own `step`, which counts the steps at which it was touched.
+
+    With `state_dtype=torch.float32` parameters in half precision have their state in float32, and all is computed in
+    it; only the update that comes out is rounded to the parameter's own dtype, in which it is added.
 
     >>> tx = adam(0.1)
     >>> params = {"w": torch.ones(2)}
@@ -37,7 +42,7 @@ def adam(
         ...
     ValueError: adam: betas[1] must be at least 0 and less than 1, got 1.0
     """
-    return _adam("adam", lr, betas, eps, weight_decay, amsgrad, maximize, decoupled=False)
+    return _adam("adam", lr, betas, eps, weight_decay, amsgrad, maximize, state_dtype, decoupled=False)
 
 
 def adamw(
@@ -48,6 +53,7 @@ def adamw(
     weight_decay: float = 1e-2,
     amsgrad: bool = False,
     maximize: bool = False,
+    state_dtype: torch.dtype | None = None,
 ) -> Transform:
     """AdamW; the same numbers as torch.optim.AdamW: Adam with the weight decay apart from the gradient.
 
@@ -56,7 +62,7 @@ def adamw(
     >>> tx.update({"w": torch.zeros(2)}, tx.init(params), params)[0]
     {'w': tensor([-0.0500, -0.0500])}
     """
-    return _adam("adamw", lr, betas, eps, weight_decay, amsgrad, maximize, decoupled=True)
+    return _adam("adamw", lr, betas, eps, weight_decay, amsgrad, maximize, state_dtype, decoupled=True)
 
 
 def _adam(
@@ -67,6 +73,7 @@ def _adam(
     weight_decay: float,
     amsgrad: bool,
     maximize: bool,
+    state_dtype: torch.dtype | None,
     *,
     decoupled: bool,
 ) -> Transform:
@@ -76,6 +83,7 @@ def _adam(
     )
     check_number(name, "eps", eps)
     check_number(name, "weight_decay", weight_decay)
+    check_state_dtype(name, state_dtype)
 
     def pure(param: Tensor, grad: Tensor, entry: Entry, rate: Rate) -> tuple[Tensor, Entry]:
         descent = -grad if maximize else grad
@@ -95,31 +103,84 @@ def _adam(
         kept = {"exp_avg": mean, "exp_avg_sq": square, **({"max_exp_avg_sq": largest} if amsgrad else {})}
         return _like(moved, param), {"step": step, **{slot: _like(value, param) for slot, value in kept.items()}}
 
-    def fused(params: list[Tensor], grads: list[Tensor], entries: list[Entry], rate: Rate) -> Callable[[], None]:
+    def fused(
+        params: list[Tensor], grads: list[Tensor], entries: list[Entry], rate: Rate, found_inf: Tensor | None
+    ) -> Callable[[], None]:
+        kernel = _operator if torch.compiler.is_compiling() else _kernel
+
         def run() -> None:
-            torch_adam(
+            kernel(
                 params,
-                grads,
                 [entry["exp_avg"] for entry in entries],
                 [entry["exp_avg_sq"] for entry in entries],
                 [entry["max_exp_avg_sq"] for entry in entries] if amsgrad else [],
                 [entry["step"] for entry in entries],
-                fused=True,
-                foreach=False,
-                decoupled_weight_decay=decoupled,
-                amsgrad=amsgrad,
-                beta1=beta1,
-                beta2=beta2,
-                lr=rate,
-                weight_decay=weight_decay,
-                eps=eps,
-                maximize=maximize,
+                grads,
+                rate if isinstance(rate, Tensor) else None,
+                0.0 if isinstance(rate, Tensor) else rate,
+                found_inf,
+                beta1,
+                beta2,
+                weight_decay,
+                eps,
+                amsgrad,
+                maximize,
+                decoupled,
             )
 
         return run
 
     slots = ("step", "exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else []))
-    return leafwise(Rule(name, slots, pure, fused, takes_sparse=False), lr)
+    return leafwise(Rule(name, slots, pure, fused, takes_sparse=False, state_dtype=state_dtype), lr)
+
+
+def _kernel(
+    params: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    grads: list[Tensor],
+    rate: Tensor | None,
+    lr: float,
+    found_inf: Tensor | None,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+    amsgrad: bool,
+    maximize: bool,
+    decoupled: bool,
+) -> None:
+    """torch's fused kernel, with every argument as an operator's schema can have it."""
+    torch_adam(
+        params,
+        readable(grads, params),
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
+        steps,
+        fused=True,
+        foreach=False,
+        decoupled_weight_decay=decoupled,
+        amsgrad=amsgrad,
+        beta1=beta1,
+        beta2=beta2,
+        lr=lr if rate is None else rate,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=maximize,
+        found_inf=found_inf,
+    )
+
+
+_operator = opaque(
+    "adam_",
+    ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps"),
+    "Tensor[] grads, Tensor? rate, float lr, Tensor? found_inf, float beta1, float beta2, float weight_decay, "
+    "float eps, bool amsgrad, bool maximize, bool decoupled",
+    _kernel,
+)
 
 
 def _pair(name: str, betas: tuple[float, float]) -> tuple[float, float]:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from funcfreeze.optim.transform import OptState, PyTree, Transform
+from funcfreeze.optim.skip import keep_if
+from funcfreeze.optim.transform import OptState, PyTree, Transform, in_place_options
 from funcfreeze.selectors import Leaf
 
 
@@ -49,13 +50,19 @@ def chain(*transforms: Transform) -> Transform:
     finish = last.in_place
 
     def in_place(
-        grads: PyTree, state: OptState, params: PyTree, *, step: int | Tensor | None = None
+        grads: PyTree,
+        state: OptState,
+        params: PyTree,
+        *,
+        step: int | Tensor | None = None,
+        found_inf: Tensor | None = None,
     ) -> Callable[[], OptState]:
         assert finish is not None
         _check_state(state, len(transforms))
         updates, begun = _through(first, grads, state[:-1], params, step)
-        commit = finish(updates, state[-1], params, step=step)
-        return lambda: (*begun, commit())
+        kept = begun if found_inf is None else keep_if(found_inf, state[:-1], begun)
+        commit = finish(updates, state[-1], params, **in_place_options(step, found_inf))
+        return lambda: (*kept, commit())
 
     def bind(leaves: Sequence[Leaf]) -> Transform:
         return chain(*(given.bind(leaves) if given.bind is not None else given for given in transforms))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Rate = float | Tensor
@@ -43,6 +44,21 @@ def check_rate(owner: str, lr: LearningRate) -> None:
             raise ValueError(f"{owner}: lr must be at least 0, got {lr!r}")
     elif not callable(lr):
         check_number(owner, "lr", lr)
+
+
+def check_state_dtype(owner: str, state_dtype: object) -> None:
+    """Raises unless it is None or a real floating point dtype.
+
+    >>> check_state_dtype("adam", torch.int32)
+    Traceback (most recent call last):
+        ...
+    TypeError: adam: state_dtype must be a floating point dtype such as torch.float32, or None; got torch.int32
+    """
+    if state_dtype is None or (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point):
+        return
+    raise TypeError(
+        f"{owner}: state_dtype must be a floating point dtype such as torch.float32, or None; got {state_dtype!r}"
+    )
 
 
 def rate_at(owner: str, lr: LearningRate, step: int | Tensor | None) -> Rate:

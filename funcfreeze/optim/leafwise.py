@@ -9,9 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from funcfreeze.optim.hyperparameters import LearningRate, Rate, rate_at, rate_near
+from funcfreeze.optim.skip import keep_if, unless
 from funcfreeze.optim.transform import Named, OptState, PyTree, Transform, by_path, lines, match
 
 Entry = dict[str, Tensor]
+
+FEW = 16
+"""Compiling the formula takes 0.2 s for each parameter (two cores); the fused kernel, called whole, takes none."""
 
 _FUSED_DEVICES = ("cpu", "cuda")
 _FUSED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -26,16 +30,31 @@ class Rule:
         slots: what it keeps for a parameter: `step`, a 0-d float32 count, and tensors like the parameter; all start
             at zero.
         pure: `(param, grad, entry, rate) -> (update, new entry)`, out of place.
-        fused: `(params, grads, entries, rate) -> run`, for parameters of one device; `run()` overwrites parameters and
-            entries by torch's fused kernel.
+        fused: `(params, grads, entries, rate, found_inf) -> run`, for parameters of one device; `run()` overwrites
+            parameters and entries by torch's fused kernel, or nothing if `found_inf` is there and 1. Gradients come in
+            any memory order, and may share memory with parameters.
         takes_sparse: whether gradients may be sparse.
+        state_dtype: in which precision tensors are kept and all is computed; None for the parameter's own.
     """
 
     name: str
     slots: tuple[str, ...]
     pure: Callable[[Tensor, Tensor, Entry, Rate], tuple[Tensor, Entry]]
-    fused: Callable[[list[Tensor], list[Tensor], list[Entry], Rate], Callable[[], None]]
+    fused: Callable[[list[Tensor], list[Tensor], list[Entry], Rate, Tensor | None], Callable[[], None]]
     takes_sparse: bool
+    state_dtype: torch.dtype | None = None
+
+    def dtype_for(self, param: Tensor) -> torch.dtype:
+        """In which dtype the parameter's state is kept, and its update computed."""
+        if self.state_dtype is None:
+            return param.dtype
+        return self.state_dtype.to_complex() if param.is_complex() else self.state_dtype
+
+    def apply(self, param: Tensor, grad: Tensor, entry: Entry, rate: Rate) -> tuple[Tensor, Entry]:
+        """The update, in the parameter's own dtype, and the new entry, out of place."""
+        dtype = self.dtype_for(param)
+        moved, after = self.pure(param.to(dtype), grad.to(dtype), entry, rate_near(rate, grad))
+        return moved.to(param.dtype), after
 
 
 def leafwise(rule: Rule, lr: LearningRate) -> Transform:
@@ -56,25 +75,32 @@ def leafwise(rule: Rule, lr: LearningRate) -> Transform:
     ) -> tuple[PyTree, OptState]:
         named = by_path(params)
         touched, entries, rate = prepare(grads, state, named, step)
-        results = {
-            path: rule.pure(named[path], grad, entries[path], rate_near(rate, grad)) for path, grad in touched.items()
-        }
+        results = {path: rule.apply(named[path], grad, entries[path], rate) for path, grad in touched.items()}
         updates = named.rebuild({path: moved for path, (moved, _) in results.items()})
         return updates, {**state, **{path: entry for path, (_, entry) in results.items()}}
 
     @torch.no_grad()
     def in_place(
-        grads: PyTree, state: OptState, params: PyTree, *, step: int | Tensor | None = None
+        grads: PyTree,
+        state: OptState,
+        params: PyTree,
+        *,
+        step: int | Tensor | None = None,
+        found_inf: Tensor | None = None,
     ) -> Callable[[], OptState]:
         named = by_path(params)
         touched, entries, rate = prepare(grads, state, named, step)
-        fused = {path: None for path in touched if _fusable(named[path], touched[path], entries[path])}
-        runs = _fused_runs(rule, list(fused), named, touched, entries, rate)
+        fusable = () if _better_as_code(touched) else touched
+        fused = {path: None for path in fusable if _fusable(rule, named[path], touched[path], entries[path])}
+        runs = _fused_runs(rule, list(fused), named, touched, entries, rate, found_inf)
         rest = {path: named[path] for path in touched if path not in fused}
         _check_writable(rest)
-        results = {
-            path: rule.pure(param, touched[path], entries[path], rate_near(rate, param)) for path, param in rest.items()
-        }
+        results = {path: rule.apply(param, touched[path], entries[path], rate) for path, param in rest.items()}
+        if found_inf is not None:
+            results = {
+                path: (unless(found_inf, moved), keep_if(found_inf, entries[path], entry))
+                for path, (moved, entry) in results.items()
+            }
 
         @torch.no_grad()
         def commit() -> OptState:
@@ -95,7 +121,7 @@ def _fresh(rule: Rule, param: Tensor) -> Entry:
     return {
         slot: torch.zeros((), dtype=torch.float32, device=param.device)
         if slot == "step"
-        else torch.zeros_like(param, requires_grad=False)
+        else torch.zeros_like(param, dtype=rule.dtype_for(param), requires_grad=False)
         for slot in rule.slots
     }
 
@@ -123,7 +149,7 @@ def _fits(rule: Rule, entry: Entry, param: Tensor) -> bool:
     """Whether `_misfits` finds nothing; asked of every parameter at every step, so quick."""
     if len(entry) != len(rule.slots):
         return False
-    shape, dtype = param.shape, param.dtype
+    shape, dtype = param.shape, rule.dtype_for(param)
     for slot in rule.slots:
         kept = entry.get(slot)
         if kept is None:
@@ -143,7 +169,7 @@ def _misfits(rule: Rule, entry: Entry, param: Tensor) -> list[str]:
     return [
         f"{slot} has shape {tuple(kept.shape)} and dtype {kept.dtype}, expected {tuple(shape)} and {dtype}"
         for slot, kept in entry.items()
-        for shape, dtype in [((), torch.float32) if slot == "step" else (param.shape, param.dtype)]
+        for shape, dtype in [((), torch.float32) if slot == "step" else (param.shape, rule.dtype_for(param))]
         if kept.shape != shape or kept.dtype != dtype
     ]
 
@@ -170,18 +196,27 @@ def _check_writable(params: Mapping[str, Tensor]) -> None:
         raise ValueError(lines("expanded tensors cannot be updated in place; clone them first:", problems))
 
 
-def _fusable(param: Tensor, grad: Tensor, entry: Entry) -> bool:
+def _better_as_code(touched: Mapping[str, Tensor]) -> bool:
+    """Whether a compiler should make code from the formula: for few parameters on the CPU, where calls cost most."""
+    return (
+        torch.compiler.is_compiling()
+        and len(touched) <= FEW
+        and all(grad.device.type == "cpu" for grad in touched.values())
+    )
+
+
+def _fusable(rule: Rule, param: Tensor, grad: Tensor, entry: Entry) -> bool:
     """Whether torch's fused kernels give the right answer: they walk raw memory, one order for all tensors.
 
     On the CPU they do not check that (they silently give wrong numbers where the strides differ), so this does.
-    Under compilation the pure form is better: the compiler fuses it, and cannot look into the fused kernels.
+    They compute in the parameter's own dtype alone.
     """
     device, strides = param.device, param.stride()
     if (
-        torch.compiler.is_compiling()
-        or type(param) not in (Tensor, nn.Parameter)
+        type(param) not in (Tensor, nn.Parameter)
         or device.type not in _FUSED_DEVICES
         or param.dtype not in _FUSED_DTYPES
+        or param.dtype != rule.dtype_for(param)
         or grad.layout != torch.strided
         or not _dense(param)
     ):
@@ -211,33 +246,19 @@ def _fused_runs(
     grads: Mapping[str, Tensor],
     entries: Mapping[str, Entry],
     rate: Rate,
+    found_inf: Tensor | None,
 ) -> list[Callable[[], None]]:
     """One run of the fused kernel for every device."""
-    written = {_address(params[path]) for path in paths}
     groups: dict[torch.device, list[str]] = {}
     for path in paths:
         groups.setdefault(params[path].device, []).append(path)
     return [
         rule.fused(
             [params[path] for path in group],
-            [_readable(grads[path], params[path], written) for path in group],
+            [grads[path] for path in group],
             [entries[path] for path in group],
             rate_near(rate, params[group[0]]),
+            None if found_inf is None else found_inf.to(device),
         )
-        for group in groups.values()
+        for device, group in groups.items()
     ]
-
-
-def _readable(grad: Tensor, param: Tensor, written: set[int]) -> Tensor:
-    """The gradient in the parameter's memory order, and in memory that the kernel will not write to.
-
-    Gradients come in any order (expanded after a sum, transposed after a matmul), and an old-style
-    `autograd.Function` may return a parameter itself as another's gradient.
-    """
-    if grad.stride() == param.stride() and _address(grad) not in written:
-        return grad
-    return torch.empty_like(param, requires_grad=False).copy_(grad)
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()

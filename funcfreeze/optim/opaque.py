@@ -7,49 +7,50 @@ those kernels themselves, so they are wrapped, with what they overwrite declared
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_LIBRARY = torch.library.Library("funcfreeze", "FRAGMENT")
-
-Kernel = Callable[..., None]
+_LIBRARY = torch.library.Library("funcfreeze", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
-def opaque(name: str, overwritten: tuple[str, ...], options: str, kernel: Kernel) -> Callable[..., None]:
-    """An operator `funcfreeze::name`.
+def opaque(name: str, overwritten: Sequence[str], rest: str, kernel: Callable[..., None]) -> Callable[..., None]:
+    """An operator `funcfreeze::name` that overwrites lists of tensors.
 
     Args:
         name: of the operator.
-        overwritten: the lists of tensors that it overwrites, which come first, in this order; then come the gradients.
-        options: the rest of its schema.
-        kernel: what it runs.
+        overwritten: its first arguments, the lists that it overwrites.
+        rest: the schema of the others.
+        kernel: what it runs, with the same arguments.
     """
     lists = ", ".join(f"Tensor({letter}!)[] {each}" for letter, each in zip("abcdef", overwritten, strict=False))
-    _LIBRARY.define(f"{name}({lists}, Tensor[] grads, {options}) -> ()")
-    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-
-    @torch.library.register_fake(f"funcfreeze::{name}", lib=_LIBRARY)
-    def fake(*args: Any, **kwargs: Any) -> None:
-        return None
-
+    _LIBRARY.define(f"{name}({lists}, {rest}) -> ()")  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"funcfreeze::{name}", _computes_nothing, lib=_LIBRARY)
     operator: Callable[..., None] = getattr(torch.ops.funcfreeze, name).default
     return operator
 
 
-def readable(grad: Tensor, param: Tensor, written: set[int]) -> Tensor:
-    """The gradient in the parameter's memory order, and in memory that the kernel will not write to.
+def _computes_nothing(*args: Any, **kwargs: Any) -> None:
+    """What is overwritten keeps its shape, and there is nothing else."""
+
+
+def readable(grads: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients in the parameters' memory order and dtype, and in memory that the kernel will not write to.
 
     Gradients come in any order (expanded after a sum, transposed after a matmul), and an old-style
     `autograd.Function` may return a parameter itself as another's gradient.
     """
-    if grad.stride() == param.stride() and address(grad) not in written:
-        return grad
-    return torch.empty_like(param, requires_grad=False).copy_(grad)
+    written = {_address(param) for param in params}
+    return [
+        grad
+        if grad.stride() == param.stride() and grad.dtype == param.dtype and _address(grad) not in written
+        else torch.empty_like(param, requires_grad=False).copy_(grad)
+        for grad, param in zip(grads, params, strict=True)
+    ]
 
 
-def address(tensor: Tensor) -> int:
-    """Of the memory a tensor is a view of."""
+def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()

@@ -6,7 +6,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from funcfreeze.optim.transform import Named, OptState, PyTree, Transform, by_path, lines, match
+from funcfreeze.optim.transform import (
+    Named,
+    OptState,
+    PyTree,
+    Transform,
+    by_path,
+    in_place_options,
+    lines,
+    match,
+)
 from funcfreeze.selectors import Leaf, RouteError, Selector, label, resolve, to_selector
 
 Claims = Mapping[str, tuple[str, ...]]  # path -> the labels of all parts whose selector takes it
@@ -131,11 +140,17 @@ def _build(
     forms = {name: member.in_place for name, member in members.items() if member.in_place is not None}
 
     def in_place(
-        grads: PyTree, state: OptState, params: PyTree, *, step: int | Tensor | None = None
+        grads: PyTree,
+        state: OptState,
+        params: PyTree,
+        *,
+        step: int | Tensor | None = None,
+        found_inf: Tensor | None = None,
     ) -> Callable[[], OptState]:
+        options = in_place_options(step, found_inf)
         # Every part finds what is wrong before any part changes something.
         commits = {
-            name: forms[name](part_grads, part_state, part_params, step=step)
+            name: forms[name](part_grads, part_state, part_params, **options)
             for name, part_grads, part_state, part_params in split(grads, state, by_path(params))
         }
         return lambda: {name: commit() for name, commit in commits.items()}

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd as torch_sgd
 
-from funcfreeze.optim.hyperparameters import LearningRate, Rate, check_number, check_rate
+from funcfreeze.optim.hyperparameters import LearningRate, Rate, check_number, check_rate, check_state_dtype
 from funcfreeze.optim.leafwise import Entry, Rule, leafwise
+from funcfreeze.optim.opaque import opaque, readable
 from funcfreeze.optim.transform import Transform
 
 
@@ -22,12 +23,15 @@ def sgd(
     weight_decay: float = 0,
     nesterov: bool = False,
     maximize: bool = False,
+    state_dtype: torch.dtype | None = None,
 ) -> Transform:
     """Stochastic gradient descent; the same numbers as torch.optim.SGD.
 
     With momentum, the state of a parameter is its `momentum_buffer`. torch makes the buffer at the first gradient, as
     a copy of it that is not dampened; here the buffer is there from the start, as zeros, which gives the same numbers.
     With dampening a count, `step`, is kept too, to tell that first gradient from the later ones.
+
+    `state_dtype` is the precision in which the buffer is kept and all is computed (see `adam`).
 
     Sparse gradients are taken where torch.optim.SGD takes them: without weight decay.
 
@@ -45,6 +49,7 @@ def sgd(
     check_number("sgd", "momentum", momentum)
     check_number("sgd", "dampening", dampening, low=-math.inf)
     check_number("sgd", "weight_decay", weight_decay)
+    check_state_dtype("sgd", state_dtype)
     if nesterov and (momentum <= 0 or dampening != 0):
         raise ValueError(
             "sgd: nesterov=True needs momentum > 0 and dampening == 0, "
@@ -66,9 +71,10 @@ def sgd(
         counted = {"step": entry["step"] + 1} if "step" in entry else {}
         return moved, {**counted, "momentum_buffer": buffer}
 
-    def fused(params: list[Tensor], grads: list[Tensor], entries: list[Entry], rate: Rate) -> Callable[[], None]:
+    def fused(
+        params: list[Tensor], grads: list[Tensor], entries: list[Entry], rate: Rate, found_inf: Tensor | None
+    ) -> Callable[[], None]:
         steps = [entry["step"] for entry in entries if "step" in entry]
-        buffers: list[Tensor | None] = [entry.get("momentum_buffer") for entry in entries]
         if steps:
             # torch's kernel knows one first step for all parameters; here each has its own, so the dampening is done
             # before, and with it what comes before the dampening.
@@ -77,27 +83,68 @@ def sgd(
                 for param, grad, entry in zip(params, grads, entries, strict=True)
             ]
 
+        kernel = _operator if torch.compiler.is_compiling() else _kernel
+
         def run() -> None:
-            torch_sgd(
+            kernel(
                 params,
+                [entry["momentum_buffer"] for entry in entries if "momentum_buffer" in entry],
+                steps,
                 grads,
-                buffers,
-                fused=True,
-                foreach=False,
-                weight_decay=0 if steps else weight_decay,
-                momentum=momentum,
-                lr=rate,  # type: ignore[arg-type] # annotated float, takes 0-d tensors as torch.optim.SGD does
-                dampening=0,
-                nesterov=nesterov,
-                maximize=maximize and not steps,
+                rate if isinstance(rate, Tensor) else None,
+                0.0 if isinstance(rate, Tensor) else rate,
+                found_inf,
+                momentum,
+                0.0 if steps else weight_decay,
+                nesterov,
+                maximize and not steps,
             )
-            for step in steps:
-                step.add_(1)
 
         return run
 
     slots = ("step",) * (momentum != 0 and dampening != 0) + ("momentum_buffer",) * (momentum != 0)
-    return leafwise(Rule("sgd", slots, pure, fused, takes_sparse=weight_decay == 0), lr)
+    return leafwise(Rule("sgd", slots, pure, fused, takes_sparse=weight_decay == 0, state_dtype=state_dtype), lr)
+
+
+def _kernel(
+    params: list[Tensor],
+    buffers: list[Tensor],
+    steps: list[Tensor],
+    grads: list[Tensor],
+    rate: Tensor | None,
+    lr: float,
+    found_inf: Tensor | None,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+) -> None:
+    """torch's fused kernel, with every argument as an operator's schema can have it."""
+    torch_sgd(
+        params,
+        readable(grads, params),
+        [*buffers] if buffers else [None] * len(params),
+        fused=True,
+        foreach=False,
+        weight_decay=weight_decay,
+        momentum=momentum,
+        lr=lr if rate is None else rate,  # type: ignore[arg-type] # annotated float, takes 0-d tensors
+        dampening=0,
+        nesterov=nesterov,
+        maximize=maximize,
+        found_inf=found_inf,
+    )
+    for step in steps:
+        step.add_(1 if found_inf is None else 1 - found_inf)
+
+
+_operator = opaque(
+    "sgd_",
+    ("params", "buffers", "steps"),
+    "Tensor[] grads, Tensor? rate, float lr, Tensor? found_inf, float momentum, float weight_decay, bool nesterov, "
+    "bool maximize",
+    _kernel,
+)
 
 
 def _dampened(descent: Tensor, entry: Entry, dampening: float) -> Tensor:

@@ -23,8 +23,9 @@ def from_torch(optimizer: type[Optimizer], **kwargs: Any) -> Transform:
     At each step the optimizer is built over copies of the touched parameters, given what it kept for them, and stepped
     once. The state of a parameter is what the optimizer keeps for it, numbers included: nothing until the first
     gradient. `lr` may be a schedule, whose value is read as a number: that waits for the device, the only one of these
-    transforms to do so. An optimizer that needs a closure, or that keeps more than its state for each parameter, is
-    refused.
+    transforms to do so. With a loss scale it waits too, to learn whether the step is skipped: a state that the
+    optimizer has yet to make cannot be chosen on the device. An optimizer that needs a closure, or that keeps more than
+    its state for each parameter, is refused.
 
     >>> tx = from_torch(torch.optim.Adagrad, lr=0.5)
     >>> params = {"w": torch.zeros(2)}
@@ -71,7 +72,7 @@ def from_torch(optimizer: type[Optimizer], **kwargs: Any) -> Transform:
         copies = {path: nn.Parameter(named[path].detach().clone()) for path in touched}
         built = build([*copies.values()], step)
         for path, param in copies.items():
-            param.grad = touched[path].detach().clone()
+            param.grad = touched[path].detach().to(param.dtype, copy=True)
             if state.get(path):
                 built.state[param] = _copied(state[path])
         _step(name, built, touched)
@@ -94,8 +95,15 @@ def from_torch(optimizer: type[Optimizer], **kwargs: Any) -> Transform:
 
     @torch.no_grad()
     def in_place(
-        grads: PyTree, state: OptState, params: PyTree, *, step: int | Tensor | None = None
+        grads: PyTree,
+        state: OptState,
+        params: PyTree,
+        *,
+        step: int | Tensor | None = None,
+        found_inf: Tensor | None = None,
     ) -> Callable[[], OptState]:
+        if found_inf is not None and found_inf > 0:
+            return lambda: state
         # All on copies: whatever the optimizer raises, nothing has changed.
         named = by_path(params)
         moved, entries = compute(grads, state, named, step)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import optree
+import torch
 from torch import Tensor
 
 from funcfreeze.pytree import flatten_by_path
@@ -30,7 +31,8 @@ class Transform(NamedTuple):
         in_place: the same on a flat dict of parameters, overwriting it:
             `in_place(grads, state, params, *, step=None) -> commit` finds whatever is wrong and changes nothing;
             `commit() -> state` then overwrites the parameters and the state's tensors by torch's fused kernels.
-            None where there is no such form.
+            None where there is no such form. With a loss scale it is given `found_inf` too, a 0-d float32 tensor: if
+            that is 1, a commit leaves every bit as it was.
         bind: `bind(leaves) -> Transform`, for transforms that choose by selector: the same transform with its
             selectors resolved against these leaves, whose ties and module types a bare pytree cannot tell. None
             where there is nothing to choose.
@@ -140,17 +142,30 @@ def match(given: PyTree, params: Named, *, noun: str = "gradient") -> dict[str, 
 def _misfits(tensor: Tensor, param: Tensor | None, noun: str) -> list[str]:
     if param is None:
         return [f"there is a {noun}, but the parameter is None"]
-    if tensor.shape == param.shape and tensor.dtype == param.dtype and tensor.device == param.device:
+    wanted_dtype = _accepted_dtype(tensor, param, noun)
+    if tensor.shape == param.shape and tensor.dtype == wanted_dtype and tensor.device == param.device:
         return []
     return [
         f"the {noun} has {what} {seen}, the parameter has {what} {wanted}"
         for what, seen, wanted in (
             ("shape", tuple(tensor.shape), tuple(param.shape)),
-            ("dtype", tensor.dtype, param.dtype),
+            ("dtype", tensor.dtype, wanted_dtype),
             ("device", tensor.device, param.device),
         )
         if seen != wanted
     ]
+
+
+def _accepted_dtype(tensor: Tensor, param: Tensor, noun: str) -> torch.dtype:
+    """The parameter's dtype; a gradient in half precision may come as float32, where unscaling has put it."""
+    halves = (torch.float16, torch.bfloat16)
+    unscaled = noun == "gradient" and tensor.dtype == torch.float32 and param.dtype in halves
+    return torch.float32 if unscaled else param.dtype
+
+
+def in_place_options(step: int | Tensor | None, found_inf: Tensor | None) -> dict[str, Any]:
+    """How an in-place form is called; one that knows no `found_inf` need not, as long as there is no loss scale."""
+    return {"step": step} if found_inf is None else {"step": step, "found_inf": found_inf}
 
 
 def lines(head: str, problems: Iterable[str]) -> str:
