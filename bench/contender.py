@@ -38,7 +38,12 @@ class Contender:
 
     def __call__(self) -> None:
         """One step, done when this returns."""
-        self.step()
+        self.take(1)
+
+    def take(self, steps: int) -> None:
+        """Several steps in a row, as in a training loop; the last is done when this returns."""
+        for _ in range(steps):
+            self.step()
         self.wait()
 
 
