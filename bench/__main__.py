@@ -6,7 +6,7 @@ import argparse
 import datetime
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit("python -m bench report FILE.json: which file?")
         report(options.file, options.readme)
         return
-    data = bars(options.rounds) if options.command == "bars" else matrix(options)
-    text = json.dumps(data, indent=1)
+    for data in [bars(options.rounds)] if options.command == "bars" else matrix(options):
+        text = json.dumps(data, indent=1)
+        if options.out is not None:  # after every workload: a long run that is stopped leaves what it measured
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(text + "\n")
     print(text)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n")
 
 
-def matrix(options: argparse.Namespace) -> dict[str, Any]:
+def matrix(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Workloads x peers x measures."""
     chosen = {name: tuple(getattr(options, name)) for name in ("workloads", "peers", "measures")}
     scale = options.scale or ("large" if options.device.startswith("cuda") else "small")

@@ -87,11 +87,15 @@ class Peer:
     replayed: bool = False
     routed: bool = True
 
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """What it requires and is not installed."""
+        return tuple(name for name in self.requires if find_spec(name) is None)
+
     def build(self, workload: Workload, device: torch.device) -> Contender | Absent:
         """A contender that has taken no step yet, or why there is none."""
-        missing = [name for name in self.requires if find_spec(name) is None]
-        if missing:
-            return Absent("not installed", f"needs {', '.join(missing)}")
+        if self.missing:
+            return Absent("not installed", f"needs {', '.join(self.missing)}")
         if self.cuda and device.type != "cuda":
             return Absent("not here", "CUDA graphs need a CUDA device")
         return self.builder(workload, device)

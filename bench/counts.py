@@ -43,7 +43,7 @@ def products(step: Callable[[], object]) -> dict[str, int]:
 
 
 def _last(event: Any) -> bool:
-    """Whether no other product happens within it: under vmap a product of wrapped tensors calls the one that is done."""
+    """Whether no other product happens within it: under vmap, one of wrapped tensors calls the one that is done."""
     return not any(_counted(child) or not _last(child) for child in event.cpu_children)
 
 

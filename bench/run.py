@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import gc
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -47,10 +47,11 @@ class Options:
         return " ".join(words)
 
 
-def run(options: Options) -> dict[str, Any]:
-    """Everything that was asked for, with machine, versions and date."""
+def run(options: Options) -> Iterator[dict[str, Any]]:
+    """Everything that was asked for, with machine, versions and date: the results so far, after every workload."""
     device = torch.device(options.device)
-    return {
+    results: dict[str, Any] = {}
+    head = {
         "date": datetime.date.today().isoformat(),
         "command": options.command,
         "machine": describe(device),
@@ -58,8 +59,10 @@ def run(options: Options) -> dict[str, Any]:
         "scale": options.scale,
         "rounds": options.rounds,
         "peers": {name: PEERS[name].label for name in options.peers},
-        "workloads": {name: measure_workload(name, options, device) for name in options.workloads},
     }
+    for name in options.workloads:
+        results[name] = measure_workload(name, options, device)
+        yield {**head, "workloads": dict(results)}
 
 
 def measure_workload(name: str, options: Options, device: torch.device) -> dict[str, Any]:

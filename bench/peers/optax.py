@@ -50,7 +50,8 @@ def build(workload: Workload, device: torch.device) -> Contender | Absent:
         return (optax.apply_updates(trained, updates), buffers, memory), values
 
     stepper = jax.jit(update, donate_argnums=(0,))
-    state = (trained, buffers, tx.init(trained))
+    # All of it committed to the device, or the second step would see arrays of another kind and compile again.
+    state = jax.device_put((trained, buffers, tx.init(trained)), target)
     prepared = [
         optree.tree_map(lambda t: jax.device_put(jnp.array(t.numpy()), target), batch)
         for batch in pool(workload, torch.device("cpu"))
