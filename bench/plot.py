@@ -20,10 +20,10 @@ MARKS: Mapping[str, tuple[str, str]] = {
     "by-hand-graphs": ("X", "#12492a"),
     "jax": ("v", "#4292c6"),
     "funcfreeze": ("o", "#f28e2b"),
-    "funcfreeze-compiled": ("*", "#d62728"),
+    "funcfreeze-compiled": ("s", "#d62728"),
     "funcfreeze-graphs": ("h", "#7f0000"),
 }
-"""A shape and a colour for each peer; ours are warm and large."""
+"""A shape and a colour for each peer; ours are rings, which hide nobody."""
 
 
 def draw(data: Mapping[str, Any], path: Path) -> None:
@@ -58,14 +58,12 @@ def _against_the_recipe(axes: Any, data: Mapping[str, Any]) -> None:
             if mine is not None and base is not None:
                 points.append((mine / base, row))
         shape, colour = MARKS[peer]
-        size = 110 if peer in OURS else 45
+        ring = {"s": 150, "facecolors": "none", "edgecolors": colour, "linewidths": 2.2, "zorder": 3}
         axes.scatter(
             *(zip(*points, strict=True) if points else ([], [])),
             marker=shape,
-            color=colour,
-            s=size,
             label=label if points else f"{label} (absent)",
-            zorder=3 if peer in OURS else 2,
+            **(ring if peer in OURS else {"s": 40, "color": colour, "zorder": 2}),
         )
     axes.axvline(1.0, color="#cccccc", linewidth=1, zorder=1)
     axes.set_xscale("log")
@@ -98,8 +96,9 @@ def _against_the_number(axes: Any, data: Mapping[str, Any], growing: Mapping[int
         ]
         if points:
             shape, colour = MARKS[peer]
-            size = 11 if peer in OURS else 6
-            axes.plot(*zip(*points, strict=True), marker=shape, color=colour, markersize=size, linewidth=1.2)
+            ring = {"markersize": 12, "markerfacecolor": "none", "markeredgewidth": 2.2}
+            style = ring if peer in OURS else {"markersize": 6}
+            axes.plot(*zip(*points, strict=True), marker=shape, color=colour, linewidth=1.2, **style)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(list(growing), [str(count) for count in growing])

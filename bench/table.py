@@ -10,6 +10,9 @@ from typing import Any
 from bench.peers import OURS, PEERS
 
 Result = Mapping[str, Any]
+SAME = 0.02
+"""Relative difference of displacements after two steps of Adam, which in float32 magnifies rounding."""
+
 BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 
 
@@ -57,7 +60,7 @@ def why_not(result: Result, measure: str) -> str:
 def table(data: Mapping[str, Any], measure: str) -> str:
     """Workloads by peers; the least of those that make the routed update is bold."""
     title, _, shown = COLUMNS[measure]
-    peers = data["peers"]
+    peers = {peer: name for peer, name in data["peers"].items() if not _elsewhere(data, peer)}
     lines = [f"| {title} | {' | '.join(peers.values())} |", "|---" * (len(peers) + 1) + "|"]
     for workload in data["workloads"].values():
         numbers = {peer: value(workload["results"][peer], measure) for peer in peers}
@@ -71,6 +74,11 @@ def table(data: Mapping[str, Any], measure: str) -> str:
                 cells.append(f"**{shown(number)}**" if best else shown(number))
         lines.append(f"| {workload['name']} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _elsewhere(data: Mapping[str, Any], peer: str) -> bool:
+    """Whether a peer is for other devices: it has no column, and `reasons` says why."""
+    return all(workload["results"][peer].get("absent") == "not here" for workload in data["workloads"].values())
 
 
 def best_of(results: Mapping[str, Result], peers: list[str]) -> str | None:
@@ -100,11 +108,15 @@ def standings(data: Mapping[str, Any]) -> str:
                 cells.append("not measured")
                 continue
             own, other, ratio = found
-            verdict = "**we lose**" if ratio > 1.0 else "ahead"
+            verdict = {-1: "ahead", 0: "even", 1: "**we lose**"}[_sign(round(ratio, 2) - 1.0)]
             who = f"{data['peers'][own]} / {data['peers'][other]}"
             cells.append(f"{ratio:.2f} {verdict} ({who})")
         lines.append(f"| {workload['name']} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _sign(number: float) -> int:
+    return (number > 0) - (number < 0)
 
 
 def reasons(data: Mapping[str, Any]) -> str:
@@ -136,6 +148,8 @@ def differences(data: Mapping[str, Any]) -> str:
     if not found:
         return "Updates were not compared: the recipe was not among the contenders."
     worst, peer, name = max(found)
+    if worst > SAME:
+        return f"**Not everybody makes the same update**: {peer} is {worst:.1g} away from the recipe in {name}."
     return (
         "After two steps every contender but the summed loss stands where the recipe does; the largest relative "
         f"difference of displacements, in float32, is {worst:.1g} ({peer}, {name})."

@@ -77,6 +77,11 @@ def test_tables_name_what_is_absent_and_where_we_lose(data):
     results["recipe"]["time"]["ms"], results["funcfreeze"]["time"]["over"]["recipe"] = [1, 8.0, 9], 0.5
     results["funcfreeze"]["time"]["over"]["inputs"] = 0.8
     assert "0.80 ahead (funcfreeze / backward(inputs=))" in table.standings(data)
+    results["funcfreeze"]["time"]["over"]["inputs"] = 1.004
+    assert "1.00 even (" in table.standings(data)
+    assert "stands where the recipe does" in table.differences(data)
+    results["inputs"]["difference"] = 0.5
+    assert "backward(inputs=) is 0.5 away from the recipe in actor-critic" in table.differences(data)
     assert "- TorchJD, not installed: needs no_such_package." in table.reasons(data)
     assert "- by hand, failed: RuntimeError: no luck." in table.reasons(data)
     assert "not measured" in table.table(data, "memory")

@@ -24,8 +24,11 @@ def build(
     model, batches = model_on(workload, device), batches_on(workload, device)
     optimizer = adam(model, workload.rates, fused=fused)
     loss = workload.by_hand if compile is None else torch.compile(workload.by_hand, **compile)
+    graphs = compile is not None and compile.get("mode") == "reduce-overhead"
 
     def run() -> None:
+        if graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # or outputs of the last replay might still be in use
         optimizer.zero_grad()
         loss(model, next(batches)).backward()
         optimizer.step()
