@@ -1,4 +1,7 @@
-"""`python -m bench`: workloads x peers x measures; `bars`: the timed bars; `report FILE.json`: tables and a picture."""
+"""`python -m bench`: workloads x peers x measures; `report FILE.json`: tables and a picture of that.
+
+`check`: whether all peers make the same update, in float64, without measuring; `bars`: the timed bars.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 def parser() -> argparse.ArgumentParser:
     """Options before the command's name are the matrix's own."""
     made = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    made.add_argument("command", nargs="?", choices=["matrix", "bars", "report"], default="matrix")
+    made.add_argument("command", nargs="?", choices=["matrix", "report", "check", "bars"], default="matrix")
     made.add_argument("file", nargs="?", type=Path, help="with `report`: the JSON to report on")
     made.add_argument("--device", default="cpu", help="cpu or cuda")
     made.add_argument("--scale", choices=workloads.SCALES, help="small on the CPU, large on CUDA unless told otherwise")
@@ -41,11 +44,14 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command."""
     options = parser().parse_args(arguments)
-    settle()
+    settle(double=options.command == "check")
     if options.command == "report":
         if options.file is None:
             sys.exit("python -m bench report FILE.json: which file?")
         report(options.file, options.readme)
+        return
+    if options.command == "check":
+        check(options)
         return
     for data in [bars(options.rounds)] if options.command == "bars" else matrix(options):
         text = json.dumps(data, indent=1)
@@ -53,6 +59,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(text + "\n")
     print(text)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Print how far every contender is from the recipe after two steps; exit with 1 if one is, or if one fails."""
+    options.measures, wrong = [], False
+    for data in matrix(options):
+        name, workload = list(data["workloads"].items())[-1]
+        for peer, result in workload["results"].items():
+            shown = result.get("difference", result.get("reason", result.get("failed", "not compared")))
+            wrong |= "failed" in result or result.get("difference", 0.0) > 1e-6
+            print(f"{name:14} {peer:20} {shown if isinstance(shown, str) else format(shown, '.1e')}", flush=True)
+    sys.exit(int(wrong))
 
 
 def matrix(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -15,8 +15,14 @@ import funcfreeze as ff
 PACKAGES = ("torchjd", "jax", "jaxlib", "optax", "numpy")
 
 
-def settle() -> None:
-    """Products and convolutions in float32 as it is, for everybody; no library takes the whole GPU for itself."""
+def settle(*, double: bool = False) -> None:
+    """Products and convolutions in float32 as it is, for everybody; no library takes the whole GPU for itself.
+
+    With `double` everything is in float64. Called once, before jax is imported, by what runs as a program.
+    """
+    if double:
+        torch.set_default_dtype(torch.float64)
+        os.environ["JAX_ENABLE_X64"] = "1"
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

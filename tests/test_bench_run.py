@@ -60,6 +60,15 @@ def test_results_are_plain_data_with_everything_around_them(data):
     assert set(results["funcfreeze"]["time"]["over"]) == {"recipe", "inputs"}
 
 
+@pytest.mark.parametrize(("chosen", "code"), [("inputs", 0), ("by-hand", 1)])
+def test_a_check_fails_when_a_contender_does(small, capsys, monkeypatch, chosen, code):
+    monkeypatch.setenv("JAX_ENABLE_X64", "0")  # put back afterwards
+    with pytest.raises(SystemExit) as exited:
+        main(["check", "--workloads", "tiny", "--peers", "recipe", chosen])
+    assert exited.value.code == code
+    assert f"tiny           {chosen}" in capsys.readouterr().out
+
+
 def test_the_command_repeats_the_run():
     assert run.Options().command == "python -m bench --device cpu --scale small --rounds 30"
     assert run.Options(rounds=3, workloads=("gan",), peers=("recipe", "jax")).command == (
