@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-from bench import alone, peers, run, table, workloads
+from bench import alone, bars, peers, run, table, workloads
 from bench.__main__ import main, readme_section
 from bench.contender import Absent, Contender, Peer
 from bench.counts import multiply_adds, products
@@ -191,3 +191,11 @@ def test_every_peer_has_a_mark_of_its_own():
 
 def test_absent_is_plain_data():
     assert Absent("not here", "why").to_dict() == {"absent": "not here", "reason": "why"}
+
+
+def test_the_bars_run():
+    adversarial = workloads.adversarial(width=8, size=4)
+    assert set(bars.whole_step(adversarial, 2)["ms"]) == {"recipe", "summed", "routed", "reversal"}
+    assert bars.gradients_only(workloads.many_heads(2, size=4, width=8), 2)["routed / summed"] > 0
+    assert 0 < bars.outside_the_engine(workloads.transformer(2, width=8), 2)["part outside"] < 1
+    assert set(bars.memory(adversarial)["bytes"]) == {"summed", "recipe", "routed"}
