@@ -52,7 +52,7 @@ def measure(workload: str, peer: str, device: str, scale: str, measures: Sequenc
     place, made = torch.device(device), workloads.make(workload, scale)
     for name in () if PEERS[peer].missing else PEERS[peer].requires:
         importlib.import_module(name)
-    torch.zeros(1, device=place)
+    torch.optim.Adam([torch.zeros(1, device=place)])  # imports Dynamo, and wakes the device
     start = time.perf_counter()
     contender = PEERS[peer].build(made, place)
     if isinstance(contender, Absent):
