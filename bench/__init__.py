@@ -1,1 +1,10 @@
-"""Timed bars: `python -m bench` measures them side by side in one process and writes them down as JSON."""
+"""Workloads x peers x measures, side by side, kept as JSON from which tables and a picture are made.
+
+- `python -m bench --out bench/results/NAME.json` measures everything, on the CPU; `--device cuda` on a GPU.
+- `python -m bench report bench/results/NAME.json --readme README.md` makes NAME.md, NAME.png and the README's section.
+- `python -m bench check` compares every contender's update with the recipe's in float64, and measures nothing.
+- `python -m bench bars` times the bars of the first release.
+
+`--workloads`, `--peers` and `--measures` choose; `--rounds` is how often. A peer that is not installed, or that cannot
+express a workload, is in the results with the reason. The peers come with the extra `bench`.
+"""

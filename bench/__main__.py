@@ -1,41 +1,109 @@
-"""`python -m bench [--rounds N] [--out FILE]`."""
+"""`python -m bench`: workloads x peers x measures; `report FILE.json`: tables and a picture of that.
+
+`check`: whether all peers make the same update, in float64, without measuring; `bars`: the timed bars.
+"""
 
 from __future__ import annotations
 
 import argparse
 import datetime
 import json
-import pathlib
-import platform
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
-import funcfreeze as ff
+from bench import workloads
 from bench.bars import measure
+from bench.machine import describe, settle, versions
+from bench.peers import PEERS
+from bench.plot import draw
+from bench.run import MEASURES, Options, run
+from bench.table import document, put_into, section
+
+ROOT = Path(__file__).parent.parent
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure the timed bars side by side.")
-    parser.add_argument("--rounds", type=int, default=40, help="rounds in which every contender runs once")
-    parser.add_argument("--out", type=pathlib.Path, help="where to write the measures as JSON")
-    options = parser.parse_args()
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "machine": {
-            "processor": platform.machine(),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "funcfreeze": ff.__version__,
-        },
-        "rounds": options.rounds,
-        "measures": measure(options.rounds),
-    }
-    text = json.dumps(result, indent=2)
+def parser() -> argparse.ArgumentParser:
+    """Options before the command's name are the matrix's own."""
+    made = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    made.add_argument("command", nargs="?", choices=["matrix", "report", "check", "bars"], default="matrix")
+    made.add_argument("file", nargs="?", type=Path, help="with `report`: the JSON to report on")
+    made.add_argument("--device", default="cpu", help="cpu or cuda")
+    made.add_argument("--scale", choices=workloads.SCALES, help="small on the CPU, large on CUDA unless told otherwise")
+    made.add_argument("--rounds", type=int, default=30, help="rounds in which every contender runs once")
+    made.add_argument("--out", type=Path, help="where to write the measures as JSON; reports are put beside it")
+    made.add_argument("--readme", type=Path, help="with `report`: a README whose section is replaced")
+    for name, chosen in (("workloads", workloads.WORKLOADS), ("peers", PEERS), ("measures", MEASURES)):
+        made.add_argument(f"--{name}", nargs="+", choices=list(chosen), default=list(chosen), metavar="NAME")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command."""
+    options = parser().parse_args(arguments)
+    settle(double=options.command == "check")
+    if options.command == "report":
+        if options.file is None:
+            sys.exit("python -m bench report FILE.json: which file?")
+        report(options.file, options.readme)
+        return
+    if options.command == "check":
+        check(options)
+        return
+    for data in [bars(options.rounds)] if options.command == "bars" else matrix(options):
+        text = json.dumps(data, indent=1)
+        if options.out is not None:  # after every workload: a long run that is stopped leaves what it measured
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(text + "\n")
     print(text)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n")
+
+
+def check(options: argparse.Namespace) -> None:
+    """Print how far every contender is from the recipe after two steps; exit with 1 if one is, or if one fails."""
+    options.measures, wrong = [], False
+    for data in matrix(options):
+        name, workload = list(data["workloads"].items())[-1]
+        for peer, result in workload["results"].items():
+            shown = result.get("difference", result.get("reason", result.get("failed", "not compared")))
+            wrong |= "failed" in result or result.get("difference", 0.0) > 1e-6
+            print(f"{name:14} {peer:20} {shown if isinstance(shown, str) else format(shown, '.1e')}", flush=True)
+    sys.exit(int(wrong))
+
+
+def matrix(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Workloads x peers x measures."""
+    chosen = {name: tuple(getattr(options, name)) for name in ("workloads", "peers", "measures")}
+    scale = options.scale or ("large" if options.device.startswith("cuda") else "small")
+    return run(Options(device=options.device, scale=scale, rounds=options.rounds, **chosen))
+
+
+def bars(rounds: int) -> dict[str, Any]:
+    """The timed bars of the first releases, on the CPU."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": describe(torch.device("cpu")),
+        "versions": versions(),
+        "rounds": rounds,
+        "measures": measure(rounds),
+    }
+
+
+def report(file: Path, readme: Path | None) -> None:
+    """Tables and a picture beside the JSON; and the README's section, if a README is named."""
+    data = json.loads(file.read_text())
+    draw(data, file.with_suffix(".png"))
+    file.with_suffix(".md").write_text(document(data, f"{file.stem}.png"))
+    if readme is not None:
+        put_into(readme, readme_section(data, file))
+
+
+def readme_section(data: dict[str, Any], file: Path) -> str:
+    """The section with paths as the repository's README needs them."""
+    folder = file.resolve().parent
+    return section(data, str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder), file.stem)
 
 
 if __name__ == "__main__":

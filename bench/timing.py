@@ -19,6 +19,17 @@ def interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int, war
     return times
 
 
+def steps_per_run(step: Callable[[], object], wanted: float = 10.0, most: int = 50) -> int:
+    """How many steps last about so many milliseconds: very short runs are noise, and no loop waits after each step."""
+    lasted = statistics.median(interleaved({"": step}, rounds=3, warmup=2)[""])
+    return max(1, min(most, round(wanted / max(lasted, 1e-3))))
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """The lower quartile, the median, the upper quartile."""
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+
+
 def medians(times: Mapping[str, list[float]]) -> dict[str, float]:
     """The median of each contender."""
     return {name: statistics.median(values) for name, values in times.items()}

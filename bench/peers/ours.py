@@ -1,0 +1,38 @@
+"""funcfreeze: eager, compiled, and recorded as a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+import funcfreeze as ff
+from bench.contender import Contender, batches_on, model_on, waiter
+from bench.workloads.workload import Workload
+
+
+def transform(workload: Workload) -> ff.optim.Transform:
+    """Adam at the workload's rates."""
+    if set(workload.rates) == {""}:
+        return ff.optim.adam(workload.rates[""])
+    return ff.optim.partition({name: ff.optim.adam(rate) for name, rate in workload.rates.items()})
+
+
+def contender(step: ff.Step, workload: Workload, device: torch.device) -> Contender:
+    """A step, its state, and the batches."""
+    batches = batches_on(workload, device)
+    state = step.init()
+
+    def run() -> None:
+        nonlocal state
+        state, _ = step(state, next(batches))
+
+    return Contender(run, waiter(device), lambda: state.params)
+
+
+def build(workload: Workload, device: torch.device, *, compile: bool | Mapping[str, Any] = False) -> Contender:
+    """`ff.Step` as the README writes it."""
+    model = model_on(workload, device)
+    step = ff.Step(model, workload.losses, workload.routes, optimizer=transform(workload), compile=compile)
+    return contender(step, workload, device)

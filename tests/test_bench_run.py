@@ -1,0 +1,201 @@
+"""The bench's runner, counts, tables and picture, on workloads too small to be timed."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from functools import partial
+
+import pytest
+import torch
+
+from bench import alone, bars, peers, run, table, workloads
+from bench.__main__ import main, readme_section
+from bench.contender import Absent, Contender, Peer
+from bench.counts import multiply_adds, products
+from bench.peers import by_hand, inputs, optax, recipe, torchjd
+from bench.timing import interleaved, quartiles, steps_per_run
+from bench.workloads.actor_critic import actor_critic
+from bench.workloads.vit import vit
+
+CPU = torch.device("cpu")
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """One tiny workload, and peers that build quickly; one is absent and one fails."""
+
+    def broken(workload, device):
+        raise RuntimeError("no luck\nat all")
+
+    monkeypatch.setattr(workloads, "WORKLOADS", {"tiny": (partial(actor_critic, width=4, size=2),) * 2})
+    chosen = {
+        "recipe": Peer("recipe", recipe.build),
+        "inputs": Peer("backward(inputs=)", inputs.build),
+        "torchjd": Peer("TorchJD", torchjd.build, requires=("no_such_package",)),
+        "by-hand": Peer("by hand", broken),
+        "funcfreeze": Peer("funcfreeze", by_hand.build),  # stands in: the real one is tested beside its peers
+    }
+    monkeypatch.setattr(run, "PEERS", chosen)
+    monkeypatch.setattr(alone, "PEERS", chosen)
+    return run.Options(rounds=3, workloads=("tiny",), peers=tuple(chosen), measures=run.IN_PROCESS)
+
+
+@pytest.fixture
+def data(small):
+    (found,) = run.run(small)
+    return json.loads(json.dumps(found))
+
+
+def test_results_are_plain_data_with_everything_around_them(data):
+    assert set(data) == {"date", "command", "machine", "versions", "scale", "rounds", "peers", "workloads"}
+    assert data["versions"]["torch"] == torch.__version__
+    results = data["workloads"]["tiny"]["results"]
+    assert results["torchjd"] == {"absent": "not installed", "reason": "needs no_such_package"}
+    assert results["by-hand"] == {"failed": "RuntimeError: no luck"}
+    assert results["inputs"]["difference"] < 1e-9
+    assert results["recipe"]["multiply-adds"] == results["recipe"]["matmuls"]["multiply_adds"]
+    assert set(results["funcfreeze"]["time"]["over"]) == {"recipe", "inputs"}
+
+
+@pytest.mark.parametrize(("chosen", "code"), [("inputs", 0), ("by-hand", 1)])
+def test_a_check_fails_when_a_contender_does(small, capsys, monkeypatch, chosen, code):
+    monkeypatch.setenv("JAX_ENABLE_X64", "0")  # put back afterwards
+    with pytest.raises(SystemExit) as exited:
+        main(["check", "--workloads", "tiny", "--peers", "recipe", chosen])
+    assert exited.value.code == code
+    assert f"tiny           {chosen}" in capsys.readouterr().out
+
+
+def test_the_command_repeats_the_run():
+    assert run.Options().command == "python -m bench --device cpu --scale small --rounds 30"
+    assert run.Options(rounds=3, workloads=("gan",), peers=("recipe", "jax")).command == (
+        "python -m bench --device cpu --scale small --rounds 3 --workloads gan --peers recipe jax"
+    )
+
+
+def test_tables_name_what_is_absent_and_where_we_lose(data):
+    results = data["workloads"]["tiny"]["results"]
+    results["recipe"]["time"]["ms"], results["funcfreeze"]["time"]["ms"] = [1, 2.0, 3], [1, 4.0, 9]
+    results["inputs"]["time"]["ms"] = [1, 5.0, 9]
+    results["funcfreeze"]["time"]["over"]["recipe"] = 2.0
+    assert "| actor-critic | **2** | 5 | not installed | failed | 4 |" in table.table(data, "time")
+    assert "2.00 **we lose** (funcfreeze / recipe)" in table.standings(data)
+    results["recipe"]["time"]["ms"], results["funcfreeze"]["time"]["over"]["recipe"] = [1, 8.0, 9], 0.5
+    results["funcfreeze"]["time"]["over"]["inputs"] = 0.8
+    assert "0.80 ahead (funcfreeze / backward(inputs=))" in table.standings(data)
+    results["funcfreeze"]["time"]["over"]["inputs"] = 1.004
+    assert "1.00 even (" in table.standings(data)
+    assert "stands where the recipe does" in table.differences(data)
+    results["inputs"]["difference"] = 0.5
+    assert "backward(inputs=) is 0.5 away from the recipe in actor-critic" in table.differences(data)
+    assert "- TorchJD, not installed: needs no_such_package." in table.reasons(data)
+    assert "- by hand, failed: RuntimeError: no luck." in table.reasons(data)
+    assert "not measured" in table.table(data, "memory")
+
+
+def test_a_report_is_made_from_the_json_alone(data, tmp_path):
+    pytest.importorskip("matplotlib")
+    file, readme = tmp_path / "found.json", tmp_path / "README.md"
+    file.write_text(json.dumps(data))
+    readme.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    main(["report", str(file), "--readme", str(readme)])
+    assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
+    assert "# Measured" in (tmp_path / "found.md").read_text()
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- bench -->\n")
+    assert text.endswith("<!-- /bench -->\nafter\n")
+    assert "old" not in text
+    assert data["command"] in text
+    with pytest.raises(ValueError, match="0 sections"):
+        table.put_into(file, "")
+
+
+def test_the_readme_says_what_its_json_says():
+    text = re.search(f"{table.BEGIN}.*?{table.END}", (ROOT / "README.md").read_text(), flags=re.DOTALL)[0]
+    named = re.search(r"\[[^]]*\.json\]\(([^)]*)\)", text)
+    if named is None:
+        pytest.skip("nothing was measured yet")
+    file = ROOT / named[1]
+    assert text == readme_section(json.loads(file.read_text()), file)
+
+
+def test_a_peer_alone_measures_its_first_step_and_memory(small):
+    found = alone.measure("tiny", "recipe", "cpu", "small", alone.MEASURES)
+    assert found["first-step"]["seconds"] > 0
+    assert found["memory"]["bytes"] > 0
+    assert alone.measure("tiny", "torchjd", "cpu", "small", ["memory"]) == {
+        "memory": {"absent": "not installed", "reason": "needs no_such_package"}
+    }
+
+
+def test_a_fresh_process_that_fails_says_how():
+    found = alone.in_fresh_process("no-such-workload", "recipe", "cpu", "small", ["memory"])
+    assert found == {"memory": {"failed": "KeyError: 'no-such-workload'"}}
+
+
+def test_products_are_counted_once():
+    workload = vit(2, width=8, depth=1, heads=2, size=2, image=8)
+    summed = by_hand.summed(workload, CPU)
+    found = products(summed)
+    assert found["multiply_adds"] == multiply_adds(summed)
+    # embed, qkv, out, up, down, 2 heads thrice each but for the images' gradient; two products a head's attention
+    assert found["matmuls"] == 3 * 7 - 1 + 3 * 2
+    assert found["convolutions"] == 0
+    weight = torch.randn(3, 4, requires_grad=True)
+    jacobian = torch.func.vmap(lambda v: torch.autograd.grad(torch.ones(2, 3) @ weight, weight, v, retain_graph=True))
+    assert products(lambda: jacobian(torch.randn(5, 2, 4)))["matmuls"] == 2
+    convolve = torch.nn.Conv2d(2, 3, 3)
+    assert products(lambda: convolve(torch.randn(1, 2, 5, 5)).sum().backward())["convolutions"] == 2
+
+
+def test_products_of_an_xla_program():
+    program = """
+      %dot.3 = f32[4,2]{1,0} dot(%a, %b), lhs_contracting_dims={1}
+      %gemm = (f32[4,4]{1,0}, s8[]) custom-call(%a), custom_call_target="__cublas$gemm"
+      %conv = f32[1,2]{1,0} convolution(%a, %b), window={size=3}
+      %copy = f32[4,2]{1,0} copy(%dot.3)
+    """
+    assert optax.count_products(program) == {"matmuls": 2, "convolutions": 1}
+
+
+def test_rounds_take_everybody_in_turn():
+    seen: list[str] = []
+    times = interleaved({name: partial(seen.append, name) for name in "ab"}, rounds=2, warmup=1)
+    assert "".join(seen) == "abbaab"
+    assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2}
+    assert quartiles([3.0, 1.0, 2.0]) == [1.5, 2.0, 2.5]
+    assert quartiles([3.0]) == [3.0, 3.0, 3.0]
+    assert 1 <= steps_per_run(lambda: None) <= 50
+
+
+def test_several_steps_wait_once():
+    seen: list[str] = []
+    Contender(partial(seen.append, "step"), partial(seen.append, "wait"), dict).take(3)
+    assert seen == ["step", "step", "step", "wait"]
+
+
+def test_files_stay_small():
+    for path in (ROOT / "bench").rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 260, path
+
+
+def test_every_peer_has_a_mark_of_its_own():
+    from bench.plot import MARKS
+
+    assert set(MARKS) == set(peers.PEERS)
+    assert len(set(MARKS.values())) == len(MARKS)
+
+
+def test_absent_is_plain_data():
+    assert Absent("not here", "why").to_dict() == {"absent": "not here", "reason": "why"}
+
+
+def test_the_bars_run():
+    adversarial = workloads.adversarial(width=8, size=4)
+    assert set(bars.whole_step(adversarial, 2)["ms"]) == {"recipe", "summed", "routed", "reversal"}
+    assert bars.gradients_only(workloads.many_heads(2, size=4, width=8), 2)["routed / summed"] > 0
+    assert 0 < bars.outside_the_engine(workloads.transformer(2, width=8), 2)["part outside"] < 1
+    assert set(bars.memory(adversarial)["bytes"]) == {"summed", "recipe", "routed"}
