@@ -36,13 +36,13 @@ class StandIns:
 def stand_ins(inputs: Sequence[Any], state: Sequence[Tensor]) -> StandIns:
     """Fakes for the batch's tensors as Dynamo wants their sizes, and for the state's, whose sizes are fixed."""
     mode = detect_fake_mode()
-    contexts = TracingContext.get().tensor_to_context  # type: ignore[no-untyped-call]
+    contexts = TracingContext.get().tensor_to_context
     assert mode is not None, "called outside of a compilation"
 
     def fake(given: Any) -> Any:
         if not isinstance(given, Tensor):
             return given
-        context = contexts.get(given)
+        context = contexts.get(given)  # type: ignore[no-untyped-call]
         return mode.from_tensor(given, symbolic_context=context, source=context.tensor_source if context else None)
 
     return StandIns(mode, [fake(given) for given in inputs], [mode.from_tensor(t, static_shapes=True) for t in state])
