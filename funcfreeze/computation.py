@@ -30,7 +30,7 @@ class Computed:
         gradients: path -> merged gradient, touched parameters only.
         losses: every present loss by name, detached and unweighted.
         metrics: what `losses` returned beside them, detached.
-        buffers: every buffer as the forward left it; the given tensor where it did nothing to it.
+        buffers: every buffer as the forward left it.
     """
 
     gradients: dict[str, Tensor]
@@ -63,10 +63,10 @@ class Computation:
             evaluate = self._evaluate(buffers, batch, holding)
             leaves = [params[path] for path in self.plan.paths]
             outcome = self.engine.merged(evaluate, leaves, self.routing, step, self._seed(optimizer))
-        metrics, changed = outcome.rest
+        metrics, after = outcome.rest
         _check_names(outcome.losses, metrics)
         gradients = self._unscaled(_touched(self.plan.paths, outcome.gradients), optimizer)
-        return Computed(gradients, outcome.losses, metrics, {**buffers, **changed})
+        return Computed(gradients, outcome.losses, metrics, after)
 
     def per_loss_gradients(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Any, step: Tensor, batch: Any
@@ -118,7 +118,7 @@ class Computation:
         return gradients if self.loss_scale is None else unscale(gradients, scale_in(optimizer))
 
     def _evaluate(self, buffers: Mapping[str, Tensor], batch: Any, holding: ExitStack) -> Evaluate:
-        """The forward as engines call it: parameters -> (losses, (metrics, buffers that the forward changed)).
+        """The forward as engines call it: parameters -> (losses, (metrics, buffers after the forward)).
 
         Buffers are cloned for every forward, so that an exception leaves the given ones as they were. The module holds
         the parameters until the stack is closed, after the backward. What that runs of the module once more (activation
@@ -136,9 +136,8 @@ class Computation:
             holding.enter_context(self.functional.holding(params, cloned))
             losses, metrics = _split(self.losses(self.functional.module, batch))
             after = self.functional.buffers_after(params, versions)
-            changed = {path: tensor for path, tensor in after.items() if _written(tensor, cloned[path])}
-            self.functional.hold_copies(changed)
-            return losses, (metrics, changed)
+            self.functional.hold_copies(after)
+            return losses, (metrics, after)
 
         return evaluate
 
@@ -154,10 +153,6 @@ def not_sharing(metrics: Mapping[str, Any], params: Sequence[Tensor]) -> dict[st
         return metric.clone() if shares and metric.untyped_storage().data_ptr() in memories else metric
 
     return {name: optree.tree_map(copied, metric, none_is_leaf=True) for name, metric in metrics.items()}
-
-
-def _written(after: Tensor, before: Tensor) -> bool:
-    return after is not before or after._version > 0  # a fresh clone starts at version 0
 
 
 def _touched(paths: Sequence[str], gradients: Sequence[Tensor | None]) -> dict[str, Tensor]:

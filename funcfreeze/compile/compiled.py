@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optree
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor
 
 from funcfreeze.compile.layout import Layout, Listed
 from funcfreeze.compile.options import Options
-from funcfreeze.compile.program import Program, Returned
 from funcfreeze.compile.watch import PLAIN, Watch
 from funcfreeze.computation import Computation
+
+if TYPE_CHECKING:  # the real import, of half of torch's compiler and of sympy, waits for the first trace
+    from funcfreeze.compile.program import Program, Returned
 
 MANY = 8
 """So many programs are more than train and eval, with and without a loss, can explain."""
@@ -62,6 +64,8 @@ class CompiledStep:
         return self._add(layout, structure, constants)
 
     def _add(self, layout: Layout, structure: optree.PyTreeSpec, constants: dict[int, Any]) -> Program:
+        from funcfreeze.compile.program import Program
+
         functional = self._computation.functional
         if len(self._programs) >= MANY:
             warnings.warn(

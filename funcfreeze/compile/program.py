@@ -37,7 +37,7 @@ class Returned:
     Attributes:
         losses: by name.
         metrics: what came beside them.
-        buffers: those that the forward changed, by path.
+        buffers: those that were not overwritten in place, by path.
         optimizer: the optimizer's new state, or None if all of it was overwritten in place.
         gradients: large gradients on the CPU, kept only to keep their memory.
     """
@@ -172,12 +172,12 @@ def _mapped(f: Callable[[Any], Any], value: Any) -> Any:
 
 
 def _write_buffers(buffers: dict[str, Tensor], computed: Computed) -> dict[str, Tensor]:
-    """The buffers that the forward changed and that the state takes over.
+    """The buffers that the state takes over.
 
     On CUDA they are overwritten instead, so that their addresses stay what a CUDA graph has recorded.
     """
-    changed = {path: buffer for path, buffer in computed.buffers.items() if buffer is not buffers[path]}
-    for path, buffer in list(changed.items()):
+    changed = dict(computed.buffers)
+    for path, buffer in computed.buffers.items():
         held = buffers[path]
         if held.device.type == "cuda" and (held.shape, held.dtype) == (buffer.shape, buffer.dtype):
             held.copy_(changed.pop(path))

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from funcfreeze.optim.hyperparameters import LearningRate, Rate, rate_at, rate_near
 from funcfreeze.optim.skip import keep_if, unless
@@ -18,9 +16,6 @@ Entry = dict[str, Tensor]
 
 FEW = 16
 """Compiling the formula takes 0.2 s for each parameter (two cores); the fused kernel, called whole, takes none."""
-
-_ORDINARY = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
-"""Tensors without behaviour of their own; the last two stand for such tensors while a compiler traces."""
 
 _FUSED_DEVICES = ("cpu", "cuda")
 _FUSED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -218,7 +213,7 @@ def _fusable(rule: Rule, param: Tensor, grad: Tensor, entry: Entry) -> bool:
     """
     device, strides = param.device, param.stride()
     if (
-        type(param) not in _ORDINARY
+        not _is_ordinary(param)
         or device.type not in _FUSED_DEVICES
         or param.dtype not in _FUSED_DTYPES
         or param.dtype != rule.dtype_for(param)
@@ -227,9 +222,15 @@ def _fusable(rule: Rule, param: Tensor, grad: Tensor, entry: Entry) -> bool:
     ):
         return False
     for slot, kept in entry.items():
-        if type(kept) not in _ORDINARY or kept.device != device or (slot != "step" and kept.stride() != strides):
+        if not _is_ordinary(kept) or kept.device != device or (slot != "step" and kept.stride() != strides):
             return False
     return True
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
+    """Whether it has no behaviour of its own, or stands for such a tensor while a compiler traces."""
+    kind = type(tensor)
+    return kind is Tensor or kind is nn.Parameter or kind.__module__.startswith("torch._subclasses.f")
 
 
 def _dense(tensor: Tensor) -> bool:

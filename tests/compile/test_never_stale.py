@@ -1,0 +1,184 @@
+"""What a trace read is looked at before every call: changed, it is traced again; unchanged, never."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+from torch import nn
+
+import funcfreeze as ff
+
+FACTOR = 2.0
+
+
+class Layer(nn.Module):
+    """Reads all kinds of things in its forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.power, self.options, self.config = 1.0, {"shift": 0.0}, types.SimpleNamespace(sign=1.0)
+        self.scale = torch.rand(4)
+
+    def forward(self, x):
+        h = self.norm(self.linear(x)) * self.scale * self.power + self.options["shift"]
+        return h * self.config.sign * FACTOR
+
+
+def closure_over(value):
+    box = {"weight": value}
+    number = value
+
+    def losses(model, batch):
+        return {"loss": (model(batch) * box["weight"] * number).square().mean()}
+
+    def put(other):
+        nonlocal number
+        number = other
+
+    return losses, box, put
+
+
+def change_globals(step, put, box):
+    global FACTOR
+    FACTOR = 3.0
+
+
+def change_a_dict(step, put, box):
+    step.module.options["shift"] = 0.3
+
+
+def rebind_a_tensor(step, put, box):
+    step.module.scale = torch.rand(4)
+
+
+def add_a_hook(step, put, box):
+    step.module.linear.register_forward_hook(lambda module, args, out: out * 2)
+
+
+def add_a_parameter_hook(step, put, box):
+    step.module.linear.weight.register_hook(lambda grad: grad * 0.5)
+
+
+CHANGES = {
+    "eval": (lambda step, put, box: step.module.eval(), 1),
+    "an attribute": (lambda step, put, box: setattr(step.module, "power", 0.5), 1),
+    "a dict in an attribute": (change_a_dict, 1),
+    "an object in an attribute": (lambda step, put, box: setattr(step.module.config, "sign", -0.5), 1),
+    "a tensor in place": (lambda step, put, box: step.module.scale.mul_(2.0), 0),
+    "another tensor": (rebind_a_tensor, 0),
+    "a hook": (add_a_hook, 1),
+    "a hook on a parameter": (add_a_parameter_hook, 1),
+    "a global": (change_globals, 1),
+    "a closure": (lambda step, put, box: put(0.7), 1),
+    "a dict in a closure": (lambda step, put, box: box.update(weight=0.6), 1),
+    "an attribute nobody reads": (lambda step, put, box: setattr(step.module, "unread", 1), 1),
+}
+
+
+@pytest.fixture(autouse=True)
+def _factor():
+    yield
+    globals()["FACTOR"] = 2.0
+
+
+def outcome(step, state, batch):
+    state, metrics = step(state, batch)
+    return state, metrics["loss"], {path: tensor.clone() for path, tensor in state.params.items()}
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_seen(change, backend):
+    act, traces = CHANGES[change]
+    losses, box, put = closure_over(1.0)
+    model = Layer()
+    compiled = ff.Step(model, losses, {"loss": "*"}, optimizer=ff.optim.sgd(0.1), compile={"backend": backend})
+    eager = ff.Step(model, losses, {"loss": "*"}, optimizer=ff.optim.sgd(0.1), compile=False)
+    mine, theirs = compiled.init(), eager.init()
+    for turn in range(4):
+        if turn == 2:
+            act(compiled, put, box)
+        batch = torch.randn(6, 4)
+        mine, loss, params = outcome(compiled, mine, batch)
+        theirs, wanted, after = outcome(eager, theirs, batch)
+        torch.testing.assert_close(loss, wanted)
+        for path in after:
+            torch.testing.assert_close(params[path], after[path])
+        assert compiled.traces == 1 + traces * (turn >= 2)
+
+
+def test_back_and_forth_is_traced_once_each():
+    losses, _, _ = closure_over(1.0)
+    step = ff.Step(Layer(), losses, {"loss": "*"}, optimizer=ff.optim.sgd(0.1), compile={"backend": "aot_eager"})
+    state = step.init()
+    for turn in range(6):
+        step.module.train(turn % 2 == 0)
+        state, _ = step(state, torch.randn(6, 4))
+    assert step.traces == 2
+
+
+def test_a_hook_that_is_removed_is_seen():
+    losses, _, _ = closure_over(1.0)
+    model = Layer()
+    handle = model.linear.register_forward_hook(lambda module, args, out: out * 2)
+    step = ff.Step(model, losses, {"loss": "*"}, optimizer=ff.optim.sgd(0.0), compile={"backend": "aot_eager"})
+    state = step.init()
+    batch = torch.randn(6, 4)
+    state, hooked = step(state, batch)
+    handle.remove()
+    state, plain = step(state, batch)
+    assert step.traces == 2
+    model.norm.eval()
+    torch.testing.assert_close(plain["loss"], hooked["loss"], rtol=1e-3, atol=0)  # BatchNorm takes the factor out
+
+
+def test_hooks_elsewhere_cost_no_trace():
+    losses, _, _ = closure_over(1.0)
+    step = ff.Step(Layer(), losses, {"loss": "*"}, optimizer=ff.optim.sgd(0.1), compile={"backend": "aot_eager"})
+    state = step.init()
+    for _ in range(3):
+        nn.Linear(2, 2).register_forward_hook(lambda *args: None)
+        state, _ = step(state, torch.randn(6, 4))
+    assert step.traces == 1
+
+
+def test_absent_losses_and_numbers_in_the_batch():
+    def losses(model, batch):
+        x, both = batch
+        h = model(x)
+        return {"a": h.square().mean(), "b": h.sum() if both else None}
+
+    model = nn.Linear(4, 4)
+    runs = []
+    for compile in ({"backend": "aot_eager"}, False):
+        step = ff.Step(model, losses, {"a": "weight", "b": "bias"}, optimizer=ff.optim.adam(0.1), compile=compile)
+        state = step.init()
+        torch.manual_seed(3)
+        for turn in range(6):
+            state, metrics = step(state, (torch.randn(5, 4), turn % 2 == 0))
+            assert metrics.keys() == ({"a", "b"} if turn % 2 == 0 else {"a"})
+        runs.append((step.traces, state))
+    assert runs[0][0] == 2
+    assert int(runs[0][1].optimizer["bias"]["step"]) == 3  # untouched half of the time
+    for path, parameter in runs[1][1].params.items():
+        torch.testing.assert_close(runs[0][1].params[path], parameter)
+
+
+def test_many_traces_are_warned_of_with_the_reason():
+    step = ff.Step(
+        nn.Linear(4, 4),
+        lambda model, batch: {"loss": (model(batch[0]) * batch[1]).square().mean()},
+        {"loss": "*"},
+        optimizer=ff.optim.sgd(0.1),
+        compile={"backend": "aot_eager"},
+    )
+    state = step.init()
+    x = torch.randn(5, 4)
+    for turn in range(8):
+        state, _ = step(state, (x, float(turn)))
+    with pytest.warns(UserWarning, match=r"traced for the 9th time.*changed from \{1: 7\.0\} to \{1: 8\.0\}.*tensor"):
+        step(state, (x, 8.0))
