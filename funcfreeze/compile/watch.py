@@ -13,7 +13,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
-from operator import is_
+from operator import call, is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -45,8 +45,11 @@ class Watch:
         places = _distinct([*_of_modules(module, ""), *_of_function(losses, losses, set())])
         self._whole = [place for place in places if isinstance(place.held, dict) and place.keys is None]
         self._dicts: list[dict[str, Any]] = [place.held for place in self._whole if isinstance(place.held, dict)]
-        self._keys = [tuple(held) for held in self._dicts]
-        self._values = list(chain.from_iterable(map(dict.values, self._dicts)))
+        self._sizes = list(map(len, self._dicts))
+        self._keys = [tuple(key for key in held if key not in _NEVER_READ) for held in self._dicts]
+        # `itemgetter` gives no tuple for a single key; a key that is read again does no harm
+        self._getters = [itemgetter(*keys, keys[0]) if keys else _nothing for keys in self._keys]
+        self._values = self._present_values()
         self._spots = [
             (place, _read(place)) for place in places if not (isinstance(place.held, dict) and not place.keys)
         ]
@@ -66,8 +69,13 @@ class Watch:
 
     def holds(self) -> bool:
         """Whether everything is as it was."""
-        values = list(chain.from_iterable(map(dict.values, self._dicts)))
-        if len(values) != len(self._values) or not all(map(is_, values, self._values)):
+        if list(map(len, self._dicts)) != self._sizes:
+            return False
+        try:
+            values = self._present_values()
+        except KeyError:  # an attribute was deleted, and another one made
+            return False
+        if not all(map(is_, values, self._values)):
             if any(True for _ in self._changed_values()):
                 return False
             self._values = values  # equal numbers, or other tensors of the same kind: next time they are identical
@@ -107,28 +115,30 @@ class Watch:
     def undo(self) -> None:
         """Put back every value of a module's or object's dict that is no longer what it was."""
         for _, held, before in self._now_and_before():
-            if len(held) != len(before) or not all(held.get(key) is value for key, value in before.items()):
-                held.clear()
-                held.update(before)
+            for key in held.keys() - before.keys() - _NEVER_READ:
+                del held[key]
+            held.update(before)
+
+    def _present_values(self) -> list[Any]:
+        return list(chain.from_iterable(map(call, self._getters, self._dicts)))
 
     def _now_and_before(self) -> Iterator[tuple[Place, dict[str, Any], dict[str, Any]]]:
         values = iter(self._values)
         for place, held, keys in zip(self._whole, self._dicts, self._keys, strict=True):
-            yield place, held, {key: next(values) for key in keys}
+            known = {key: next(values) for key in keys}
+            if keys:
+                next(values)  # the first once more
+            yield place, held, known
 
     def _named_values(self) -> Iterator[tuple[str, Any]]:
         for place, held in zip(self._whole, self._dicts, strict=True):
-            yield from (
-                (f"{place.name}.{key}", value) for key, value in held.items() if key not in _TORCHS_OWN | _CACHES
-            )
+            yield from ((f"{place.name}.{key}", value) for key, value in held.items() if key not in _NEVER_READ)
         for place, values in self._spots:
             yield from ((place.name, value) for value in values)
 
     def _changed_values(self) -> Iterator[str]:
         for place, held, known in self._now_and_before():
-            for key in known.keys() | held.keys():
-                if key in _CACHES:
-                    continue
+            for key in known.keys() | (held.keys() - _NEVER_READ):
                 if key not in held or key not in known:
                     yield f"{place.name}.{key} was {'added' if key in held else 'removed'}"
                 elif not _alike(held[key], known[key]):
@@ -162,11 +172,13 @@ class Watch:
         return [(hooks, len(hooks)) for hooks in held if hooks], [[*hooks.values()] for hooks in held]
 
 
-_TORCHS_OWN = frozenset(nn.Module().__dict__)
-"""The attributes every module has; of these the containers hold parameters, buffers, children and hooks."""
+_NEVER_READ = frozenset(nn.Module().__dict__) - {"training"} | {"_flat_weights", "_flat_weight_refs"}
+"""Attributes that stand for something looked at elsewhere: a module's dicts of parameters, buffers, children and hooks;
+and what recurrent layers derive from their parameters, anew whenever those are exchanged."""
 
-_CACHES = frozenset({"_flat_weights", "_flat_weight_refs"})
-"""What recurrent layers derive from their parameters, anew whenever those are exchanged."""
+
+def _nothing(held: object) -> tuple[()]:
+    return ()
 
 
 def _of_modules(module: nn.Module, prefix: str) -> Iterator[Place]:
@@ -175,9 +187,10 @@ def _of_modules(module: nn.Module, prefix: str) -> Iterator[Place]:
     for path, inner in module.named_modules():
         name = ".".join(part for part in (prefix, path) if part) or type(inner).__name__
         yield Place(inner.__dict__, name)
-        yield Place(inner._modules, name)
+        if inner._modules:
+            yield Place(inner._modules, name)
         for key, value in inner.__dict__.items():
-            if _is_plain_object(value):
+            if key not in _NEVER_READ and _is_plain_object(value):
                 yield Place(vars(value), f"{name}.{key}")
         if type(inner) not in classes and not _is_torchs(type(inner)):
             classes.add(type(inner))
