@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import optree
+import torch
 from torch import Tensor
 
 from funcfreeze.gradients import Routing, find_engine
@@ -31,7 +32,8 @@ def grad_and_value(
         has_aux: whether `losses` returns something beside the losses.
 
     Returns:
-        `f(params, *args) -> (grads, losses)`, or `(grads, (losses, aux))`. `grads` has the structure of `params`, with
+        `f(params, *args) -> (grads, losses)`, or `(grads, (losses, aux))`; also inside `torch.compile`, where `aux`
+        holds tensors and numbers in dicts, lists and tuples. `grads` has the structure of `params`, with
         None where a parameter is untouched. Losses are detached, by name.
 
     Raises:
@@ -52,7 +54,8 @@ def grad_and_value(
     chosen = find_engine(engine)
     known: dict[tuple[Any, ...], Routing] = {}
 
-    def transformed(params: Any, *args: Any) -> tuple[Any, Any]:
+    def touched(params: Any, *args: Any) -> tuple[dict[int, Tensor], Any]:
+        """The gradients by the leaf's place, where there are any, and what else is returned."""
         paths, leaves, structure = flatten_by_path(params)
         named = {path: leaf for path, leaf in zip(paths, leaves, strict=True) if isinstance(leaf, Tensor)}
         key = tuple((path, tuple(tensor.shape), tensor.dtype) for path, tensor in named.items())
@@ -67,10 +70,19 @@ def grad_and_value(
             return _pair(returned) if has_aux else (returned, None)
 
         outcome = chosen.merged(evaluate, list(named.values()), known[key], None)
-        gradients = dict(zip(named, outcome.gradients, strict=True))
-        grads = optree.tree_unflatten(structure, [gradients.get(path) for path in paths])
+        pairs = zip(named, outcome.gradients, strict=True)
         values = dict(outcome.losses)
-        return grads, (values, outcome.rest) if has_aux else values
+        found = {path: gradient for path, gradient in pairs if gradient is not None}
+        gradients = {place: found[path] for place, path in enumerate(paths) if path in found}
+        return gradients, (values, outcome.rest) if has_aux else values
+
+    # in a graph of torch.compile this is one opaque call for Dynamo; what compiles the graph looks into it
+    opaque = torch._dynamo.nonstrict_trace(touched)
+
+    def transformed(params: Any, *args: Any) -> tuple[Any, Any]:
+        gradients, beside = opaque(params, *args)
+        leaves, structure = optree.tree_flatten(params, none_is_leaf=True)
+        return optree.tree_unflatten(structure, [gradients.get(place) for place in range(len(leaves))]), beside
 
     return transformed
 

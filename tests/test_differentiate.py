@@ -141,3 +141,30 @@ def test_mistakes():
         ff.grad(lambda p: {"l": p["a.b"]}, {"l": "*"})({"a.b": torch.ones(()), "a": {"b": torch.ones(())}})
     with pytest.raises(ValueError, match="engine is one of"):
         ff.grad(losses, ROUTES, engine="quick")
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_inside_torch_compile(backend):
+    """A functional loop of one's own, compiled as one graph: gradients, None where untouched, losses and aux."""
+
+    def losses(params, x):
+        h = torch.tanh(x @ params["encoder"][0])
+        return {"task": (h @ params["head"]).square().mean(), "adv": h.mean()}, {"size": h.abs().sum()}
+
+    both = ff.grad_and_value(losses, {"task": "*", "adv": {"encoder.0": -0.1}}, has_aux=True)
+    params = {"encoder": [torch.randn(4, 4)], "head": torch.randn(4, 2), "unused": torch.randn(3)}
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def step(params, x):
+        grads, (values, aux) = both(params, x)
+        moved = {"encoder": [params["encoder"][0] - 0.1 * grads["encoder"][0]]}
+        return moved, grads, values, aux
+
+    for size in (5, 5, 7, 9):
+        x = torch.randn(size, 4)
+        grads, (values, aux) = both(params, x)
+        moved, compiled, losses_, sizes = step(params, x)
+        torch.testing.assert_close(moved["encoder"][0], params["encoder"][0] - 0.1 * grads["encoder"][0])
+        torch.testing.assert_close(compiled["head"], grads["head"])
+        assert compiled["unused"] is None
+        torch.testing.assert_close((losses_, sizes), (values, aux))
