@@ -1,0 +1,158 @@
+"""What is in the compiled graph, counted: matmuls, compilations, and verification of a compiled step."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+
+import funcfreeze as ff
+from bench import workloads
+
+OPERATIONS = tuple(
+    getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "convolution", "convolution_backward")
+)
+
+
+def counting(counts):
+    """A backend that notes how many matrix products and convolutions are in each graph."""
+
+    def compile(graph, inputs):
+        counts.append(sum(_products(node) for node in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    return aot_autograd(fw_compiler=compile, bw_compiler=compile, inference_compiler=compile)
+
+
+def _products(node):
+    """A convolution's backward is one product for the input's gradient and one for the weight's, where wanted."""
+    if node.target is torch.ops.aten.convolution_backward.default:
+        return sum(node.args[-1][:2])
+    return int(node.target in OPERATIONS)
+
+
+def in_our_graph(workload):
+    counts = []
+    step = ff.Step(
+        workload.model,
+        workload.losses,
+        workload.routes,
+        optimizer=ff.optim.sgd(0.1),
+        compile={"backend": counting(counts)},
+    )
+    step(step.init(), workload.batch())
+    assert len(counts) == step.traces == 1
+    return counts[0]
+
+
+def by_hand(workload):
+    """In the forward and the backward of the best that a careful user writes: one loss, one backward."""
+    counts = []
+    model = workload.model
+    for path, parameter in model.named_parameters():
+        parameter.requires_grad_(path in routed(workload))
+    torch.compile(lambda batch: workload.by_hand(model, batch), backend=counting(counts))(workload.batch()).backward()
+    return sum(counts)
+
+
+def routed(workload):
+    step = ff.Step(workload.model, workload.losses, workload.routes, optimizer=ff.optim.sgd(0.1), compile=False)
+    return set(step.plan.routed)
+
+
+@pytest.fixture(autouse=True)
+def _float32():
+    torch.set_default_dtype(torch.float32)
+
+
+WORKLOADS = {
+    "adversarial": lambda: workloads.adversarial(16, 8),
+    "confusion": lambda: workloads.confusion(16, 8),
+    "resnet": lambda: workloads.resnet(image=32, size=4),
+    "vit-1": lambda: workloads.vit(1, width=32, depth=2, size=4),
+    "vit-4": lambda: workloads.vit(4, width=32, depth=2, size=4),
+    "gpt": lambda: workloads.gpt(width=32, depth=2, size=2, length=8),
+    "gan": lambda: workloads.gan(16, size=8),
+    "actor-critic": lambda: workloads.actor_critic(16),
+}
+
+
+def test_the_designs_example_has_57():
+    """An adversarial loss that only the encoder follows; gradients of the two losses apart have 74."""
+    workload = workloads.adversarial(16, 8)
+    routes = {"cls": ["encoder", "classes"], "dom": "encoder"}
+    assert in_our_graph(dataclasses.replace(workload, routes=routes)) == 57
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's, of Functions
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_no_more_products_than_by_hand(name):
+    assert 0 < in_our_graph(WORKLOADS[name]()) <= by_hand(WORKLOADS[name]())
+
+
+def test_schedules_do_not_recompile():
+    step = ff.Step(
+        torch.nn.ModuleDict({"a": torch.nn.Linear(4, 4), "b": torch.nn.Linear(4, 2)}),
+        lambda model, x: {"l": model["b"](model["a"](x)).square().mean(), "m": model["a"](x).mean()},
+        {"l": "*", "m": {"a": -0.3 * ff.optim.dann_schedule(10)}},
+        optimizer=ff.optim.adamw(ff.optim.linear_schedule(1e-2, 1e-3, 5)),
+        compile={"backend": "aot_eager"},
+    )
+    state = step.init()
+    for _ in range(5):
+        state, _ = step(state, torch.randn(3, 4))
+    assert step.traces == 1
+
+
+def test_rates_and_weights_in_tensors_are_read_at_every_step():
+    rate, weight = torch.tensor(0.1), torch.tensor(1.0)
+    step = ff.Step(
+        torch.nn.Linear(4, 4),
+        lambda model, x: {"l": model(x).sum()},
+        {"l": ff.Route("*", weight=weight)},
+        optimizer=ff.optim.sgd(rate),
+        compile={"backend": "aot_eager"},
+    )
+    state, x = step.init(), torch.ones(1, 4)
+    moves = []
+    for new_rate, new_weight in ((0.1, 1.0), (0.2, 1.0), (0.2, -3.0)):
+        rate.fill_(new_rate), weight.fill_(new_weight)
+        before = state.params["bias"].clone()
+        state, _ = step(state, x)
+        moves.append(float((state.params["bias"] - before)[0]))
+    assert moves == pytest.approx([-0.1, -0.2, 0.6], rel=1e-5)
+    assert step.traces == 1
+
+
+def test_a_new_size_is_compiled_once_and_then_any():
+    step = ff.Step(
+        torch.nn.Linear(4, 4),
+        lambda model, x: {"l": model(x).square().mean()},
+        {"l": "*"},
+        optimizer=ff.optim.sgd(0.1),
+        compile={"backend": "aot_eager"},
+    )
+    state = step.init()
+    for size in (6, 7, 8, 9, 17):
+        state, _ = step(state, torch.randn(size, 4))
+    assert step.traces == 2
+
+
+@pytest.mark.parametrize("compile", [{"backend": "aot_eager"}, True])
+def test_verify_runs_the_compiled_step(compile):
+    torch.set_default_dtype(torch.float64)
+    model = torch.nn.ModuleDict(
+        {"body": torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.3)), "head": torch.nn.Linear(4, 2)}
+    )
+    step = ff.Step(
+        model,
+        lambda model, x: {"a": model["head"](model["body"](x)).square().mean(), "b": model["body"](x).mean()},
+        {"a": "*", "b": {"body": -0.1}},
+        optimizer=ff.optim.adam(1e-2),
+        compile=compile,
+    )
+    report = ff.verify(step, step.init(), torch.randn(6, 4))
+    assert report.ok, report

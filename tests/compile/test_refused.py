@@ -1,0 +1,139 @@
+"""What cannot be compiled says so, names the place and the eager alternative, and changes nothing."""
+
+from __future__ import annotations
+
+import types
+
+import numpy as np
+import optree
+import pytest
+import torch
+from torch import nn
+
+import funcfreeze as ff
+
+
+def make(module, losses=None, **options):
+    losses = losses or (lambda model, batch: {"loss": model(batch).square().mean()})
+    options = {"optimizer": ff.optim.adam(0.1), "compile": {"backend": "aot_eager"}, **options}
+    return ff.Step(module, losses, {"loss": "*"}, **options)
+
+
+class Calls(nn.Module):
+    def __init__(self, f):
+        super().__init__()
+        self.linear, self.f, self.seen, self.hidden = nn.Linear(4, 4), f, 0, None
+
+    def forward(self, x):
+        return self.f(self, self.linear(x))
+
+
+def counts(module, h):
+    module.seen += 1
+    return h
+
+
+def remembers(module, h):
+    module.hidden = h.detach() if module.hidden is None else module.hidden + h.detach()
+    return h + module.hidden
+
+
+def branches(module, h):
+    return h * 2 if h.sum() > 0 else h
+
+
+def reads_foreign_memory(module, h):
+    return h * torch.from_dlpack(np.ones(4))
+
+
+def draws_in_a_checkpoint(module, h):
+    return torch.utils.checkpoint.checkpoint(torch.dropout, torch.tanh(h), 0.5, True, use_reentrant=False).sin()
+
+
+def fails(module, h):
+    raise KeyError("of the user's own")
+
+
+REFUSALS = {
+    "counts": (counts, RuntimeError, r"(?s)changes Python values.*Calls\.seen changed from 0 to 1.*compile=False"),
+    "remembers": (
+        remembers,
+        RuntimeError,
+        r"(?s)changes Python values.*hidden changed from None to FakeTensor.*buffers",
+    ),
+    "branches": (branches, RuntimeError, r"test_refused\.py:\d+ \(return h \* 2 if .*\).*torch\.where.*compile=False"),
+    "foreign": (
+        reads_foreign_memory,
+        RuntimeError,
+        r"shape \(4,\) and dtype torch.float64 from data that torch does not see",
+    ),
+    "draws": (
+        draws_in_a_checkpoint,
+        RuntimeError,
+        r"checkpointed part of the forward draws random numbers.*compile=False",
+    ),
+    "fails": (fails, KeyError, "of the user's own"),
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_forwards(refusal):
+    f, kind, message = REFUSALS[refusal]
+    module = Calls(f)
+    step = make(module)
+    state, batch = step.init(), torch.randn(3, 4)
+    before = [leaf.clone() for leaf in optree.tree_leaves(state)]
+    attributes = dict(vars(module))
+    held = module.linear.weight
+    with pytest.raises(kind, match=message):
+        step(state, batch)
+    assert all(map(torch.equal, before, optree.tree_leaves(state)))
+    assert vars(module) == attributes
+    assert module.linear.weight is held
+    with pytest.raises(kind, match=message):  # as clear the second time
+        step(state, batch)
+
+
+def test_route_errors_are_those_of_an_eager_step():
+    step = make(nn.Linear(4, 4), lambda model, batch: {"other": model(batch).sum()})
+    with pytest.raises(ff.RouteError, match=r"(?s)loss 'other' has no route.*route for loss 'loss'"):
+        step(step.init(), torch.randn(3, 4))
+
+
+def test_batches_of_other_things():
+    step = make(nn.Linear(4, 4), lambda model, batch: {"loss": model(batch["x"]).sum()})
+    batch = {"x": torch.randn(3, 4), "extra": [types.SimpleNamespace(), np.ones(3)]}
+    with pytest.raises(TypeError, match=r"(?s)batch\['extra'\]\[0\]: SimpleNamespace.*\[1\]: ndarray.*torch.as_tensor"):
+        step(step.init(), batch)
+
+
+def test_an_optimizer_that_counts_in_python():
+    def init(params):
+        return {"count": 0}
+
+    def update(grads, state, params, *, step=None):
+        return {path: -0.1 * grad for path, grad in grads.items()}, {"count": state["count"] + 1}
+
+    step = make(nn.Linear(4, 4), optimizer=ff.optim.Transform(init, update))
+    with pytest.raises(TypeError, match=r"holds 0, which became 1: a compiled step cannot count in Python.*tensor"):
+        step(step.init(), torch.randn(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"compile": "yes"}, TypeError, r"compile is None .*True, False, or a mapping.*got str: 'yes'"),
+        ({"compile": {"fullgraph": False}}, ValueError, r"takes torch.compile's backend, mode, options and dynamic"),
+        ({"compile": True, "engine": "toggle"}, ValueError, r"only the routed engine is compiled.*engine='toggle'"),
+    ],
+)
+def test_arguments(options, kind, message):
+    with pytest.raises(kind, match=message):
+        make(nn.Linear(4, 4), **options)
+
+
+def test_none_and_false_are_eager_on_the_cpu():
+    for compile in (None, False):
+        step = make(nn.Linear(4, 4), compile=compile)
+        step(step.init(), torch.randn(3, 4))
+        assert step.traces == 0

@@ -1,0 +1,199 @@
+"""The state of compiled steps: overwritten in place, spent, shared with eager steps, never half changed."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import optree
+import pytest
+import torch
+from torch import nn
+
+import funcfreeze as ff
+from bench.memory import peak_bytes
+
+GRAPH = {"backend": "aot_eager"}
+
+
+def network():
+    return nn.ModuleDict(
+        {"body": nn.Linear(4, 4), "norm": nn.BatchNorm1d(4), "head": nn.Linear(4, 2), "still": nn.Linear(4, 4)}
+    )
+
+
+def losses(model, batch):
+    h = model["norm"](model["body"](batch))
+    return {"a": model["head"](model["still"](h)).square().mean(), "b": h.square().mean()}
+
+
+ROUTES = {"a": ["body", "head"], "b": {"body": -0.1}}
+
+
+def make(model, **options):
+    return ff.Step(model, losses, ROUTES, optimizer=ff.optim.adam(1e-2), **{"compile": GRAPH, **options})
+
+
+def addresses(state):
+    return [tensor.data_ptr() for tensor in optree.tree_leaves((state.params, state.optimizer, state.step))]
+
+
+def bytes_of(state):
+    return [tensor.clone() for tensor in optree.tree_leaves(state)]
+
+
+def same(one, other):
+    return all(map(torch.equal, one, other))
+
+
+def test_a_donated_state_is_overwritten_in_place_and_spent():
+    step = make(network())
+    first, _ = step(step.init(), torch.randn(5, 4))
+    places = addresses(first)
+    second, _ = step(first, torch.randn(5, 4))
+    assert addresses(second) == places
+    with pytest.raises(RuntimeError, match="spent"):
+        step(first, torch.randn(5, 4))
+    assert step.traces == 1
+
+
+def test_a_kept_state_is_as_it_was():
+    step = make(network(), donate=False)
+    state = step.init()
+    before = bytes_of(state)
+    after, _ = step(state, torch.randn(5, 4))
+    assert same(before, bytes_of(state))
+    once_more, _ = step(state, torch.randn(5, 4))
+    assert not same(bytes_of(after), before)
+    assert int(once_more.step) == 1
+
+
+def test_what_is_frozen_is_shared_and_the_module_is_not_touched():
+    model = network()
+    before = {path: tensor.clone() for path, tensor in model.state_dict().items()}
+    step = make(model)
+    state, _ = step(step.init(), torch.randn(5, 4))
+    state, _ = step(state, torch.randn(5, 4))
+    assert state.params["still.weight"].data_ptr() == model["still"].weight.data_ptr()
+    assert same(before.values(), model.state_dict().values())
+    step.export(state)
+    assert torch.equal(model["body"].weight, state.params["body.weight"])
+
+
+def test_a_state_goes_back_and_forth_between_compiled_and_eager_steps():
+    model = network()
+    compiled, eager, given = make(model), make(model, compile=False), [torch.randn(5, 4) for _ in range(6)]
+    mixed, plain = compiled.init(), eager.init()
+    for turn, batch in enumerate(given):
+        mixed, _ = (compiled if turn % 2 else eager)(mixed, batch)
+        plain, _ = eager(plain, batch)
+    for one, other in zip(optree.tree_leaves(mixed), optree.tree_leaves(plain), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_states_that_were_made_in_other_ways_are_not_written_to():
+    step = make(network())
+    state, _ = step(step.init(), torch.randn(5, 4))
+    mine = {path: tensor.clone() for path, tensor in state.params.items()}
+    kept = {path: tensor.clone() for path, tensor in mine.items()}
+    replaced, _ = step(state.replace(params=mine), torch.randn(5, 4))
+    assert same(mine.values(), kept.values())
+    mapped = optree.tree_map(lambda leaf: leaf, replaced)
+    before = bytes_of(replaced)
+    step(mapped, torch.randn(5, 4))
+    assert same(before, bytes_of(replaced))
+
+
+def test_other_strides_and_shared_memory_are_seen():
+    model = network()
+    compiled, eager = make(model), make(model, compile=False)
+    batch = torch.randn(5, 4)
+    for change in (
+        lambda params: {**params, "body.weight": params["body.weight"].t().contiguous().t()},
+        lambda params: {**params, "body.bias": params["body.weight"][0]},
+    ):
+        state, other = compiled.init(), eager.init()
+        state, _ = compiled(state, batch)
+        other, _ = eager(other, batch)
+        params = change(dict(state.params))
+        copies = {path: tensor.clone() for path, tensor in params.items()}
+        state, _ = compiled(state.replace(params=params), batch)
+        other, _ = eager(other.replace(params=copies), batch)
+        for path, tensor in other.params.items():
+            torch.testing.assert_close(state.params[path], tensor)
+
+
+def test_adopted_storage_is_trained_in_place():
+    model = network()
+    step = make(model)
+    state, _ = step(step.init(copy=False), torch.randn(5, 4))
+    assert state.params["body.weight"].data_ptr() == model["body"].weight.data_ptr()
+
+
+def test_metrics_and_states_outlive_the_next_step():
+    def with_views(model, batch):
+        return losses(model, batch), {"weight": model["body"].weight, "transposed": model["head"].weight.t()}
+
+    step = ff.Step(network(), with_views, ROUTES, optimizer=ff.optim.sgd(0.1), compile=GRAPH)
+    state, metrics = step(step.init(), torch.randn(5, 4))
+    before = {name: value.clone() for name, value in metrics.items()}
+    step(state, torch.randn(5, 4))
+    assert same(before.values(), metrics.values())
+
+
+def test_no_second_copy_of_parameters_or_optimizer_state():
+    """The peak of a compiled step, in bytes allocated, is at most that of an eager loop over the summed loss."""
+    width = 256
+    model = nn.Sequential(*[nn.Linear(width, width) for _ in range(6)])
+    step = ff.Step(
+        model.float(),
+        lambda model, x: {"a": model(x).square().mean(), "b": model[:3](x).mean()},
+        {"a": "*", "b": {"0": -0.1, "1": -0.1}},
+        optimizer=ff.optim.adam(1e-3),
+        compile=True,
+    )
+    state, x = step.init(), torch.randn(64, width, dtype=torch.float32)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+
+    def plain():
+        optimizer.zero_grad()
+        (model(x).square().mean() + model[:3](x).mean()).backward()
+        optimizer.step()
+
+    def compiled():
+        nonlocal state
+        state, _ = step(state, x)
+
+    for run in (plain, compiled):
+        run(), run()
+    assert peak_bytes(compiled) <= peak_bytes(plain)
+
+
+def test_checkpointing_saves_memory_when_compiled():
+    class Net(nn.Module):
+        def __init__(self, checkpointed):
+            super().__init__()
+            self.blocks = nn.ModuleList(
+                nn.Sequential(nn.Linear(32, 256), nn.GELU(), nn.Linear(256, 32)) for _ in range(12)
+            )
+            self.checkpointed = checkpointed
+
+        def forward(self, x):
+            for block in self.blocks:
+                again = torch.utils.checkpoint.checkpoint
+                x = x + (again(block, x, use_reentrant=False) if self.checkpointed else block(x))
+            return x
+
+    peaks = []
+    for checkpointed in (False, True):
+        step = ff.Step(
+            Net(checkpointed).float(),
+            lambda model, x: {"loss": model(x).square().mean()},
+            {"loss": "*"},
+            optimizer=ff.optim.sgd(0.1),
+            compile=True,
+        )
+        x = torch.randn(2048, 32, dtype=torch.float32)
+        state, _ = step(step.init(), x)
+        state, _ = step(state, x)
+        peaks.append(peak_bytes(partial(step, state, x)))
+    assert peaks[1] < 0.5 * peaks[0]

@@ -1,0 +1,132 @@
+"""On a CUDA device: the same steps, CUDA graphs without copies of parameters, nothing that waits for the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import funcfreeze as ff
+from recipe_run import assert_same_displacement, recipe_run, step_run
+
+pytestmark = pytest.mark.gpu
+
+GRAPHS = {"mode": "reduce-overhead", "options": {"triton.cudagraph_or_error": True}}
+ROUTES = {"cls": ["encoder", "cls"], "dom": {"dom": 1.0, "encoder": -0.1}}
+WEIGHTS = {"cls": {"encoder": 1.0, "cls": 1.0}, "dom": {"dom": 1.0, "encoder": -0.1}}
+
+
+def network():
+    return nn.ModuleDict(
+        {
+            "encoder": nn.Sequential(nn.Linear(32, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64)),
+            "cls": nn.Linear(64, 8),
+            "dom": nn.Linear(64, 2),
+        }
+    ).cuda()
+
+
+def losses(model, batch):
+    x, label, domain = batch
+    h = model["encoder"](x)
+    return {"cls": F.cross_entropy(model["cls"](h), label), "dom": F.cross_entropy(model["dom"](h), domain)}
+
+
+def batches(count, size=64):
+    return [
+        (
+            torch.randn(size, 32, device="cuda"),
+            torch.randint(8, (size,), device="cuda"),
+            torch.randint(2, (size,), device="cuda"),
+        )
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("compile", [None, False, True, GRAPHS], ids=["default", "eager", "inductor", "CUDA graphs"])
+def test_a_step_equals_plain_pytorch(compile):
+    """`None` is compiled on CUDA."""
+    model, given = network(), batches(6)
+    start = {path: parameter.detach().clone() for path, parameter in model.named_parameters()}
+    step = ff.Step(model, losses, ROUTES, optimizer=ff.optim.adam(1e-2), compile=compile)
+    wanted, _ = recipe_run(model, losses, WEIGHTS, given, lambda parameters: torch.optim.Adam(parameters, 1e-2))
+    state, metrics = step_run(step, given)
+    assert_same_displacement(state, start, wanted, rtol=1e-5)
+    assert step.traces == (compile is not False)
+    assert all(seen["cls"].isfinite() for seen in metrics)
+
+
+def test_cuda_graphs_keep_addresses_and_copy_no_parameters():
+    """Addresses never change, so that nothing is recorded again and nothing is copied into a graph's own memory."""
+    step = ff.Step(network(), losses, ROUTES, optimizer=ff.optim.adam(1e-2), compile=GRAPHS)
+    state = step.init()
+    given = batches(8)
+    for batch in given[:4]:
+        state, _ = step(state, batch)
+    places = {path: tensor.data_ptr() for path, tensor in state.params.items()}
+    allocated = torch.cuda.memory_allocated()
+    for batch in given[4:]:
+        state, _ = step(state, batch)
+    assert {path: tensor.data_ptr() for path, tensor in state.params.items()} == places
+    assert torch.cuda.memory_allocated() <= allocated + 2**16
+    assert step.traces == 1
+
+
+@pytest.mark.parametrize("compile", [False, True, GRAPHS], ids=["eager", "inductor", "CUDA graphs"])
+@pytest.mark.parametrize("loss_scale", [None, ff.LossScale(2.0**8, growth_interval=3)], ids=["plain", "scaled"])
+def test_nothing_waits_for_the_device(compile, loss_scale):
+    step = ff.Step(network(), losses, ROUTES, optimizer=ff.optim.adam(1e-2), compile=compile, loss_scale=loss_scale)
+    state = step.init()
+    given = batches(6)
+    for batch in given[:4]:
+        state, _ = step(state, batch)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in given[4:]:
+            state, _ = step(state, batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_float16_with_a_loss_scale_compiled():
+    model, given = network(), batches(6)
+    given[3][0].fill_(float("inf"))
+
+    def half(model, batch):
+        with torch.autocast("cuda", dtype=torch.float16):
+            return losses(model, batch)
+
+    runs = [
+        step_run(
+            ff.Step(
+                model,
+                half,
+                ROUTES,
+                optimizer=ff.optim.adam(1e-3),
+                compile=compile,
+                loss_scale=ff.LossScale(2.0**10, growth_interval=2),
+            ),
+            given,
+        )[0]
+        for compile in (True, False)
+    ]
+    assert float(runs[0].optimizer["loss_scale"]["scale"]) == float(runs[1].optimizer["loss_scale"]["scale"])
+    for path, parameter in runs[1].params.items():
+        assert parameter.isfinite().all()
+        torch.testing.assert_close(runs[0].params[path], parameter, rtol=4e-3, atol=4e-3)
+
+
+def test_bfloat16_parameters_with_float32_state():
+    model, given = network().bfloat16(), [(x.bfloat16(), label, domain) for x, label, domain in batches(4)]
+    step = ff.Step(model, losses, ROUTES, optimizer=ff.optim.adamw(1e-3, state_dtype=torch.float32), compile=True)
+    state, _ = step_run(step, given)
+    assert state.params["cls.weight"].dtype == torch.bfloat16
+    assert state.optimizer["cls.weight"]["exp_avg"].dtype == torch.float32
+
+
+def test_verify():
+    step = ff.Step(network(), losses, ROUTES, optimizer=ff.optim.adam(1e-2))
+    report = ff.verify(step, step.init(), batches(1)[0], steps=2)
+    assert report.ok, report
