@@ -51,6 +51,13 @@ class Computation:
     transform: Transform
     loss_scale: LossScale | None
 
+    @property
+    def functions(self) -> list[Callable[..., Any]]:
+        """The functions that a step calls: the user's losses, schedules of weights, and the optimizer's."""
+        weights = {id(weight): weight for terms in self.routing.terms for weight in terms if callable(weight)}
+        optimizer = [f for f in (self.transform.update, self.transform.in_place) if f is not None]
+        return [self.losses, *weights.values(), *optimizer]
+
     def gradients(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Any, step: Tensor, batch: Any
     ) -> Computed:

@@ -150,7 +150,7 @@ class Step:
                 params |= {path: params[path].clone() for path in routed}
                 buffers = {path: tensor.clone() for path, tensor in buffers.items()}
             borrowed = params.keys() - set(routed) if copy else set()
-            optimizer = self.transform.init({path: params[path] for path in routed})
+            optimizer = _apart(self.transform.init({path: params[path] for path in routed}), params)
             step = torch.zeros((), dtype=torch.int64, device=params[routed[0]].device)
             return make_state((params, buffers, optimizer, step), Lease(borrowed=borrowed), self.specification)
 
@@ -238,23 +238,24 @@ class Step:
         """The same in one graph, which overwrites the tensors of the state or copies of them."""
         lease = lease_of(state)
         listed = listing_of(state)
-        if isinstance(listed, Listed) and self.donate and self._owns(lease):
-            params, buffers, optimizer, step = fields = state.fields
-        else:
-            params, buffers, optimizer, step = fields = self._owned(state)
-            listed = Listed.of(*fields)
-        returned = compiled(listed, batch)
+        with torch.inference_mode(False), torch.no_grad():
+            if isinstance(listed, Listed) and self.donate and self._owns(lease):
+                params, buffers, optimizer, step = state.fields
+            else:
+                params, buffers, optimizer, step = self._owned(state)
+                listed = Listed.of(params, buffers, optimizer, step)
+            returned = compiled(listed, batch)
         if self.donate:
             lease.spent = True
         else:
             lease.borrowed |= params.keys() - set(self.plan.routed)
-        optimizer = optimizer if returned.optimizer is None else returned.optimizer
         kept = dict(zip(map(str, range(len(returned.gradients))), returned.gradients, strict=True))
         renewed = Lease(borrowed=lease.borrowed - set(self.plan.routed), gradients=kept)
-        fields = (params, {**buffers, **returned.buffers} if returned.buffers else buffers, optimizer, step)
-        listed = listed.with_buffers(returned.buffers) if returned.optimizer is None else None
-        state = make_state(fields, renewed, self.specification, listed)
-        return state, {**returned.losses, **returned.metrics}
+        buffers = {**buffers, **returned.buffers} if returned.buffers else buffers
+        in_place = returned.optimizer is None
+        fields = (params, buffers, optimizer if in_place else returned.optimizer, step)
+        relisted = listed.with_buffers(returned.buffers) if in_place else None
+        return make_state(fields, renewed, self.specification, relisted), {**returned.losses, **returned.metrics}
 
     def _owns(self, lease: Lease) -> bool:
         """Whether all that a step overwrites may be overwritten."""
@@ -267,6 +268,8 @@ class Step:
         memories: set[int] = set()
 
         def mine(tensor: Tensor, copy: bool) -> Tensor:
+            if tensor.layout is not torch.strided:
+                return tensor
             memory = tensor.untyped_storage().data_ptr()
             shared = memory in memories and tensor.numel() > 0
             memories.add(memory)
@@ -296,6 +299,17 @@ class Step:
         kept = {path: gradient for path, gradient in gradients.items() if gradient.device.type == "cpu"}
         renewed = Lease(borrowed=lease.borrowed - copied, gradients=kept)
         return make_state((params, buffers, optimizer, step), renewed, self.specification)
+
+
+def _apart(optimizer: Any, params: Mapping[str, Tensor]) -> Any:
+    """The optimizer's state, with copies of what shares memory with parameters, which steps overwrite."""
+    memories = {param.untyped_storage().data_ptr() for param in params.values() if param.layout is torch.strided}
+
+    def apart(leaf: Any) -> Any:
+        shares = isinstance(leaf, Tensor) and leaf.layout is torch.strided and leaf.numel() > 0
+        return leaf.clone() if shares and leaf.untyped_storage().data_ptr() in memories else leaf
+
+    return optree.tree_map(apart, optimizer)
 
 
 def _copy(leaf: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import optree
@@ -58,13 +59,11 @@ class Layout:
         new, renewed = optree.tree_flatten(after, none_is_leaf=True)
         if structure != renewed or any(_misfits(one, other) for one, other in zip(old, new, strict=True)):
             return optree.tree_map(output, after, none_is_leaf=True)
-        # all are read before the first is overwritten: the new ones may be the old ones in another order
+        # all are copied before the first is overwritten: a new one may be an old one in another place, or a view of it
         values = [
-            None if one is other or not isinstance(other, Tensor) else other
+            other.clone() if isinstance(other, Tensor) and one is not other else None
             for one, other in zip(old, new, strict=True)
         ]
-        known = {id(one) for one in old if isinstance(one, Tensor)}
-        values = [value.clone() if value is not None and id(value) in known else value for value in values]
         for one, value in zip(old, values, strict=True):
             if value is not None:
                 one.copy_(value)
@@ -78,13 +77,28 @@ class Listed:
     layout: Layout
     tensors: list[Tensor]
 
+    @cached_property
+    def memories(self) -> frozenset[int]:
+        """The addresses of the memory that the tensors are in."""
+        return frozenset(tensor.untyped_storage().data_ptr() for tensor in self.tensors)
+
     @staticmethod
     def of(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Any, step: Tensor) -> Listed:
-        """List a state's tensors."""
+        """List a state's tensors.
+
+        Raises:
+            ValueError: a sparse tensor, which compilers do not take.
+        """
         leaves, structure = optree.tree_flatten(optimizer, none_is_leaf=True)
         constants = tuple((index, leaf) for index, leaf in enumerate(leaves) if not isinstance(leaf, Tensor))
         kept = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         tensors = [*params.values(), *kept, step, *buffers.values()]
+        sparse = [path for path, tensor in {**params, **buffers}.items() if tensor.layout is not torch.strided]
+        if sparse:
+            raise ValueError(
+                f"{', '.join(sparse)}: a compiled step takes no sparse parameters or buffers; make them dense, or "
+                "build the Step with compile=False"
+            )
         kinds = tuple(map(_kind, tensors))
         return Listed(Layout(tuple(params), tuple(buffers), structure, constants, kinds), tensors)
 

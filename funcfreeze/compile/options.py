@@ -69,4 +69,9 @@ def resolve(compile: object, params: Iterable[Tensor]) -> Options | None:
             f"compile: a step takes torch.compile's {', '.join(_KEYS[:-1])} and {_KEYS[-1]}, got {', '.join(unknown)}"
             + hint
         )
-    return Options(**{**given, "options": dict(given.get("options") or {})})
+    options = Options(**{**given, "options": dict(given.get("options") or {})})
+    if options.backend == "eager":
+        raise ValueError("compile: backend 'eager' compiles nothing; use compile=False")
+    if options.backend != "inductor" and (options.mode or options.options):
+        raise ValueError(f"compile: mode and options are Inductor's; backend {options.backend!r} takes none")
+    return options

@@ -16,7 +16,8 @@ from funcfreeze.compile.backends import compiler
 from funcfreeze.compile.guards import Guarded
 from funcfreeze.compile.layout import Layout
 from funcfreeze.compile.options import Options
-from funcfreeze.compile.tracing import Outside, in_trace, stand_ins
+from funcfreeze.compile.reading import PLAIN
+from funcfreeze.compile.tracing import Outside, in_trace, no_randomness_of_python, stand_ins
 from funcfreeze.compile.watch import Watch
 from funcfreeze.computation import Computation, Computed
 
@@ -98,38 +99,30 @@ class Program:
         self._traced()
         fakes = stand_ins(inputs, self._state)
         outside = Outside(self.watch)
-        count = len(self._state)
-        outputs: list[Tensor] = []
-        returned: list[Returned] = []
-
-        def dry(state: list[Tensor], batch: list[Tensor]) -> None:
-            made, found = self._run(state, batch)
-            returned.append(made)
-            outputs.extend(found)
-
-        def traced(*given: Any) -> list[Tensor]:
-            state, beside = list(given[len(inputs) : len(inputs) + count]), given[len(inputs) + count :]
-            with in_trace(outside.standing_for(beside), fakes.mode):
-                return self._run(state, [given[leaf] for leaf in leaves])[1]
-
-        with fakes.mode_active(), in_trace(outside.noticing(fakes.mode), fakes.mode):
+        with fakes.mode_active(), in_trace(outside.noticing(fakes.mode), fakes.mode), no_randomness_of_python():
             try:
-                dry(list(fakes.state), [fakes.inputs[leaf] for leaf in leaves])
+                returned, outputs = self._run(list(fakes.state), [fakes.inputs[leaf] for leaf in leaves])
             finally:
                 effects = self.watch.side_effects(outside.was_read)
                 self.watch.undo()
         outside.refuse(effects)
+        start, end = len(inputs), len(inputs) + len(self._state)
+
+        def traced(*given: Any) -> list[Tensor]:
+            with in_trace(outside.standing_for(given[end:]), fakes.mode):
+                again, tensors = self._run(list(given[start:end]), [given[leaf] for leaf in leaves])
+            _check_constants(returned, again)
+            return tensors
+
         given = [*inputs, *fakes.state, *outside.stand_ins]
-        static = range(len(inputs), len(inputs) + count)
         try:
-            run = self._compile(_one_call(traced, len(given), len(outputs), static), given)
+            run = self._compile(_one_call(traced, len(given), len(outputs), range(start, end)), given)
         finally:
             self.watch.undo()
-        (made,) = returned
 
         def call(given: Sequence[Any]) -> Returned:
             computed = run(*given, *self._state, *outside.tensors)
-            return _filled(made, computed)
+            return _filled(returned, computed)
 
         return call
 
@@ -140,7 +133,7 @@ class Program:
         batch = optree.tree_unflatten(
             self.structure,
             [
-                self.constants[index] if index in self.constants else next(rest)
+                self.constants[index].leaf if index in self.constants else next(rest)
                 for index in range(self.structure.num_leaves)
             ],
         )
@@ -149,7 +142,7 @@ class Program:
 
         def output(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
-                return leaf
+                return _plain(leaf)
             outputs.append(leaf.clone())  # a metric may be a view of a parameter, which is overwritten below
             return Output(len(outputs) - 1)
 
@@ -169,6 +162,26 @@ class Program:
 
 def _mapped(f: Callable[[Any], Any], value: Any) -> Any:
     return f(value) if isinstance(value, Tensor) else optree.tree_map(f, value, none_is_leaf=True)
+
+
+def _plain(leaf: Any) -> Any:
+    """A metric that is no tensor: a constant of the trace."""
+    if not isinstance(leaf, PLAIN):
+        raise TypeError(
+            f"a metric holds {type(leaf).__name__}: a compiled step returns tensors, numbers and strings in dicts, "
+            "lists and tuples; return its tensors, or build the Step with compile=False"
+        )
+    return leaf
+
+
+def _check_constants(one: Returned, other: Returned) -> None:
+    """Refuse metrics that are Python numbers and differ from one trace to the next."""
+    for name, value in one.metrics.items():
+        if optree.tree_leaves(value, none_is_leaf=True) != optree.tree_leaves(other.metrics[name], none_is_leaf=True):
+            raise RuntimeError(
+                f"the metric {name!r} is a Python number that differs each time it is computed; a compiled step would "
+                "always return the first. Make it a tensor, or build the Step with compile=False"
+            )
 
 
 def _write_buffers(buffers: dict[str, Tensor], computed: Computed) -> dict[str, Tensor]:

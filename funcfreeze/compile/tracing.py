@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from funcfreeze.compile.outside import ReplacingOutsiders
-from funcfreeze.compile.watch import Watch
+from funcfreeze.compile.watch import Watch, kind
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,21 @@ class Outside:
         self._index: dict[int, int] = {}
         self._noticed: list[Tensor] = []
         self._read: list[Callable[[], Tensor]] = []
-        self.names: list[str | None] = []
+        self._kinds: list[tuple[Any, ...]] = []
         self.stand_ins: list[Tensor] = []
 
     @property
     def tensors(self) -> list[Tensor]:
         """The tensors now, in the order of the stand-ins: one that a module's attribute holds may be another by now."""
-        return [read().detach() for read in self._read]
+        now = [read() for read in self._read]
+        for tensor, before in zip(now, self._kinds, strict=True):
+            if kind(tensor) != before:
+                raise RuntimeError(
+                    f"a tensor that `losses` reads from outside had shape {tuple(before[0])} and {before[2]} when "
+                    f"the step was traced, and has {tuple(tensor.shape)} and {tensor.dtype} now, changed in place; put "
+                    "another tensor in its place instead, or pass it in the batch"
+                )
+        return [tensor.detach() for tensor in now]
 
     def noticing(self, mode: FakeTensorMode) -> Callable[[Tensor], Tensor]:
         """Makes a stand-in for each new tensor."""
@@ -76,7 +86,7 @@ class Outside:
                 self._index[id(tensor)] = len(self._noticed)
                 self._noticed.append(tensor)
                 place = self._watch.where(tensor)
-                self.names.append(place[0] if place else None)
+                self._kinds.append(kind(tensor))
                 self._read.append(place[1] if place else lambda: tensor)
                 with _disable_current_modes():
                     plain = tensor.detach()
@@ -160,3 +170,20 @@ def _checkpoints_recompute() -> Iterator[None]:
         yield
     finally:
         torch._C._autograd._saved_tensors_hooks_set_tracing(before)
+
+
+@contextmanager
+def no_randomness_of_python() -> Iterator[None]:
+    """Refuse a trace that draws from Python's or numpy's generators: every step would get those same numbers.
+
+    Raises:
+        RuntimeError: it did.
+    """
+    python, numpy = random.getstate(), sys.modules.get("numpy")
+    array = None if numpy is None else numpy.random.get_state(legacy=False)
+    yield
+    if random.getstate() != python or (numpy is not None and repr(numpy.random.get_state(legacy=False)) != repr(array)):
+        raise RuntimeError(
+            "the forward draws random numbers from Python or numpy, which a compiled step would do only once, when it "
+            "is traced; draw them from torch, pass them in the batch, or build the Step with compile=False"
+        )

@@ -180,5 +180,159 @@ def test_many_traces_are_warned_of_with_the_reason():
     x = torch.randn(5, 4)
     for turn in range(8):
         state, _ = step(state, (x, float(turn)))
-    with pytest.warns(UserWarning, match=r"traced for the 9th time.*changed from \{1: 7\.0\} to \{1: 8\.0\}.*tensor"):
+    with pytest.warns(UserWarning, match=r"traced for the 9th time.*changed from 7\.0 to 8\.0.*tensor"):
         step(state, (x, 8.0))
+
+
+class Slotted:
+    """Keeps its attribute where nothing else can see it."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value):
+        self.value = value
+
+
+BOX = {"factor": 1.0}
+TENSOR = torch.ones(())
+
+
+class Reader(nn.Module):
+    """Reads from its class, nested objects, globals and a method of its own."""
+
+    factor = 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.config = types.SimpleNamespace(inner=types.SimpleNamespace(factor=1.0))
+        self.options = [Slotted(1.0)]
+        self.one = self.other = torch.ones(())
+        self.register_buffer("mask", None)
+
+    def help(self):
+        return self.config.inner.factor * BOX["factor"] * TENSOR
+
+    def forward(self, x):
+        h = self.linear(x) * self.factor * self.help() * self.options[0].value * self.one
+        return h if self.mask is None else h * self.mask
+
+
+class Doubled(Reader):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class Trainer:
+    """Losses as a method that calls another one."""
+
+    def __init__(self):
+        self.alpha = 1.0
+
+    def weight(self):
+        return self.alpha
+
+    def losses(self, model, batch, *, options={"factor": 1.0}):  # noqa: B006
+        return {"loss": (model(batch) * self.weight() * options["factor"]).sum()}
+
+
+def rebind_the_global_tensor(trainer, model):
+    globals()["TENSOR"] = torch.full((), 2.0)
+
+
+READ = {
+    "a helper method": lambda trainer, model: setattr(trainer, "alpha", 2.0),
+    "a default": lambda trainer, model: Trainer.losses.__kwdefaults__["options"].update(factor=2.0),
+    "a class attribute": lambda trainer, model: setattr(Reader, "factor", 2.0),
+    "a nested object": lambda trainer, model: setattr(model.config.inner, "factor", 2.0),
+    "a global dict": lambda trainer, model: BOX.update(factor=2.0),
+    "a global tensor": rebind_the_global_tensor,
+    "one of two places of a tensor": lambda trainer, model: setattr(model, "one", torch.full((), 2.0)),
+    "an object in a list": lambda trainer, model: model.options.__setitem__(0, Slotted(2.0)),
+    "the class": lambda trainer, model: setattr(model, "__class__", Doubled),
+    "a global hook": lambda trainer, model: HANDLES.append(
+        nn.modules.module.register_module_forward_hook(
+            lambda module, args, out: out * 2 if isinstance(module, Reader) else None
+        )
+    ),
+}
+HANDLES = []
+
+
+@pytest.fixture
+def _as_before():
+    yield
+    Reader.factor = 1.0
+    BOX["factor"] = Trainer.losses.__kwdefaults__["options"]["factor"] = 1.0
+    globals()["TENSOR"] = torch.ones(())
+    while HANDLES:
+        HANDLES.pop().remove()
+
+
+@pytest.mark.usefixtures("_as_before")
+@pytest.mark.parametrize("change", READ)
+def test_what_code_reads_further_away_is_seen(change):
+    trainer, model = Trainer(), Reader()
+    step = ff.Step(model, trainer.losses, {"loss": "*"}, optimizer=ff.optim.sgd(0.0), compile={"backend": "aot_eager"})
+    state, batch = step.init(), torch.randn(3, 4)
+    state, before = step(state, batch)
+    state, again = step(state, batch)
+    torch.testing.assert_close(again["loss"], before["loss"])
+    READ[change](trainer, model)
+    state, after = step(state, batch)
+    torch.testing.assert_close(after["loss"], 2 * before["loss"])
+    step(state, batch)
+    assert step.traces <= 2
+
+
+def test_hooks_and_schedules_read_from_closures():
+    box = {"rate": 0.0, "factor": 1.0}
+    model = nn.Linear(4, 1)
+    model.register_forward_hook(lambda module, args, out: out * box["factor"])
+    step = ff.Step(
+        model,
+        lambda model, batch: {"loss": model(batch).sum()},
+        {"loss": ff.Route("*", weight=lambda step: box["factor"])},
+        optimizer=ff.optim.sgd(lambda step: box["rate"]),
+        compile={"backend": "aot_eager"},
+    )
+    state, batch = step.init(), torch.ones(1, 4)
+    state, one = step(state, batch)
+    box["factor"] = 2.0
+    state, two = step(state, batch)
+    torch.testing.assert_close(two["loss"], 2 * one["loss"])
+    box["rate"] = 1.0
+    before = state.params["bias"].clone()
+    state, _ = step(state, batch)
+    torch.testing.assert_close(before - state.params["bias"], torch.full((1,), 4.0))
+
+
+def test_numbers_of_other_kinds_are_others():
+    step = ff.Step(
+        nn.Linear(4, 1),
+        lambda model, batch: {"loss": model(batch[0]).sum() * (2.0 if batch[1] is True else 1.0)},
+        {"loss": "*"},
+        optimizer=ff.optim.sgd(0.0),
+        compile={"backend": "aot_eager"},
+    )
+    state, x = step.init(), torch.ones(1, 4)
+    state, one = step(state, (x, 1))
+    state, two = step(state, (x, True))
+    torch.testing.assert_close(two["loss"], 2 * one["loss"])
+
+
+def test_going_back_to_an_earlier_value_finds_the_earlier_graph():
+    box = types.SimpleNamespace(factor=0.0)
+    step = ff.Step(
+        nn.Linear(4, 1),
+        lambda model, batch: {"loss": model(batch).square().sum() * 0 + box.factor},
+        {"loss": "*"},
+        optimizer=ff.optim.sgd(0.0),
+        compile={"backend": "aot_eager"},
+    )
+    state, x = step.init(), torch.ones(1, 4)
+    for factor in (1.0, 2.0, 1.0, 3.0, 2.0):
+        box.factor = factor
+        state, metrics = step(state, x)
+        assert float(metrics["loss"]) == factor
+    assert step.traces == 3

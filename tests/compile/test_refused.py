@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import time
 import types
 
 import numpy as np
@@ -137,3 +139,72 @@ def test_none_and_false_are_eager_on_the_cpu():
         step = make(nn.Linear(4, 4), compile=compile)
         step(step.init(), torch.randn(3, 4))
         assert step.traces == 0
+
+
+def returns_an_object(model, batch):
+    return {"loss": model(batch).sum()}, {"out": types.SimpleNamespace(x=1)}
+
+
+def returns_a_clock(model, batch):
+    return {"loss": model(batch).sum()}, {"time": time.perf_counter()}
+
+
+def draws_in_python(model, batch):
+    return {"loss": model(batch).sum() * random.random()}
+
+
+def appends(model, batch):
+    model.seen.append(model(batch).detach())
+    return {"loss": model(batch).sum()}
+
+
+@pytest.mark.parametrize(
+    ("losses", "kind", "message"),
+    [
+        (returns_an_object, TypeError, r"a metric holds SimpleNamespace.*tensors, numbers and strings.*compile=False"),
+        (returns_a_clock, RuntimeError, r"the metric 'time' is a Python number that differs each time.*tensor"),
+        (draws_in_python, RuntimeError, r"draws random numbers from Python or numpy.*compile=False"),
+        (appends, RuntimeError, r"(?s)changes Python values.*seen was changed in place"),
+    ],
+)
+def test_losses(losses, kind, message):
+    model = nn.Linear(4, 4)
+    model.seen = []
+    step = make(model, losses)
+    with pytest.raises(kind, match=message):
+        step(step.init(), torch.randn(3, 4))
+
+
+def test_sparse_buffers():
+    model = nn.Linear(4, 4)
+    model.register_buffer("graph", torch.eye(4).to_sparse())
+    step = make(model)
+    with pytest.raises(ValueError, match=r"graph: a compiled step takes no sparse .*compile=False"):
+        step(step.init(), torch.randn(3, 4))
+
+
+def test_a_compiler_that_is_switched_off():
+    step = make(nn.Linear(4, 4))
+    with torch.compiler.set_stance("force_eager"), pytest.raises(RuntimeError, match=r"switched off.*compile=False"):
+        step(step.init(), torch.randn(3, 4))
+
+
+def test_a_tensor_outside_that_is_resized():
+    table = torch.ones(3, 4)
+    step = make(nn.Linear(4, 4), lambda model, batch: {"loss": (model(batch) * table).sum()})
+    state, _ = step(step.init(), torch.randn(3, 4))
+    table.data = torch.ones(1, 4)
+    with pytest.raises(RuntimeError, match=r"outside had shape \(3, 4\).*has \(1, 4\).*in place"):
+        step(state, torch.randn(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("compile", "message"),
+    [
+        ({"backend": "eager"}, "compiles nothing; use compile=False"),
+        ({"backend": "aot_eager", "mode": "reduce-overhead"}, "mode and options are Inductor's"),
+    ],
+)
+def test_options_are_never_ignored(compile, message):
+    with pytest.raises(ValueError, match=message):
+        make(nn.Linear(4, 4), compile=compile)

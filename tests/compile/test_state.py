@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from functools import partial
 
 import optree
@@ -197,3 +200,78 @@ def test_checkpointing_saves_memory_when_compiled():
         state, _ = step(state, x)
         peaks.append(peak_bytes(partial(step, state, x)))
     assert peaks[1] < 0.5 * peaks[0]
+
+
+def test_batches_that_hold_parts_of_the_state():
+    step = ff.Step(
+        nn.Linear(4, 4, bias=False),
+        lambda model, batch: {"loss": (model(batch[0]) * batch[1].sum()).sum()},
+        {"loss": "*"},
+        optimizer=ff.optim.sgd(0.1),
+        compile=GRAPH,
+    )
+    eager = ff.Step(step.module, step.losses, step.plan, optimizer=step.optimizer, compile=False)
+    mine, theirs, x = step.init(), eager.init(), torch.randn(3, 4)
+    for other in (False, True, False):
+        mine, _ = step(mine, (x, torch.ones(4, 4) if other else mine.params["weight"]))
+        theirs, _ = eager(theirs, (x, torch.ones(4, 4) if other else theirs.params["weight"]))
+        torch.testing.assert_close(mine.params["weight"], theirs.params["weight"])
+
+
+@pytest.mark.parametrize("compile", [GRAPH, False])
+def test_optimizer_state_that_moves_or_starts_as_the_parameters(compile):
+    """A transform that keeps the last gradient and the one before, and the first parameters."""
+
+    def init(params):
+        zeros = {path: torch.zeros_like(tensor) for path, tensor in params.items()}
+        return {"last": zeros, "before": dict(zeros), "anchor": dict(params)}
+
+    def update(grads, state, params, *, step=None):
+        moved = {"last": dict(grads), "before": {path: kept.detach() for path, kept in state["last"].items()}}
+        return {path: -grad for path, grad in grads.items()}, {**moved, "anchor": state["anchor"]}
+
+    model = nn.Linear(2, 1, bias=False)
+    step = ff.Step(
+        model,
+        lambda model, x: {"loss": model(x).sum()},
+        {"loss": "*"},
+        optimizer=ff.optim.Transform(init, update),
+        compile=compile,
+    )
+    state = step.init()
+    for factor in (1.0, 2.0, 3.0):
+        state, _ = step(state, torch.full((1, 2), factor))
+    assert state.optimizer["last"]["weight"].tolist() == [[3.0, 3.0]]
+    assert state.optimizer["before"]["weight"].tolist() == [[2.0, 2.0]]
+    assert torch.equal(state.optimizer["anchor"]["weight"], model.weight)
+
+
+def test_inference_mode_around_a_step_does_not_matter():
+    step, batch = make(network()), torch.randn(5, 4)
+    state = step.init()
+    for _ in range(2):
+        with torch.inference_mode():
+            state, _ = step(state, batch)
+    state, _ = step(state, batch)
+    assert not state.params["body.weight"].is_inference()
+
+
+def test_nothing_is_kept_alive():
+    """Neither a step that is gone nor the batch it was traced for."""
+    model, batch = network(), torch.randn(5, 4)
+    step = make(model)
+    step(step.init(), batch)
+    gone = [weakref.ref(model), weakref.ref(batch)]
+    del batch
+    gc.collect()
+    assert gone[1]() is None
+    del step, model
+    gc.collect()
+    assert gone[0]() is None
+
+
+def test_a_deep_copy_is_compiled_anew():
+    step = make(network())
+    copied = copy.deepcopy(step)
+    _, _ = copied(copied.init(), torch.randn(5, 4))
+    assert (step.traces, copied.traces) == (0, 1)
