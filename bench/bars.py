@@ -13,6 +13,7 @@ import torch
 import funcfreeze as ff
 from bench import recipes, workloads
 from bench.memory import peak_bytes
+from bench.overhead import overhead
 from bench.timing import interleaved, median_ratio, medians
 from bench.workloads import Workload
 
@@ -108,4 +109,9 @@ def measure(rounds: int) -> dict[str, Measures]:
         "memory, adversarial MLP, signed weights": memory(workloads.adversarial(size=8192)),
         "memory, adversarial MLP, 3 losses": memory(workloads.confusion(size=8192)),
         "memory, 16 losses on one trunk": memory(workloads.many_heads(16, size=8192)),
+        "overhead of a compiled step": {
+            f"microseconds, {name}, {count} parameters": overhead(count, make(1e-3))
+            for name, make in (("sgd", ff.optim.sgd), ("adam", ff.optim.adam))
+            for count in (4, 400)
+        },
     }

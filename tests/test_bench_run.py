@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-from bench import alone, bars, peers, run, table, workloads
+from bench import alone, bars, overhead, peers, run, table, workloads
 from bench.__main__ import main, readme_section
 from bench.contender import Absent, Contender, Peer
 from bench.counts import multiply_adds, products
@@ -199,3 +199,4 @@ def test_the_bars_run():
     assert bars.gradients_only(workloads.many_heads(2, size=4, width=8), 2)["routed / summed"] > 0
     assert 0 < bars.outside_the_engine(workloads.transformer(2, width=8), 2)["part outside"] < 1
     assert set(bars.memory(adversarial)["bytes"]) == {"summed", "recipe", "routed"}
+    assert overhead.overhead(4, ff.optim.adam(1e-3), rounds=2) > 0
