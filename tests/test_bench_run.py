@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 
+import funcfreeze as ff
 from bench import alone, bars, overhead, peers, run, table, workloads
 from bench.__main__ import main, readme_section
 from bench.contender import Absent, Contender, Peer
