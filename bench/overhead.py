@@ -1,4 +1,4 @@
-"""What a compiled step costs beside its graph: everything but the call of the compiled code, which does nothing here."""
+"""What a compiled step costs beside its graph: the compiled code does nothing here."""
 
 from __future__ import annotations
 

@@ -245,6 +245,7 @@ class Step:
                 params, buffers, optimizer, step = self._owned(state)
                 listed = Listed.of(params, buffers, optimizer, step)
             returned = compiled(listed, batch)
+            step.add_(1)
         if self.donate:
             lease.spent = True
         else:

@@ -127,7 +127,10 @@ class Program:
         return call
 
     def _run(self, tensors: list[Tensor], leaves: list[Tensor]) -> tuple[Returned, list[Tensor]]:
-        """The step itself, on whatever stands for the tensors: it overwrites parameters, optimizer state and count."""
+        """The step itself, on whatever stands for the tensors: it overwrites parameters and the optimizer's state.
+
+        Not the count of steps: a compiler would write that first, before anything can fail.
+        """
         params, buffers, optimizer, step = self.layout.fields(tensors)
         rest = iter(leaves)
         batch = optree.tree_unflatten(
@@ -154,7 +157,6 @@ class Program:
             changed = _write_buffers(buffers, computed)
             after = self._computation.optimize(computed.gradients, optimizer, params, step)
             after = self.layout.written(optimizer, after, output)
-            step.add_(1)
             buffers_out = {path: output(buffer) for path, buffer in changed.items()}
             kept = [_kept(gradient, outputs) for gradient in computed.gradients.values() if _is_large(gradient)]
         return Returned(losses, metrics, buffers_out, after, kept), outputs

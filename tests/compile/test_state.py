@@ -246,6 +246,25 @@ def test_optimizer_state_that_moves_or_starts_as_the_parameters(compile):
     assert torch.equal(state.optimizer["anchor"]["weight"], model.weight)
 
 
+def test_bad_indices_found_by_compiled_code_change_nothing():
+    def classify(model, batch):
+        x, label, picked = batch
+        loss = nn.functional.cross_entropy(model(x), label)
+        return {"loss": loss}, {"picked": torch.arange(5.0)[picked].sum()}
+
+    model = nn.Sequential(nn.Embedding(10, 8), nn.Flatten(), nn.BatchNorm1d(16), nn.Linear(16, 3))
+    step = ff.Step(model, classify, {"loss": "*"}, optimizer=ff.optim.adam(0.1), compile=True)
+    x, label, picked = torch.randint(10, (6, 2)), torch.randint(3, (6,)), torch.tensor([1, 2])
+    state, _ = step(step.init(), (x, label, picked))
+    before = bytes_of(state)
+    for bad in ((x + 20, label, picked), (x, label + 5, picked), (x, label, picked + 10)):
+        with pytest.raises(RuntimeError, match="index out of bounds"):
+            step(state, bad)
+        assert same(before, bytes_of(state))
+    state, _ = step(state, (x, label, picked))
+    assert int(state.step) == 2
+
+
 def test_inference_mode_around_a_step_does_not_matter():
     step, batch = make(network()), torch.randn(5, 4)
     state = step.init()
