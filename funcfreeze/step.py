@@ -126,7 +126,7 @@ class Step:
             "plan": plan,
             "computation": computation,
             "specification": Specification.of(functional, plan, transform),
-            "compiled": None if options is None else CompiledStep(computation, options),
+            "compiled": None if options is None else CompiledStep(computation, options, donate),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)

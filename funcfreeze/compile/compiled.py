@@ -27,15 +27,21 @@ MANY = 8
 class CompiledStep:
     """A computation, compiled as often as it has to be.
 
+    Args:
+        computation: what a step computes.
+        options: how to compile.
+        donate: whether a step overwrites the state it is given, or copies of it.
+
     Attributes:
         options: how to compile.
         traces: how many times it has been traced and compiled so far.
     """
 
-    def __init__(self, computation: Computation, options: Options) -> None:
+    def __init__(self, computation: Computation, options: Options, donate: bool) -> None:
         self.traces = 0
         self._computation = computation
         self.options = options
+        self._donate = donate
         self._programs: list[Program] = []
         self._lock = threading.RLock()
 
@@ -52,7 +58,9 @@ class CompiledStep:
             return program(state.tensors, [_apart(leaf, state) for leaf in leaves if isinstance(leaf, Tensor)])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledStep:
-        return CompiledStep(copy.deepcopy(self._computation, memo), self.options)  # compiled anew when it is called
+        return CompiledStep(
+            copy.deepcopy(self._computation, memo), self.options, self._donate
+        )  # compiled anew when it is called
 
     def _program(self, layout: Layout, structure: optree.PyTreeSpec, constants: dict[int, Constant]) -> Program:
         for index, program in enumerate(self._programs):
@@ -79,7 +87,9 @@ class CompiledStep:
                 stacklevel=6,
             )
         watch = Watch(functional.module, self._computation.functions, [*functional.present_parameters().values()])
-        program = Program(self._computation, layout, structure, constants, watch, self.options, self._count)
+        program = Program(
+            self._computation, layout, structure, constants, watch, self.options, self._donate, self._count
+        )
         self._programs.insert(0, program)
         return program
 

@@ -30,6 +30,11 @@ class Options:
     options: Mapping[str, Any] = field(default_factory=dict)
     dynamic: bool | None = None
 
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether Inductor is asked to record CUDA graphs."""
+        return self.mode in ("reduce-overhead", "max-autotune") or bool(self.options.get("triton.cudagraphs"))
+
 
 def resolve(compile: object, params: Iterable[Tensor]) -> Options | None:
     """The options, or None for an eager step.

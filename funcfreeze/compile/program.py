@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import optree
 import torch
 from torch import Tensor
+from torch._guards import CompileContext
 from torch.fx import Graph, GraphModule
 
 from funcfreeze.compile.backends import compiler
@@ -60,6 +61,7 @@ class Program:
         constants: those leaves, by position.
         watch: what the trace may read from Python.
         options: how to compile.
+        static: whether states are overwritten in place, so that their tensors stay where they are.
         traced: called once for every compilation.
     """
 
@@ -71,11 +73,14 @@ class Program:
         constants: dict[int, Any],
         watch: Watch,
         options: Options,
+        static: bool,
         traced: Callable[[], None],
     ) -> None:
         self.layout, self.structure, self.constants, self.watch = layout, structure, constants, watch
         self._computation = computation
         self._compile = compiler(options)
+        self._static = static
+        self._cuda_graphs = options.cuda_graphs
         self._traced = traced
         self._guarded = Guarded(self._build, options.dynamic)
         self._state: Sequence[Tensor] = ()
@@ -116,13 +121,17 @@ class Program:
 
         given = [*inputs, *fakes.state, *outside.stand_ins]
         try:
-            run = self._compile(_one_call(traced, len(given), len(outputs), range(start, end)), given)
+            static = range(start, end) if self._static else range(0)
+            run = self._compile(_one_call(traced, len(given), len(outputs), static), given)
         finally:
             self.watch.undo()
 
         def call(given: Sequence[Any]) -> Returned:
+            if not self._cuda_graphs:
+                return _filled(returned, run(*given, *self._state, *outside.tensors))
+            torch.compiler.cudagraph_mark_step_begin()
             computed = run(*given, *self._state, *outside.tensors)
-            return _filled(returned, computed)
+            return _filled(returned, [tensor.clone() for tensor in computed])  # the next replay overwrites them
 
         return call
 
@@ -239,12 +248,18 @@ def _is_output(value: Any) -> bool:
 def _one_call(f: Callable[..., list[Tensor]], inputs: int, outputs: int, static: Sequence[int]) -> GraphModule:
     """A graph of a single call, which the compiler looks into.
 
-    The inputs in `static` are marked so that CUDA graphs use their memory where it is, and do not copy it.
+    The inputs in `static` are marked as Dynamo marks a module's parameters, in all that the compiler wants to see for
+    that: CUDA graphs then use their memory where it is, and do not copy it.
     """
     graph = Graph()
     given = [graph.placeholder(f"input_{index}") for index in range(inputs)]
-    for index in static:
-        given[index].meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    for index, node in enumerate(given):
+        node._dynamo_source = None  # type: ignore[attr-defined]
+        if index in static:
+            node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     call = graph.call_function(f, tuple(given))
     graph.output(tuple(graph.call_function(operator.getitem, (call, index)) for index in range(outputs)))
-    return GraphModule({}, graph)
+    module = GraphModule({}, graph)
+    module.meta["dynamo_compile_id"] = CompileContext.current_compile_id()
+    module._param_name_to_source = {}
+    return module

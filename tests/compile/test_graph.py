@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
+from torch._inductor import compile_fx
 
 import funcfreeze as ff
 from bench import workloads
@@ -156,3 +157,45 @@ def test_verify_runs_the_compiled_step(compile):
     )
     report = ff.verify(step, step.init(), torch.randn(6, 4))
     assert report.ok, report
+
+
+@pytest.mark.parametrize("donate", [True, False])
+def test_the_states_tensors_are_static_inputs(donate, monkeypatch):
+    """So CUDA graphs do not copy them; copies made for each step are not static. By Inductor's account, on any device."""
+    seen, original = [], compile_fx.get_static_input_idxs
+
+    def noticed(fixed):
+        seen.append(list(original(fixed)))
+        return seen[-1]
+
+    monkeypatch.setattr(compile_fx, "get_static_input_idxs", noticed)
+    step = ff.Step(
+        torch.nn.Linear(4, 4),
+        lambda model, x: {"l": model(x).square().mean()},
+        {"l": "*"},
+        optimizer=ff.optim.sgd(0.1, momentum=0.9),
+        compile=True,
+        donate=donate,
+    )
+    step(step.init(), torch.randn(3, 4))
+    assert seen[-1] == (
+        [1, 2, 3, 4, 5] if donate else []
+    )  # after the batch: 2 parameters, 2 buffers of momentum, count
+
+
+def test_the_options_of_cuda_graphs_run_anywhere():
+    step = ff.Step(
+        torch.nn.Linear(4, 4),
+        lambda model, x: {"l": model(x).square().mean()},
+        {"l": "*"},
+        optimizer=ff.optim.sgd(0.1),
+        compile={"mode": "reduce-overhead"},
+    )
+    eager = ff.Step(step.module, step.losses, step.plan, optimizer=step.optimizer, compile=False)
+    mine, theirs = step.init(), eager.init()
+    for _ in range(3):
+        x = torch.randn(3, 4)
+        mine, metrics = step(mine, x)
+        theirs, wanted = eager(theirs, x)
+        torch.testing.assert_close(metrics, wanted)
+    torch.testing.assert_close(mine.params["weight"], theirs.params["weight"])
