@@ -129,7 +129,7 @@ class Program:
         def call(given: Sequence[Any]) -> Returned:
             if not self._cuda_graphs:
                 return _filled(returned, run(*given, *self._state, *outside.tensors))
-            torch.compiler.cudagraph_mark_step_begin()
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             computed = run(*given, *self._state, *outside.tensors)
             return _filled(returned, [tensor.clone() for tensor in computed])  # the next replay overwrites them
 
@@ -254,12 +254,12 @@ def _one_call(f: Callable[..., list[Tensor]], inputs: int, outputs: int, static:
     graph = Graph()
     given = [graph.placeholder(f"input_{index}") for index in range(inputs)]
     for index, node in enumerate(given):
-        node._dynamo_source = None  # type: ignore[attr-defined]
+        node._dynamo_source = None
         if index in static:
             node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     call = graph.call_function(f, tuple(given))
     graph.output(tuple(graph.call_function(operator.getitem, (call, index)) for index in range(outputs)))
     module = GraphModule({}, graph)
     module.meta["dynamo_compile_id"] = CompileContext.current_compile_id()
-    module._param_name_to_source = {}
+    module._param_name_to_source = {}  # type: ignore[assignment]
     return module

@@ -161,7 +161,7 @@ def test_verify_runs_the_compiled_step(compile):
 
 @pytest.mark.parametrize("donate", [True, False])
 def test_the_states_tensors_are_static_inputs(donate, monkeypatch):
-    """So CUDA graphs do not copy them; copies made for each step are not static. By Inductor's account, on any device."""
+    """So CUDA graphs do not copy them; copies made for each step are not. By Inductor's account, on any device."""
     seen, original = [], compile_fx.get_static_input_idxs
 
     def noticed(fixed):
