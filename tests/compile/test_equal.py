@@ -178,11 +178,11 @@ class Everything(nn.Module):
         super().__init__()
         self.parts = nn.Sequential(
             PlainTensor(),
-            Convolutions(),
             Recurrent(nn.LSTM),
             Calls(nn.Dropout(0.5)),
             Calls(OldFunction.apply),
             Calls(clamped),
+            nn.BatchNorm1d(8),
             parametrizations.weight_norm(nn.Linear(8, 8)),
         )
 

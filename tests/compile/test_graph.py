@@ -71,11 +71,9 @@ def _float32():
 
 WORKLOADS = {
     "adversarial": lambda: workloads.adversarial(16, 8),
-    "confusion": lambda: workloads.confusion(16, 8),
     "resnet": lambda: workloads.resnet(image=32, size=4),
-    "vit-1": lambda: workloads.vit(1, width=32, depth=2, size=4),
-    "vit-4": lambda: workloads.vit(4, width=32, depth=2, size=4),
-    "gpt": lambda: workloads.gpt(width=32, depth=2, size=2, length=8),
+    "vit-4": lambda: workloads.vit(4, width=32, depth=1, size=4),
+    "gpt": lambda: workloads.gpt(width=32, depth=1, size=2, length=8),
     "gan": lambda: workloads.gan(16, size=8),
     "actor-critic": lambda: workloads.actor_critic(16),
 }
