@@ -32,8 +32,9 @@ def grad_and_value(
         has_aux: whether `losses` returns something beside the losses.
 
     Returns:
-        `f(params, *args) -> (grads, losses)`, or `(grads, (losses, aux))`; also inside `torch.compile`, where `aux`
-        holds tensors and numbers in dicts, lists and tuples. `grads` has the structure of `params`, with
+        `f(params, *args) -> (grads, losses)`, or `(grads, (losses, aux))`; also inside `torch.compile`. There `aux`
+        holds tensors and numbers in dicts, lists and tuples, and what `losses` reads from closures and globals stays as
+        it was when it was compiled: pass what changes in `*args`. `grads` has the structure of `params`, with
         None where a parameter is untouched. Losses are detached, by name.
 
     Raises:
