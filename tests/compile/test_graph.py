@@ -140,8 +140,7 @@ def test_a_new_size_is_compiled_once_and_then_any():
     assert step.traces == 2
 
 
-@pytest.mark.parametrize("compile", [{"backend": "aot_eager"}, True])
-def test_verify_runs_the_compiled_step(compile):
+def test_verify_runs_the_compiled_step():
     torch.set_default_dtype(torch.float64)
     model = torch.nn.ModuleDict(
         {"body": torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.3)), "head": torch.nn.Linear(4, 2)}
@@ -151,7 +150,7 @@ def test_verify_runs_the_compiled_step(compile):
         lambda model, x: {"a": model["head"](model["body"](x)).square().mean(), "b": model["body"](x).mean()},
         {"a": "*", "b": {"body": -0.1}},
         optimizer=ff.optim.adam(1e-2),
-        compile=compile,
+        compile=True,  # with dropout, whose numbers Inductor draws in its own way
     )
     report = ff.verify(step, step.init(), torch.randn(6, 4))
     assert report.ok, report
