@@ -18,7 +18,7 @@ from funcfreeze.compile.guards import Guarded
 from funcfreeze.compile.layout import Layout
 from funcfreeze.compile.options import Options
 from funcfreeze.compile.reading import PLAIN
-from funcfreeze.compile.tracing import Outside, in_trace, no_randomness_of_python, stand_ins
+from funcfreeze.compile.tracing import Outside, RecurrentLayers, in_trace, no_randomness_of_python, stand_ins
 from funcfreeze.compile.watch import Watch
 from funcfreeze.computation import Computation, Computed
 
@@ -103,8 +103,13 @@ class Program:
         """Trace the step on stand-ins, then compile it for such inputs, the state's tensors, and those outside."""
         self._traced()
         fakes = stand_ins(inputs, self._state)
-        outside = Outside(self.watch)
-        with fakes.mode_active(), in_trace(outside.noticing(fakes.mode), fakes.mode), no_randomness_of_python():
+        outside, recurrent = Outside(self.watch), RecurrentLayers()
+        with (
+            fakes.mode_active(),
+            in_trace(outside.noticing(fakes.mode), fakes.mode),
+            recurrent,
+            no_randomness_of_python(),
+        ):
             try:
                 returned, outputs = self._run(list(fakes.state), [fakes.inputs[leaf] for leaf in leaves])
             finally:
@@ -114,7 +119,7 @@ class Program:
         start, end = len(inputs), len(inputs) + len(self._state)
 
         def traced(*given: Any) -> list[Tensor]:
-            with in_trace(outside.standing_for(given[end:]), fakes.mode):
+            with in_trace(outside.standing_for(given[end:]), fakes.mode), recurrent.again():
                 again, tensors = self._run(list(given[start:end]), [given[leaf] for leaf in leaves])
             _check_constants(returned, again)
             return tensors

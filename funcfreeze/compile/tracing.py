@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from funcfreeze.compile.outside import ReplacingOutsiders
@@ -132,13 +133,11 @@ def in_trace(replace: Callable[[Tensor], Tensor], mode: FakeTensorMode) -> Itera
     """Settings for the time of a trace.
 
     Tensors from outside are exchanged; compiled parts of the model run as they were written, and so become part of the
-    graph; oneDNN's recurrent layers, which the compiler cannot look into, make place for torch's own; and the backward
-    stays in this thread, where all this holds.
+    graph; and the backward stays in this thread, where all this holds.
     """
     with (
         ReplacingOutsiders(replace),
         torch.compiler.set_stance("force_eager"),
-        _without_onednn(),
         torch.autograd.set_multithreading_enabled(False),
         _unbacked_symbols_ignored(mode),
         _checkpoints_recompute(),
@@ -146,14 +145,33 @@ def in_trace(replace: Callable[[Tensor], Tensor], mode: FakeTensorMode) -> Itera
         yield
 
 
-@contextmanager
-def _without_onednn() -> Iterator[None]:
-    enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags sets more than this, and warns of GPUs
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)
+class RecurrentLayers(TorchFunctionMode):
+    """Recurrent layers run without oneDNN's kernels, which the compiler cannot look into.
+
+    All else may take them: convolutions take their layouts from them.
+
+    Attributes:
+        met: whether there were any.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.lstm:
+            return func(*args, **(kwargs or {}))
+        self.met = True
+        enabled = torch._C._get_mkldnn_enabled()
+        torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags sets more than this, and warns of GPUs
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            torch._C._set_mkldnn_enabled(enabled)
+
+    def again(self) -> AbstractContextManager[object]:
+        """For a further trace: looking at every function takes a tenth of its time, which is spent where needed."""
+        return self if self.met else nullcontext()
 
 
 def _unbacked_symbols_ignored(mode: FakeTensorMode) -> AbstractContextManager[None]:

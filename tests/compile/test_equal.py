@@ -238,6 +238,15 @@ def test_optimizers(optimizer, depth):
     assert_same_displacement(state, start, wanted)
 
 
+def test_onednns_lstm_makes_place_for_torchs():
+    """In float32 torch has one of oneDNN on the CPU, which cannot be traced; in float64 there is none."""
+    model, given = Net(Recurrent(nn.LSTM)).float(), [(x.float(), label, domain) for x, label, domain in batches(6, 6)]
+    start = {path: parameter.detach().clone() for path, parameter in model.named_parameters()}
+    wanted, _ = recipe_run(model, losses, WEIGHTS, given, sgd)
+    state, _ = step_run(ff.Step(model, losses, ROUTES, optimizer=ff.optim.sgd(0.1, momentum=0.9), compile=GRAPH), given)
+    assert_same_displacement(state, start, wanted, rtol=1e-3)
+
+
 def test_optimizers_in_combination_equal_eager_steps():
     model, given = Net(nn.Sequential(*[nn.Linear(8, 8) for _ in range(9)])), batches(6, 6, 6)
     schedule = ff.optim.linear_schedule(0.01, 0.1, 3)

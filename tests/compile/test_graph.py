@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -90,6 +91,27 @@ def test_the_designs_example_has_57():
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_no_more_products_than_by_hand(name):
     assert 0 < in_our_graph(WORKLOADS[name]()) <= by_hand(WORKLOADS[name]())
+
+
+@pytest.mark.parametrize("make", [ff.optim.adam, partial(ff.optim.sgd, momentum=0.9)])
+def test_optimizers_kernels_overwrite_a_bounded_number_of_parameters_each(make):
+    """Passes of the compiler take time that grows with the square of that number."""
+    calls = []
+
+    def compile(graph, inputs):
+        kernels = (torch.ops.funcfreeze.adam_.default, torch.ops.funcfreeze.sgd_.default)
+        for node in graph.graph.nodes:
+            if node.args and node.args[0] in kernels:
+                calls.append(len(node.kwargs["grads"]))
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=compile, inference_compiler=compile)
+    model = torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(40)])
+    step = ff.Step(
+        model, lambda model, x: {"a": model(x).sum()}, {"a": "*"}, optimizer=make(0.1), compile={"backend": backend}
+    )
+    step(step.init(), torch.randn(3, 2))
+    assert calls == [32, 32, 16]
 
 
 def test_schedules_do_not_recompile():
