@@ -15,6 +15,7 @@ from funcfreeze.functional import FunctionalModule
 from funcfreeze.gradients import Engine, Evaluate, Routing
 from funcfreeze.loss_scale import LossScale, scale_in, unscale
 from funcfreeze.optim import Transform
+from funcfreeze.optim.transform import apart
 from funcfreeze.plan import Plan
 from funcfreeze.selectors import RouteError
 
@@ -113,7 +114,7 @@ class Computation:
         ]
         if problems:
             raise ValueError("\n".join(["the optimizer's updates do not fit the parameters:", *problems]))
-        for path, update in present.items():
+        for path, update in apart(present, own.values()).items():
             own[path].add_(update)
         return optimizer
 

@@ -462,6 +462,21 @@ def test_scalar_parameters_keep_their_dtype_under_scheduled_weights(engine, dtyp
     step(step.init(), None)
 
 
+@pytest.mark.parametrize("engine", ["routed", "toggle", "reference"])
+def test_a_loss_that_is_a_view_of_a_parameter_keeps_its_value(engine):
+    step = ff.Step(
+        nn.Linear(2, 2),
+        lambda model, batch: {"a": model.bias[0], "b": model.weight[0, 0]},
+        {"a": "*", "b": "*"},
+        optimizer=ff.optim.sgd(0.5),
+        engine=engine,
+    )
+    state = step.init()
+    wanted = [float(state.params["bias"][0]), float(state.params["weight"][0, 0])]
+    _, metrics = step(state, None)
+    assert [float(metrics["a"]), float(metrics["b"])] == wanted
+
+
 def test_metrics_that_share_memory_with_a_parameter_keep_their_values():
     model = nn.Linear(3, 1)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from funcfreeze.compile.problems import explained
+from funcfreeze.compile.problems import explained, other_than_the_steps
 
 _NUMBERS = itertools.count(1)
 _LIBRARY = torch.library.Library("funcfreeze", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -69,15 +69,15 @@ class Guarded:
         """What the built callable returns for these leaves.
 
         Raises:
-            RuntimeError: Dynamo is switched off.
+            RuntimeError: Dynamo is switched off, or has compiled too many times for different sizes.
         """
         self._error, self._result = None, _NOTHING
         try:
             self._look([*leaves, self._anchor])
-        except Exception:
+        except Exception as error:
             if self._error is None:
-                raise
-            raise self._error from None  # as it was raised, not as Dynamo wraps it
+                raise other_than_the_steps(error) from error.__cause__
+            raise self._error from self._error.__cause__  # as it was raised, not as Dynamo wraps it
         result, self._result = self._result, _NOTHING
         if result is _NOTHING:
             raise RuntimeError(

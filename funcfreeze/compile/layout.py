@@ -82,6 +82,11 @@ class Listed:
         """The addresses of the memory that the tensors are in."""
         return frozenset(tensor.untyped_storage().data_ptr() for tensor in self.tensors)
 
+    def apart(self, tensor: Tensor) -> Tensor:
+        """The tensor, or a copy if it shares memory with the state, which a step overwrites."""
+        shares = tensor.layout is torch.strided and tensor.untyped_storage().data_ptr() in self.memories
+        return tensor.clone() if shares and tensor.numel() else tensor
+
     @staticmethod
     def of(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Any, step: Tensor) -> Listed:
         """List a state's tensors.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,8 +15,9 @@ from torch._guards import CompileContext
 from torch.fx import Graph, GraphModule
 
 from funcfreeze.compile.backends import compiler
+from funcfreeze.compile.form import Form
 from funcfreeze.compile.guards import Guarded
-from funcfreeze.compile.layout import Layout
+from funcfreeze.compile.layout import Layout, Listed
 from funcfreeze.compile.options import Options
 from funcfreeze.compile.reading import PLAIN
 from funcfreeze.compile.tracing import Outside, RecurrentLayers, in_trace, no_randomness_of_python, stand_ins
@@ -52,13 +54,12 @@ class Returned:
 
 
 class Program:
-    """A step traced for what `watch` saw, for states of one layout and batches of one structure.
+    """A step traced for what `watch` saw, for states of one layout and batches of one form.
 
     Args:
         computation: what the step computes.
         layout: how a state's tensors are listed.
-        structure: of the batch, whose leaves that are no tensors are constants of the trace.
-        constants: those leaves, by position.
+        form: of the batch, whose leaves that are no tensors are constants of the trace.
         watch: what the trace may read from Python.
         options: how to compile.
         static: whether states are overwritten in place, so that their tensors stay where they are.
@@ -69,46 +70,51 @@ class Program:
         self,
         computation: Computation,
         layout: Layout,
-        structure: optree.PyTreeSpec,
-        constants: dict[int, Any],
+        form: Form,
         watch: Watch,
         options: Options,
         static: bool,
         traced: Callable[[], None],
     ) -> None:
-        self.layout, self.structure, self.constants, self.watch = layout, structure, constants, watch
+        self.layout, self.form, self.watch = layout, form, watch
         self._computation = computation
         self._compile = compiler(options)
         self._static = static
         self._cuda_graphs = options.cuda_graphs
         self._traced = traced
         self._guarded = Guarded(self._build, options.dynamic)
-        self._state: Sequence[Tensor] = ()
+        self._state: Listed | None = None
+        self._device: AbstractContextManager[object] = nullcontext()
 
-    def __call__(self, state: Sequence[Tensor], leaves: Sequence[Tensor]) -> Returned:
+    def __call__(self, state: Listed, leaves: Sequence[Tensor]) -> Returned:
         """Take a step: overwrites the tensors of the state.
 
         Args:
-            state: as the layout lists them, owned by the caller.
+            state: as the layout lists it, owned by the caller.
             leaves: the batch's tensors.
         """
         self._state = state
+        device = torch.get_default_device()  # Dynamo hides it from what it calls
+        self._device = nullcontext() if device.type == "cpu" else device
         try:
             returned: Returned = self._guarded(leaves)
         finally:
-            self._state = ()
+            self._state = None
         return returned
 
     def _build(self, inputs: Sequence[Any], leaves: Sequence[int]) -> Callable[[Sequence[Any]], Returned]:
         """Trace the step on stand-ins, then compile it for such inputs, the state's tensors, and those outside."""
         self._traced()
-        fakes = stand_ins(inputs, self._state)
+        assert self._state is not None, "called outside of a step"
+        tensors = self._state.tensors
+        fakes = stand_ins(inputs, tensors)
         outside, recurrent = Outside(self.watch), RecurrentLayers()
         with (
             fakes.mode_active(),
             in_trace(outside.noticing(fakes.mode), fakes.mode),
             recurrent,
-            no_randomness_of_python(),
+            self._device,
+            no_randomness_of_python(self.watch.generators),
         ):
             try:
                 returned, outputs = self._run(list(fakes.state), [fakes.inputs[leaf] for leaf in leaves])
@@ -116,10 +122,10 @@ class Program:
                 effects = self.watch.side_effects(outside.was_read)
                 self.watch.undo()
         outside.refuse(effects)
-        start, end = len(inputs), len(inputs) + len(self._state)
+        start, end = len(inputs), len(inputs) + len(tensors)
 
         def traced(*given: Any) -> list[Tensor]:
-            with in_trace(outside.standing_for(given[end:]), fakes.mode), recurrent.again():
+            with in_trace(outside.standing_for(given[end:]), fakes.mode), recurrent.again(), self._device:
                 again, tensors = self._run(list(given[start:end]), [given[leaf] for leaf in leaves])
             _check_constants(returned, again)
             return tensors
@@ -132,10 +138,12 @@ class Program:
             self.watch.undo()
 
         def call(given: Sequence[Any]) -> Returned:
+            state = self._state
+            assert state is not None, "called outside of a step"
             if not self._cuda_graphs:
-                return _filled(returned, run(*given, *self._state, *outside.tensors))
+                return _filled(returned, run(*given, *state.tensors, *outside.tensors(state)))
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-            computed = run(*given, *self._state, *outside.tensors)
+            computed = run(*given, *state.tensors, *outside.tensors(state))
             return _filled(returned, [tensor.clone() for tensor in computed])  # the next replay overwrites them
 
         return call
@@ -146,14 +154,7 @@ class Program:
         Not the count of steps: a compiler would write that first, before anything can fail.
         """
         params, buffers, optimizer, step = self.layout.fields(tensors)
-        rest = iter(leaves)
-        batch = optree.tree_unflatten(
-            self.structure,
-            [
-                self.constants[index].leaf if index in self.constants else next(rest)
-                for index in range(self.structure.num_leaves)
-            ],
-        )
+        batch = self.form.batch(iter(leaves))
         computed = self._computation.gradients(params, buffers, optimizer, step, batch)
         outputs: list[Tensor] = []
 

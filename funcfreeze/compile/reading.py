@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dis
 import functools
+import random
 import sys
 import types
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +28,20 @@ and what recurrent layers derive from their parameters, anew whenever those are 
 
 _MACHINERY = frozenset({"torch", "numpy", "optree", "funcfreeze", "logging", "threading", "_thread"})
 _NOT_FOLLOWED = sys.stdlib_module_names | _MACHINERY
+
+
+_NOT_IN_A_FORWARD = frozenset(
+    f"__{name}__"
+    for name in (
+        "init", "new", "del", "init_subclass", "class_getitem", "set_name", "post_init", "repr", "str", "hash", "dir",
+        "sizeof", "setattr", "reduce", "reduce_ex", "getstate", "setstate", "copy", "deepcopy",
+    )
+)  # fmt: skip
+"""Special methods that are not followed; all others may run without being named (`config.rate` in `__getattr__`)."""
+
+
+_BY_STRING = frozenset({"getattr", "vars", "__dict__", "__getattribute__"})
+"""Code with these names may look attributes up by strings."""
 
 
 class Place(NamedTuple):
@@ -56,11 +72,13 @@ class Reading:
         self.places: list[Place] = []
         self.cells: list[Cell] = []
         self.modules: dict[int, nn.Module] = {}
+        self._own: frozenset[int] = frozenset()
         self._seen: dict[int, Any] = {}  # keeps what was met alive, so that no id is used twice
         self._names: set[str] = {"forward", "__call__"}
         self._objects: list[tuple[Any, str]] = []
         self._taken: set[tuple[int, str]] = set()
         self._value(module, "")
+        self._own = frozenset(self.modules)
         for root in roots:
             self._value(root, "")
         known = -1
@@ -68,6 +86,11 @@ class Reading:
             known = len(self._names) + len(self._objects)
             for held, name in list(self._objects):
                 self._attributes(held, name)
+
+    @property
+    def generators(self) -> list[Any]:
+        """Python's and numpy's generators of random numbers that were met."""
+        return [value for value in self._seen.values() if random_state(value) is not None]
 
     def _value(self, value: Any, name: str) -> None:
         """Follow a value, known by a name."""
@@ -91,7 +114,7 @@ class Reading:
         elif isinstance(value, dict):
             for inner in value.values():
                 self._value(inner, name)
-        elif isinstance(value, list | tuple | set | frozenset):
+        elif isinstance(value, list | tuple | set | frozenset | deque):
             for inner in value:
                 self._value(inner, name)
         elif not _is_followed(value):
@@ -108,6 +131,8 @@ class Reading:
                 continue
             self.modules[id(inner)] = self._seen[id(inner)] = inner
             self.places += (Place(inner.__dict__, None, name), Place(inner._modules, None, name))
+            if self._own:  # not the model's own, whose tensors are the state's: a teacher, perhaps
+                self.places += (Place(inner._parameters, None, name), Place(inner._buffers, None, name))
             for key, value in inner.__dict__.items():
                 if key not in NEVER_READ:
                     self._value(value, f"{name}.{key}")
@@ -126,8 +151,10 @@ class Reading:
                 self.places.append(Place({where: default}, (where,), f"a default of {where}"))
         if not _is_followed(function):
             return
-        globals_, attributes = _names(function.__code__)
+        globals_, attributes, modules = _names(function.__code__)
         self._names |= attributes
+        for imported in modules & sys.modules.keys():
+            self._value(sys.modules[imported], imported)
         for name in globals_ & function.__globals__.keys():
             self._take(function.__globals__, function.__globals__, name, f"the global {name} read by {where}")
 
@@ -139,7 +166,7 @@ class Reading:
                 self._take(held, space, key, f"{name}.{key}")
         if not isinstance(held, type | types.ModuleType):
             for kind in type(held).__mro__:
-                for key in self._names & vars(kind).keys() if _is_followed(kind) else ():
+                for key in _looked_up(kind, self._names) if _is_followed(kind) else ():
                     self._take(kind, vars(kind), key, f"{kind.__name__}.{key}")
 
     def _take(self, owner: object, space: Mapping[str, Any], key: str, name: str) -> None:
@@ -150,6 +177,18 @@ class Reading:
         if not isinstance(value, types.ModuleType | types.BuiltinFunctionType):
             self.places.append(Place(space, (key,), name))
         self._value(value, name)
+
+
+def random_state(value: Any) -> str | None:
+    """The state of one of Python's or numpy's generators of random numbers, to be compared; None for other values."""
+    if isinstance(value, random.Random):
+        return repr(value.getstate())
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return None
+    if isinstance(value, numpy.random.Generator):
+        return repr(value.bit_generator.state)
+    return repr(value.get_state(legacy=False)) if isinstance(value, numpy.random.RandomState) else None
 
 
 def hook_dicts(module: nn.Module) -> list[dict[int, Any]]:
@@ -169,12 +208,45 @@ def contents(cell: types.CellType) -> Any:
         return None
 
 
+def _looked_up(kind: type, names: set[str]) -> set[str]:
+    """What of a class may be looked up: what has one of the names, and special methods."""
+    special = {
+        key
+        for key, value in vars(kind).items()
+        if key.startswith("__") and isinstance(value, types.FunctionType) and key not in _NOT_IN_A_FORWARD
+    }
+    return names & vars(kind).keys() | special
+
+
+class _Slots(Mapping[str, Any]):
+    """The attributes of an object that keeps them in slots."""
+
+    def __init__(self, held: Any) -> None:
+        self._held = held
+        declared = (vars(kind).get("__slots__", ()) for kind in type(held).__mro__)
+        self._names = {name for names in declared for name in ((names,) if isinstance(names, str) else names)}
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._names:
+            raise KeyError(key)
+        try:
+            return getattr(self._held, key)
+        except AttributeError:
+            raise KeyError(key) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._names if name in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 def _namespace(held: Any) -> Mapping[str, Any]:
-    """An object's own attributes; none if it keeps them in slots."""
+    """An object's own attributes."""
     try:
         namespace: Mapping[str, Any] = vars(held)
     except TypeError:
-        return {}
+        return _Slots(held)
     return namespace
 
 
@@ -191,16 +263,29 @@ def _package(module: str | None) -> str:
     return (module or "").partition(".")[0]
 
 
+class _Names(NamedTuple):
+    """What code, and functions defined in it, look up: in its module, as attributes of anything, and by import."""
+
+    globals: frozenset[str]
+    attributes: frozenset[str]
+    modules: frozenset[str]
+
+
 @functools.lru_cache(maxsize=4096)
-def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    """The names that code, and functions defined in it, look up in its module, and as attributes of anything."""
-    found: tuple[set[str], set[str]] = (set(), set())
+def _names(code: types.CodeType) -> _Names:
+    globals_: set[str] = set()
+    attributes: set[str] = set()
+    modules: set[str] = set()
     pending = [code]
     for each in pending:  # grows while it is walked
         for instruction in dis.get_instructions(each):
             if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                found[0].add(instruction.argval)
-            elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-                found[1].add(instruction.argval)
+                globals_.add(instruction.argval)
+            elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "IMPORT_FROM"):
+                attributes.add(instruction.argval)
+            elif instruction.opname == "IMPORT_NAME":
+                modules.add(instruction.argval)
+        if _BY_STRING.intersection(each.co_names):
+            attributes |= {const for const in each.co_consts if isinstance(const, str) and const.isidentifier()}
         pending += (const for const in each.co_consts if isinstance(const, types.CodeType))
-    return frozenset(found[0]), frozenset(found[1])
+    return _Names(frozenset(globals_), frozenset(attributes), frozenset(modules))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from funcfreeze.compile.layout import Listed
 from funcfreeze.compile.outside import ReplacingOutsiders
+from funcfreeze.compile.reading import random_state
 from funcfreeze.compile.watch import Watch, kind
 
 
@@ -66,9 +68,11 @@ class Outside:
         self._kinds: list[tuple[Any, ...]] = []
         self.stand_ins: list[Tensor] = []
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        """The tensors now, in the order of the stand-ins: one that a module's attribute holds may be another by now."""
+    def tensors(self, state: Listed) -> list[Tensor]:
+        """The tensors now, in the order of the stand-ins: one that a module's attribute holds may be another by now.
+
+        Those that share memory with the state, which the step overwrites, are copied.
+        """
         now = [read() for read in self._read]
         for tensor, before in zip(now, self._kinds, strict=True):
             if kind(tensor) != before:
@@ -77,7 +81,7 @@ class Outside:
                     f"the step was traced, and has {tuple(tensor.shape)} and {tensor.dtype} now, changed in place; put "
                     "another tensor in its place instead, or pass it in the batch"
                 )
-        return [tensor.detach() for tensor in now]
+        return [state.apart(tensor.detach()) for tensor in now]
 
     def noticing(self, mode: FakeTensorMode) -> Callable[[Tensor], Tensor]:
         """Makes a stand-in for each new tensor."""
@@ -90,7 +94,7 @@ class Outside:
                 self._kinds.append(kind(tensor))
                 self._read.append(place[1] if place else lambda: tensor)
                 with _disable_current_modes():
-                    plain = tensor.detach()
+                    plain = _like(tensor)
                 self.stand_ins.append(mode.from_tensor(plain, static_shapes=True))
             return self.stand_ins[self._index[id(tensor)]]
 
@@ -128,6 +132,17 @@ class Outside:
             )
 
 
+def _like(tensor: Tensor) -> Tensor:
+    """A tensor to make a stand-in of: of this one's kind, and where that is easy in memory of its own.
+
+    Stand-ins in one memory are taken to stay so, and what a module's attribute holds may be another tensor later.
+    """
+    plain = tensor.detach()
+    if type(plain) is not Tensor or plain.layout is not torch.strided or plain.is_conj() or plain.is_neg():
+        return plain
+    return torch.empty_strided(plain.shape, plain.stride(), dtype=plain.dtype, device=plain.device)
+
+
 @contextmanager
 def in_trace(replace: Callable[[Tensor], Tensor], mode: FakeTensorMode) -> Iterator[None]:
     """Settings for the time of a trace.
@@ -146,9 +161,10 @@ def in_trace(replace: Callable[[Tensor], Tensor], mode: FakeTensorMode) -> Itera
 
 
 class RecurrentLayers(TorchFunctionMode):
-    """Recurrent layers run without oneDNN's kernels, which the compiler cannot look into.
+    """For a first trace: LSTMs run without oneDNN's kernels, which the compiler cannot look into.
 
-    All else may take them: convolutions take their layouts from them.
+    From the first one on all else does, too, also in the backward, where activation checkpointing runs it again and
+    this mode does not hold. Without an LSTM oneDNN stays: convolutions take their layouts from it.
 
     Attributes:
         met: whether there were any.
@@ -157,21 +173,31 @@ class RecurrentLayers(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.met = False
+        self._rest = ExitStack()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch.lstm:
-            return func(*args, **(kwargs or {}))
-        self.met = True
-        enabled = torch._C._get_mkldnn_enabled()
-        torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags sets more than this, and warns of GPUs
-        try:
-            return func(*args, **(kwargs or {}))
-        finally:
-            torch._C._set_mkldnn_enabled(enabled)
+        if func is torch.lstm and not self.met:
+            self.met = True
+            self._rest.enter_context(_without_onednn())
+        return func(*args, **(kwargs or {}))
 
-    def again(self) -> AbstractContextManager[object]:
-        """For a further trace: looking at every function takes a tenth of its time, which is spent where needed."""
-        return self if self.met else nullcontext()
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+        self._rest.close()
+
+    def again(self) -> AbstractContextManager[None]:
+        """For further traces: looking at every function takes a tenth of their time."""
+        return _without_onednn() if self.met else nullcontext()
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags sets more than this, and warns of GPUs
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
 
 
 def _unbacked_symbols_ignored(mode: FakeTensorMode) -> AbstractContextManager[None]:
@@ -191,17 +217,25 @@ def _checkpoints_recompute() -> Iterator[None]:
 
 
 @contextmanager
-def no_randomness_of_python() -> Iterator[None]:
+def no_randomness_of_python(generators: Sequence[Any]) -> Iterator[None]:
     """Refuse a trace that draws from Python's or numpy's generators: every step would get those same numbers.
+
+    Args:
+        generators: those that the trace may draw from, besides the global ones.
 
     Raises:
         RuntimeError: it did.
     """
-    python, numpy = random.getstate(), sys.modules.get("numpy")
-    array = None if numpy is None else numpy.random.get_state(legacy=False)
+    before = _states(generators)
     yield
-    if random.getstate() != python or (numpy is not None and repr(numpy.random.get_state(legacy=False)) != repr(array)):
+    if _states(generators) != before:
         raise RuntimeError(
             "the forward draws random numbers from Python or numpy, which a compiled step would do only once, when it "
             "is traced; draw them from torch, pass them in the batch, or build the Step with compile=False"
         )
+
+
+def _states(generators: Sequence[Any]) -> list[Any]:
+    numpy = sys.modules.get("numpy")
+    everyones = None if numpy is None else repr(numpy.random.get_state(legacy=False))
+    return [random.getstate(), everyones, *map(random_state, generators)]

@@ -7,7 +7,9 @@ quick: everything is compared as one flat list, by identity, in C.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from itertools import chain
 from operator import call, is_, itemgetter
 from typing import Any
@@ -27,6 +29,9 @@ class Watch:
         module: the model.
         roots: the functions that are traced: `losses`, schedules, the optimizer's.
         params: the model's own parameters, whose hooks run too.
+
+    Attributes:
+        generators: Python's and numpy's generators of random numbers that it may draw from.
     """
 
     def __init__(self, module: nn.Module, roots: Iterable[Callable[..., Any]], params: Sequence[Tensor]) -> None:
@@ -42,11 +47,9 @@ class Watch:
         self._getters = [itemgetter(*keys, keys[0]) if keys else _nothing for keys in self._keys]
         self._values = self._present_values()
         self._variables = [contents(cell) for cell, _ in self._cells]
-        self._containers = [
-            (name, value, _frozen(value))
-            for name, value in self._named_values()
-            if isinstance(value, list | dict | set)
-        ]
+        self._containers = [(name, value, _frozen(value)) for name, value in self._named_values() if _changeable(value)]
+        self._copies = list(_copies(value for _, value in self._named_values()))
+        self.generators = reading.generators
         self._modules = list(reading.modules.values())
         self._kinds = list(map(type, self._modules))
         self._absent = [
@@ -123,7 +126,14 @@ class Watch:
         return [change for change in self.changes() if change.split(" changed from ")[0] not in renewed]
 
     def undo(self) -> None:
-        """Put back every attribute and global that is no longer what it was."""
+        """Put back every attribute, global, closure's variable and container that is no longer what it was."""
+        for (cell, _), before in zip(self._cells, self._variables, strict=True):
+            if contents(cell) is not before:
+                cell.cell_contents = before
+        for container, inside in self._copies:
+            if len(container) != len(inside) or not all(map(is_, _flat(container), _flat(inside))):
+                container.clear()
+                container.extend(inside) if isinstance(container, list | deque) else container.update(inside)
         for place, held, before in self._now_and_before():
             if isinstance(held, dict):
                 for key in held.keys() - before.keys() - NEVER_READ if place.keys is None else ():
@@ -227,11 +237,31 @@ class _Identity:
         return id(self.held)
 
 
+def _changeable(value: Any, depth: int = 8) -> bool:
+    """Whether it is a container whose contents may change, or one that holds such."""
+    if isinstance(value, tuple) and depth:
+        return any(_changeable(inner, depth - 1) for inner in value)
+    return isinstance(value, list | dict | set | deque)
+
+
+def _copies(values: Iterable[Any], depth: int = 8) -> Iterator[tuple[Any, Any]]:
+    """Every container that may change, those inside others too, and a shallow copy of it."""
+    for value in values:
+        if isinstance(value, list | dict | set | deque):
+            yield value, copy(value)
+        if depth and isinstance(value, list | tuple | dict | deque):
+            yield from _copies(value.values() if isinstance(value, dict) else value, depth - 1)
+
+
+def _flat(container: Any) -> Iterable[Any]:
+    return chain.from_iterable(container.items()) if isinstance(container, dict) else container
+
+
 def _frozen(value: Any, depth: int = 8) -> Any:
     """A container's contents as a value to compare: plain values with their types, the rest by identity."""
     if isinstance(value, dict) and depth:
         return tuple((_frozen(key, 0), _frozen(inner, depth - 1)) for key, inner in value.items())
-    if isinstance(value, list | tuple) and depth:
+    if isinstance(value, list | tuple | deque) and depth:
         return (type(value), *(_frozen(inner, depth - 1) for inner in value))
     if isinstance(value, set | frozenset) and depth:
         return frozenset(_frozen(inner, depth - 1) for inner in value)

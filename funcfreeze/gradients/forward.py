@@ -43,5 +43,5 @@ def forward(evaluate: Evaluate, params: Sequence[Tensor], routing: Routing) -> F
 
 
 def _value(loss: Tensor) -> Tensor:
-    """The loss detached; one that is itself a parameter is copied, since a step may overwrite that."""
-    return loss.detach().clone() if loss.is_leaf else loss.detach()
+    """The loss detached; one that is itself a parameter, or a view of one, is copied: a step may overwrite that."""
+    return loss.detach().clone() if loss.is_leaf or loss._is_view() else loss.detach()

@@ -89,9 +89,10 @@ class _Exchange:
 
 
 def _register_hook(tensor: Tensor, hook: Callable[[Tensor], Any]) -> Any:
-    handle = _Exchange.original(tensor, hook)
     noticed = _noticed.get()
-    if noticed is not None:
+    before = 0 if noticed is None else noticed.registrations
+    handle = _Exchange.original(tensor, hook)  # comes back here first if there is a `TorchFunctionMode`
+    if noticed is not None and noticed.registrations == before:
         noticed.registrations += 1
         if _defined_in(hook) not in OBSERVERS:
             noticed.nodes.append(get_gradient_edge(tensor).node)

@@ -56,7 +56,10 @@ class Reference:
                 "a hook was registered during the forward, and torch.func does not run hooks on activations; use "
                 "engine='routed', which does"
             )
-        losses = {name: found.losses[index] for index, name in enumerate(routing.losses) if index in found.losses}
+        # clones: a loss that is a parameter, or a view of one, would change when a step overwrites that
+        losses = {
+            name: found.losses[index].clone() for index, name in enumerate(routing.losses) if index in found.losses
+        }
         check_differentiable([name for name in losses if name not in levels.differentiable], routing)
         gradients = [[found.gradients[index].get(leaf) for leaf in range(len(params))] for index in found.gradients]
         return SeparateOutcome(gradients[::-1], losses, levels.rebuild(found.rest))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from funcfreeze.optim.hyperparameters import LearningRate, Rate, rate_at, rate_near
 from funcfreeze.optim.skip import keep_if, unless
-from funcfreeze.optim.transform import Named, OptState, PyTree, Transform, by_path, lines, match
+from funcfreeze.optim.transform import Named, OptState, PyTree, Transform, apart, by_path, lines, match
 
 Entry = dict[str, Tensor]
 
@@ -36,7 +36,7 @@ class Rule:
         pure: `(param, grad, entry, rate) -> (update, new entry)`, out of place.
         fused: `(params, grads, entries, rate, found_inf) -> run`, for parameters of one device; `run()` overwrites
             parameters and entries by torch's fused kernel, or nothing if `found_inf` is there and 1. Gradients come in
-            any memory order, and may share memory with parameters.
+            any memory order.
         takes_sparse: whether gradients may be sparse.
         state_dtype: in which precision tensors are kept and all is computed; None for the parameter's own.
     """
@@ -94,6 +94,7 @@ def leafwise(rule: Rule, lr: LearningRate) -> Transform:
     ) -> Callable[[], OptState]:
         named = by_path(params)
         touched, entries, rate = prepare(grads, state, named, step)
+        touched = apart(touched, [named[path] for path in touched])
         fusable = () if _better_as_code(touched) else touched
         fused = {path: None for path in fusable if _fusable(rule, named[path], touched[path], entries[path])}
         runs = _fused_runs(rule, list(fused), named, touched, entries, rate, found_inf)

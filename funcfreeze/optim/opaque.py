@@ -38,19 +38,10 @@ def _computes_nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def readable(grads: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients in the parameters' memory order and dtype, and in memory that the kernel will not write to.
-
-    Gradients come in any order (expanded after a sum, transposed after a matmul), and an old-style
-    `autograd.Function` may return a parameter itself as another's gradient.
-    """
-    written = {_address(param) for param in params}
+    """The gradients in the parameters' memory order and dtype: they come in any (expanded after a sum, transposed)."""
     return [
         grad
-        if grad.stride() == param.stride() and grad.dtype == param.dtype and _address(grad) not in written
+        if grad.stride() == param.stride() and grad.dtype == param.dtype
         else torch.empty_like(param, requires_grad=False).copy_(grad)
         for grad, param in zip(grads, params, strict=True)
     ]
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()

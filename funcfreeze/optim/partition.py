@@ -11,6 +11,7 @@ from funcfreeze.optim.transform import (
     OptState,
     PyTree,
     Transform,
+    apart,
     by_path,
     in_place_options,
     lines,
@@ -147,11 +148,12 @@ def _build(
         step: int | Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> Callable[[], OptState]:
-        options = in_place_options(step, found_inf)
-        # Every part finds what is wrong before any part changes something.
+        options, named = in_place_options(step, found_inf), by_path(params)
+        # Every part finds what is wrong before any part changes something; and none changes what another reads.
+        grads = apart(match(grads, named), named.tensors.values())
         commits = {
             name: forms[name](part_grads, part_state, part_params, **options)
-            for name, part_grads, part_state, part_params in split(grads, state, by_path(params))
+            for name, part_grads, part_state, part_params in split(grads, state, named)
         }
         return lambda: {name: commit() for name, commit in commits.items()}
 

@@ -113,6 +113,20 @@ def by_path(tree: PyTree) -> Named:
     return Named(named, False, lambda values: optree.tree_unflatten(structure, [values.get(path) for path in paths]))
 
 
+def apart(given: Mapping[str, Tensor], params: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Gradients or updates, with copies of those that share memory with a parameter that is about to be overwritten.
+
+    An old-style `autograd.Function` may return a parameter itself as another's gradient.
+    """
+    memories = {_memory(param) for param in params} - {None}
+    return {path: tensor.clone() if _memory(tensor) in memories else tensor for path, tensor in given.items()}
+
+
+def _memory(tensor: Tensor) -> int | None:
+    """Its storage, the same for all tensors that share it, also while a compiler traces; None if it is sparse."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
+
+
 def match(given: PyTree, params: Named, *, noun: str = "gradient") -> dict[str, Tensor]:
     """The gradients (or updates) that are there, by path, each found to fit its parameter."""
     named = by_path(given)

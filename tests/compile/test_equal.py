@@ -238,13 +238,60 @@ def test_optimizers(optimizer, depth):
     assert_same_displacement(state, start, wanted)
 
 
-def test_onednns_lstm_makes_place_for_torchs():
+class AgainInTheBackward(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("wrapped", [lambda inner: inner, AgainInTheBackward], ids=["plain", "checkpointed"])
+def test_onednns_lstm_makes_place_for_torchs(wrapped):
     """In float32 torch has one of oneDNN on the CPU, which cannot be traced; in float64 there is none."""
-    model, given = Net(Recurrent(nn.LSTM)).float(), [(x.float(), label, domain) for x, label, domain in batches(6, 6)]
+    given = [(x.float(), label, domain) for x, label, domain in batches(6, 6)]
+    model = Net(wrapped(Recurrent(nn.LSTM))).float()
     start = {path: parameter.detach().clone() for path, parameter in model.named_parameters()}
     wanted, _ = recipe_run(model, losses, WEIGHTS, given, sgd)
     state, _ = step_run(ff.Step(model, losses, ROUTES, optimizer=ff.optim.sgd(0.1, momentum=0.9), compile=GRAPH), given)
     assert_same_displacement(state, start, wanted, rtol=1e-3)
+
+
+class Swaps(torch.autograd.Function):
+    """Returns parameters themselves as each other's gradients."""
+
+    @staticmethod
+    def forward(ctx, *params):
+        ctx.save_for_backward(*params)
+        return sum(param.sum() for param in params)
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        first, *rest = ctx.saved_tensors
+        return *rest, first
+
+
+@pytest.mark.parametrize("compile", [GRAPH, False])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda: ff.optim.sgd(0.5),
+        lambda: ff.optim.partition({"0": ff.optim.sgd(0.5), ff.path("*") - "0": ff.optim.sgd(0.5)}),
+    ],
+    ids=["sgd", "partition"],
+)
+def test_gradients_that_are_parameters(optimizer, compile):
+    """More of them than one kernel takes, and parts of an optimizer that are written one after the other."""
+    module = nn.ParameterList([nn.Parameter(torch.randn(3)) for _ in range(40)])
+    start = [param.detach().clone() for param in module]
+    step = ff.Step(
+        module, lambda model, batch: {"a": Swaps.apply(*model)}, {"a": "*"}, optimizer=optimizer(), compile=compile
+    )
+    state, _ = step(step.init(), None)
+    for index, param in enumerate(start):
+        wanted = param - 0.5 * start[(index + 1) % len(start)]
+        torch.testing.assert_close(state.params[str(index)], wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_optimizers_in_combination_equal_eager_steps():

@@ -93,6 +93,29 @@ def test_no_more_products_than_by_hand(name):
     assert 0 < in_our_graph(WORKLOADS[name]()) <= by_hand(WORKLOADS[name]())
 
 
+@pytest.mark.parametrize("hooked", ["an activation", "a parameter"])
+def test_a_hook_keeps_no_more_apart_than_eagerly(hooked):
+    counts, linear = [], torch.nn.Linear
+    model = torch.nn.ModuleDict(
+        {"trunk": torch.nn.Sequential(*[linear(4, 4) for _ in range(6)]), "a": linear(4, 1), "b": linear(4, 1)}
+    )
+    if hooked == "a parameter":
+        model["a"].weight.register_hook(lambda grad: grad * 2)
+
+    def losses(model, x):
+        h = model["trunk"](x)
+        seen = h * 1.0
+        if hooked == "an activation":
+            seen.register_hook(lambda grad: grad * 2)
+        return {"a": model["a"](seen).sum(), "b": model["b"](h).sum()}
+
+    step = ff.Step(
+        model, losses, {"a": "*", "b": "*"}, optimizer=ff.optim.sgd(0.1), compile={"backend": counting(counts)}
+    )
+    step(step.init(), torch.randn(3, 4))
+    assert counts == [23]  # 8 forward, 8 for weights, 7 for activations; with the losses apart 34
+
+
 @pytest.mark.parametrize("make", [ff.optim.adam, partial(ff.optim.sgd, momentum=0.9)])
 def test_optimizers_kernels_overwrite_a_bounded_number_of_parameters_each(make):
     """Passes of the compiler take time that grows with the square of that number."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
+import sys
 import types
 
 import pytest
@@ -114,6 +117,158 @@ def test_a_change_is_seen(change, backend):
         for path in after:
             torch.testing.assert_close(params[path], after[path])
         assert compiled.traces == 1 + traces * (turn >= 2)
+
+
+@dataclasses.dataclass(slots=True)
+class InSlots:
+    rate: float = 1.0
+
+
+class BehindGetattr:
+    def __init__(self):
+        self.__dict__["options"] = {"rate": 1.0}
+
+    def __getattr__(self, key):
+        return self.__dict__["options"][key]
+
+    def __setattr__(self, key, value):
+        self.__dict__["options"][key] = value
+
+
+class BehindGetitem:
+    def __init__(self):
+        self.options = {"rate": 1.0}
+
+    def __getitem__(self, key):
+        return self.options[key]
+
+
+def imported():
+    from settings_of_a_test import rate
+
+    return rate
+
+
+def readers():
+    """How a factor is read, and how to make it 2, in places further away."""
+    slots, attributes, items = InSlots(), BehindGetattr(), BehindGetitem()
+    inside, queue, named = ({"rate": 1.0},), collections.deque([1.0]), types.SimpleNamespace(rate=1.0)
+    module = types.ModuleType("settings_of_a_test")
+    module.rate = 1.0
+    sys.modules[module.__name__] = module
+    return {
+        "slots": (lambda: slots.rate, lambda: setattr(slots, "rate", 2.0)),
+        "__getattr__": (lambda: attributes.rate, lambda: setattr(attributes, "rate", 2.0)),
+        "__getitem__": (lambda: items["rate"], lambda: items.options.update(rate=2.0)),
+        "a dict in a tuple": (lambda: inside[0]["rate"], lambda: inside[0].update(rate=2.0)),
+        "a deque": (lambda: queue[0], lambda: queue.__setitem__(0, 2.0)),
+        "an import": (imported, lambda: setattr(module, "rate", 2.0)),
+        "getattr": (lambda: getattr(named, "rate"), lambda: setattr(named, "rate", 2.0)),  # noqa: B009
+    }
+
+
+@pytest.mark.parametrize("place", readers())
+def test_a_change_further_away_is_seen(place):
+    read, change = readers()[place]
+    step = ff.Step(
+        nn.Linear(4, 1),
+        lambda model, x: {"a": model(x).sum() * read()},
+        {"a": "*"},
+        optimizer=ff.optim.sgd(0.0),
+        compile={"backend": "aot_eager"},
+    )
+    state, x = step.init(), torch.randn(3, 4)
+    for _ in range(2):
+        state, before = step(state, x)
+    assert step.traces == 1
+    change()
+    state, after = step(state, x)
+    torch.testing.assert_close(after["a"], 2 * before["a"])
+    assert step.traces == 2
+
+
+class Teacher(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(1.0))
+        self.weight = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x):
+        return x * self.scale * self.weight
+
+
+def test_parameters_and_buffers_of_another_module_are_read_at_every_step():
+    teacher = Teacher()
+    step = ff.Step(
+        nn.Linear(4, 1),
+        lambda model, x: {"a": (model(x) * teacher(x).detach()).sum()},
+        {"a": "*"},
+        optimizer=ff.optim.sgd(0.0),
+        compile={"backend": "aot_eager"},
+    )
+    state, x = step.init(), torch.randn(3, 4)
+    state, before = step(state, x)
+    for change, factor in (
+        (lambda: setattr(teacher, "scale", torch.tensor(3.0)), 3.0),
+        (lambda: teacher.scale.mul_(2.0), 6.0),
+        (lambda: setattr(teacher, "weight", nn.Parameter(torch.tensor(0.5))), 3.0),
+        (lambda: teacher.load_state_dict({"scale": torch.tensor(7.0), "weight": torch.tensor(1.0)}, assign=True), 7.0),
+    ):
+        change()
+        state, after = step(state, x)
+        torch.testing.assert_close(after["a"], factor * before["a"])
+    assert step.traces == 1
+
+
+def test_a_tensor_that_was_one_of_the_states_and_is_another_now():
+    found = []
+    for compile in ({"backend": "aot_eager"}, False):
+        model, held = nn.Linear(4, 1), types.SimpleNamespace()
+        step = ff.Step(
+            model,
+            lambda model, x, held=held: {"a": (model(x) * held.target.sum()).sum()},
+            {"a": "*"},
+            optimizer=ff.optim.sgd(0.1),
+            compile=compile,
+        )
+        state = step.init()
+        state = state.replace(params={path: torch.ones_like(tensor) for path, tensor in state.params.items()})
+        held.target = state.params["weight"]
+        state, _ = step(state, torch.ones(3, 4))
+        held.target = torch.ones(1, 4)
+        state, metrics = step(state, torch.ones(3, 4))
+        found.append(metrics["a"])
+    torch.testing.assert_close(*found)
+
+
+def test_the_order_of_keys_in_the_batch():
+    step = ff.Step(
+        nn.Linear(4, 1),
+        lambda model, batch: {"a": model(next(iter(batch.values()))).sum()},
+        {"a": "*"},
+        optimizer=ff.optim.sgd(0.0),
+        compile={"backend": "aot_eager"},
+    )
+    state, x, y = step.init(), torch.randn(3, 4), torch.randn(3, 4)
+    for batch in ({"a": x, "b": y}, {"b": y, "a": x}, {"a": x, "b": y}):
+        state, metrics = step(state, batch)
+        first = next(iter(batch.values()))
+        torch.testing.assert_close(metrics["a"], step.call(state, lambda model, first=first: model(first).sum()))
+    assert step.traces == 2
+
+
+def test_the_default_device_holds_in_a_trace():
+    def losses(model, x):
+        return {"a": model(x).sum()}, {"device": torch.ones(2).device.type}
+
+    step = ff.Step(nn.Linear(4, 1), losses, {"a": "*"}, optimizer=ff.optim.sgd(0.0), compile={"backend": "aot_eager"})
+    state = step.init()
+    state, metrics = step(state, torch.randn(3, 4))
+    assert metrics["device"] == "cpu"
+    with torch.device("meta"):
+        state, metrics = step(state, torch.randn(3, 4, device="cpu"))
+    assert metrics["device"] == "meta"
+    assert step.traces == 2
 
 
 def test_back_and_forth_is_traced_once_each():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import random
 import time
 import types
@@ -153,8 +154,24 @@ def draws_in_python(model, batch):
     return {"loss": model(batch).sum() * random.random()}
 
 
+GENERATORS = types.SimpleNamespace(python=random.Random(), numpy=np.random.default_rng())
+
+
+def draws_from_an_object_of_python(model, batch):
+    return {"loss": model(batch).sum() * GENERATORS.python.random()}
+
+
+def draws_from_an_object_of_numpy(model, batch):
+    return {"loss": model(batch).sum() * GENERATORS.numpy.random()}
+
+
 def appends(model, batch):
     model.seen.append(model(batch).detach())
+    return {"loss": model(batch).sum()}
+
+
+def queues(model, batch):
+    model.queue.append(model(batch).detach())
     return {"loss": model(batch).sum()}
 
 
@@ -164,14 +181,80 @@ def appends(model, batch):
         (returns_an_object, TypeError, r"a metric holds SimpleNamespace.*tensors, numbers and strings.*compile=False"),
         (returns_a_clock, RuntimeError, r"the metric 'time' is a Python number that differs each time.*tensor"),
         (draws_in_python, RuntimeError, r"draws random numbers from Python or numpy.*compile=False"),
+        (draws_from_an_object_of_python, RuntimeError, r"draws random numbers from Python or numpy.*compile=False"),
+        (draws_from_an_object_of_numpy, RuntimeError, r"draws random numbers from Python or numpy.*compile=False"),
         (appends, RuntimeError, r"(?s)changes Python values.*seen was changed in place"),
+        (queues, RuntimeError, r"(?s)changes Python values.*queue was changed in place"),
     ],
 )
 def test_losses(losses, kind, message):
     model = nn.Linear(4, 4)
-    model.seen = []
+    model.seen, model.queue = [], collections.deque([1])
     step = make(model, losses)
     with pytest.raises(kind, match=message):
+        step(step.init(), torch.randn(3, 4))
+    assert model.seen == []
+    assert list(model.queue) == [1]
+
+
+def test_counting_in_a_closure():
+    calls = 0
+
+    def losses(model, batch):
+        nonlocal calls
+        calls += 1
+        return {"loss": model(batch).sum()}
+
+    step = make(nn.Linear(4, 4), losses)
+    with pytest.raises(RuntimeError, match="(?s)changes Python values.*calls in the closure of .*from 0 to 1"):
+        step(step.init(), torch.randn(3, 4))
+    assert calls == 0
+
+
+def test_another_module_that_reassigns_a_buffer():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("n", torch.tensor(0.0))
+
+        def forward(self, x):
+            self.n = self.n + 1
+            return x * self.n
+
+    other = Counts()
+    step = make(nn.Linear(4, 4), lambda model, batch: {"loss": other(model(batch)).sum()})
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"(?s)changes Python values.*n changed.*buffers"):
+            step(step.init(), torch.randn(3, 4))
+        assert type(other.n) is torch.Tensor
+        assert float(other.n) == 0
+
+
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_more_sizes_than_torch_allows():
+    step = ff.Step(
+        nn.Linear(4, 4),
+        lambda model, batch: {"loss": model(batch).sum()},
+        {"loss": "*"},
+        optimizer=ff.optim.sgd(0.1),
+        compile={"backend": "aot_eager", "dynamic": False},
+    )
+    state = step.init()
+    for size in (2, 3):
+        state, _ = step(state, torch.randn(size, 4))
+    with pytest.raises(RuntimeError, match=r"as many different sizes.*recompile_limit.*pad batches"):
+        step(state, torch.randn(4, 4))
+
+
+def test_an_optimizer_of_torchs_that_asks_for_values():
+    step = ff.Step(
+        nn.Linear(4, 4),
+        lambda model, batch: {"loss": model(batch).sum()},
+        {"loss": "*"},
+        optimizer=ff.optim.from_torch(torch.optim.Adam, lr=ff.optim.linear_schedule(0.1, 0.2, 5)),
+        compile={"backend": "aot_eager"},
+    )
+    with pytest.raises(RuntimeError, match=r"in the optimizer: Python asks.*funcfreeze.optim.*compile=False"):
         step(step.init(), torch.randn(3, 4))
 
 

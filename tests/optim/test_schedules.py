@@ -36,7 +36,9 @@ CASES = [
     (dann_schedule(30), lambda step: 2 / (1 + math.exp(-10 * min(step / 30, 1))) - 1),
     (-0.3 * dann_schedule(30, gamma=5), lambda step: -0.3 * (2 / (1 + math.exp(-5 * min(step / 30, 1))) - 1)),
 ]
-every_schedule = pytest.mark.parametrize(("schedule", "formula"), CASES, ids=lambda case: repr(case)[:30])
+every_schedule = pytest.mark.parametrize(
+    ("schedule", "formula"), CASES, ids=[str(index) for index in range(len(CASES))]
+)
 
 
 @every_schedule
