@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,8 +165,14 @@ def setting(data: Mapping[str, Any]) -> str:
     return (
         f"{place}; {', '.join(named)}; {data['date']}. Medians of {data['rounds']} rounds in which every contender "
         "runs once, in one process; float32; Adam fused in every torch contender. Reproduce with"
-        f" `{data['command']}`."
+        f" `{data['command']}`." + _taken_again(data.get("again", []))
     )
+
+
+def _taken_again(commands: Sequence[str]) -> str:
+    """Which runs gave times that stand in the place of the first ones."""
+    listed = " and ".join(f"`{command}`" for command in commands)
+    return f" Some times were taken again when the machine was quieter, by {listed}." if commands else ""
 
 
 def document(data: Mapping[str, Any], picture: str) -> str:

@@ -142,7 +142,7 @@ class Program:
             assert state is not None, "called outside of a step"
             if not self._cuda_graphs:
                 return _filled(returned, run(*given, *state.tensors, *outside.tensors(state)))
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # torch's
             computed = run(*given, *state.tensors, *outside.tensors(state))
             return _filled(returned, [tensor.clone() for tensor in computed])  # the next replay overwrites them
 
@@ -267,5 +267,5 @@ def _one_call(f: Callable[..., list[Tensor]], inputs: int, outputs: int, static:
     graph.output(tuple(graph.call_function(operator.getitem, (call, index)) for index in range(outputs)))
     module = GraphModule({}, graph)
     module.meta["dynamo_compile_id"] = CompileContext.current_compile_id()
-    module._param_name_to_source = {}  # type: ignore[assignment]
+    module._param_name_to_source = {}  # type: ignore[assignment]  # Dynamo sets it, nn.Module types it
     return module

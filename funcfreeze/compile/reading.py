@@ -182,7 +182,7 @@ class Reading:
 def random_state(value: Any) -> str | None:
     """The state of one of Python's or numpy's generators of random numbers, to be compared; None for other values."""
     if isinstance(value, random.Random):
-        return repr(value.getstate())
+        return None if isinstance(value, random.SystemRandom) else repr(value.getstate())  # that one has no state
     numpy = sys.modules.get("numpy")
     if numpy is None:
         return None

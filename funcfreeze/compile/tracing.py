@@ -182,7 +182,7 @@ class RecurrentLayers(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def __exit__(self, *raised: Any) -> None:
-        super().__exit__(*raised)  # type: ignore[no-untyped-call]
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]  # torch's
         self._rest.close()
 
     def again(self) -> AbstractContextManager[None]:

@@ -46,7 +46,7 @@ class Watch:
         # `itemgetter` gives no tuple for a single key; a key that is read again does no harm
         self._getters = [itemgetter(*keys, keys[0]) if keys else _nothing for keys in self._keys]
         self._values = self._present_values()
-        self._variables = [contents(cell) for cell, _ in self._cells]
+        self._variables = self._present_variables()
         self._containers = [(name, value, _frozen(value)) for name, value in self._named_values() if _changeable(value)]
         self._copies = list(_copies(value for _, value in self._named_values()))
         self.generators = reading.generators
@@ -87,7 +87,10 @@ class Watch:
         if not all(held.get(key) is None for held, key in self._absent):
             return False
         rest = chain(self._changed_variables(), self._changed_containers(), self._changed_hooks())
-        return not any(True for _ in rest)
+        if any(True for _ in rest):
+            return False
+        self._variables = self._present_variables()  # as with values; a further trace puts back what is there now
+        return True
 
     def where(self, tensor: Tensor) -> tuple[str, Callable[[], Tensor]] | None:
         """The name of the one place that holds a tensor, and how to read what is there now.
@@ -95,13 +98,13 @@ class Watch:
         None if it is nowhere, or in several places; those are then watched for other tensors.
         """
         found: list[tuple[str, Callable[[], Tensor]]] = [
-            (_full_name(place, key), lambda held=held, key=key: held[key])  # type: ignore[misc]
+            (_full_name(place, key), lambda held=held, key=key: held[key])  # type: ignore[misc]  # bound now
             for place, held, known in self._now_and_before()
             for key, value in known.items()
             if value is tensor
         ]
         found += [
-            (name, lambda cell=cell: contents(cell))  # type: ignore[misc]
+            (name, lambda cell=cell: contents(cell))  # type: ignore[misc]  # bound now
             for (cell, name), value in zip(self._cells, self._variables, strict=True)
             if value is tensor
         ]
@@ -131,7 +134,7 @@ class Watch:
             if contents(cell) is not before:
                 cell.cell_contents = before
         for container, inside in self._copies:
-            if len(container) != len(inside) or not all(map(is_, _flat(container), _flat(inside))):
+            if not _same_inside(container, inside):
                 container.clear()
                 container.extend(inside) if isinstance(container, list | deque) else container.update(inside)
         for place, held, before in self._now_and_before():
@@ -142,6 +145,9 @@ class Watch:
 
     def _present_values(self) -> list[Any]:
         return list(chain.from_iterable(map(call, self._getters, self._spaces)))
+
+    def _present_variables(self) -> list[Any]:
+        return [contents(cell) for cell, _ in self._cells]
 
     def _now_and_before(self) -> Iterator[tuple[Place, Mapping[str, Any], dict[str, Any]]]:
         values = iter(self._values)
@@ -253,8 +259,12 @@ def _copies(values: Iterable[Any], depth: int = 8) -> Iterator[tuple[Any, Any]]:
             yield from _copies(value.values() if isinstance(value, dict) else value, depth - 1)
 
 
-def _flat(container: Any) -> Iterable[Any]:
-    return chain.from_iterable(container.items()) if isinstance(container, dict) else container
+def _same_inside(one: Any, other: Any) -> bool:
+    """Whether two containers of one kind hold the same objects; sets in any order."""
+    if isinstance(one, set):
+        return set(map(id, one)) == set(map(id, other))
+    pair = [chain.from_iterable(each.items()) if isinstance(each, dict) else each for each in (one, other)]
+    return len(one) == len(other) and all(map(is_, *pair))
 
 
 def _frozen(value: Any, depth: int = 8) -> Any:

@@ -163,7 +163,7 @@ def readers():
         "a dict in a tuple": (lambda: inside[0]["rate"], lambda: inside[0].update(rate=2.0)),
         "a deque": (lambda: queue[0], lambda: queue.__setitem__(0, 2.0)),
         "an import": (imported, lambda: setattr(module, "rate", 2.0)),
-        "getattr": (lambda: getattr(named, "rate"), lambda: setattr(named, "rate", 2.0)),  # noqa: B009
+        "getattr": (lambda: getattr(named, "rate"), lambda: setattr(named, "rate", 2.0)),  # noqa: B009  # the point
     }
 
 
@@ -239,6 +239,26 @@ def test_a_tensor_that_was_one_of_the_states_and_is_another_now():
         state, metrics = step(state, torch.ones(3, 4))
         found.append(metrics["a"])
     torch.testing.assert_close(*found)
+
+
+def test_a_variable_that_was_rebound_stays_so_when_a_new_size_is_traced():
+    target = torch.ones(4)
+    step = ff.Step(
+        nn.Linear(4, 4),
+        lambda model, x: {"a": (model(x) * target).sum()},
+        {"a": "*"},
+        optimizer=ff.optim.sgd(0.0),
+        compile={"backend": "aot_eager"},
+    )
+    state = step.init()
+    for size, value in ((3, 1.0), (3, 2.0), (5, 3.0), (5, 4.0)):
+        target = given = torch.full((4,), value)
+        x = torch.randn(size, 4)
+        state, metrics = step(state, x)
+        assert target is given
+        wanted = step.call(state, lambda model, x=x, given=given: (model(x) * given).sum())
+        torch.testing.assert_close(metrics["a"], wanted)
+    assert step.traces == 2
 
 
 def test_the_order_of_keys_in_the_batch():
@@ -391,7 +411,7 @@ class Trainer:
     def weight(self):
         return self.alpha
 
-    def losses(self, model, batch, *, options={"factor": 1.0}):  # noqa: B006
+    def losses(self, model, batch, *, options={"factor": 1.0}):  # noqa: B006  # the point
         return {"loss": (model(batch) * self.weight() * options["factor"]).sum()}
 
 

@@ -154,11 +154,11 @@ def draws_in_python(model, batch):
     return {"loss": model(batch).sum() * random.random()}
 
 
-GENERATORS = types.SimpleNamespace(python=random.Random(), numpy=np.random.default_rng())
+GENERATORS = types.SimpleNamespace(python=random.Random(), numpy=np.random.default_rng(), system=random.SystemRandom())
 
 
 def draws_from_an_object_of_python(model, batch):
-    return {"loss": model(batch).sum() * GENERATORS.python.random()}
+    return {"loss": model(batch).sum() * GENERATORS.python.random() * (GENERATORS.system is not None)}
 
 
 def draws_from_an_object_of_numpy(model, batch):
