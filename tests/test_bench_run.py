@@ -97,6 +97,13 @@ def test_tables_name_what_is_absent_and_where_we_lose(data):
     assert "not measured" in table.table(data, "memory")
 
 
+def test_runs_that_were_taken_again_are_named(data):
+    assert "again" not in table.setting(data)
+    assert table.setting({**data, "again": ["one", "two"]}).endswith(
+        "when the machine was quieter, by `one` and `two`."
+    )
+
+
 def test_a_report_is_made_from_the_json_alone(data, tmp_path):
     pytest.importorskip("matplotlib")
     file, readme = tmp_path / "found.json", tmp_path / "README.md"
