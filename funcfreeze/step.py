@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from funcfreeze.compile import CompiledStep, resolve
 from funcfreeze.compile.layout import Listed
-from funcfreeze.computation import Computation, Losses, not_sharing
-from funcfreeze.functional import FunctionalModule, as_module, module_leaves, refuse_unusable
+from funcfreeze.computation.computation import Computation, Losses, not_sharing
+from funcfreeze.computation.loss_scale import LossScale
+from funcfreeze.computation.specification import Specification, check_fits
+from funcfreeze.computation.state import Lease, State, lease_of, listing_of, make_state
+from funcfreeze.declare.plan import Plan, resolve_plan
 from funcfreeze.gradients import Routing, find_engine
-from funcfreeze.loss_scale import LossScale
+from funcfreeze.model.functional import FunctionalModule, as_module, module_leaves, refuse_unusable
 from funcfreeze.optim import Transform
-from funcfreeze.plan import Plan, resolve_plan
-from funcfreeze.specification import Specification, check_fits
-from funcfreeze.state import Lease, State, lease_of, listing_of, make_state
 
 
 @dataclass(frozen=True, eq=False, init=False, repr=False)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import funcfreeze as ff
-from funcfreeze.differentiate import grad_and_value
+from funcfreeze.declare.plan import resolve_plan
+from funcfreeze.declare.selectors import Leaf
 from funcfreeze.gradients import ENGINES, Routing
-from funcfreeze.plan import resolve_plan
-from funcfreeze.selectors import Leaf
+from funcfreeze.loops.differentiate import grad_and_value
 from oracle import Table, oracle, summed
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from funcfreeze.declare.plan import Plan
 from funcfreeze.demos import adversarial, seeds, speed
 from funcfreeze.demos.commands import app
-from funcfreeze.plan import Plan
-from funcfreeze.report import Check, Report
+from funcfreeze.proof.report import Check, Report
 
 MEASURES = {"source_accuracy", "target_accuracy", "domain_probe"}
 TINY = ["--steps", "3", "--speed-seconds", "0"]

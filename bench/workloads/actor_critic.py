@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def actor_critic(width: int = 64, observations: int = 8, actions: int = 4, size:
     def in_jax() -> Callable[..., Any]:
         from bench.in_jax import actor_critic as written
 
-        return written.losses
+        return partial(written.losses, entropy=ENTROPY)
 
     split = MultiTask(lambda model, batch: model["trunk"](batch[0]), _losses, shared="trunk")
     model = {

@@ -11,7 +11,7 @@ from funcfreeze.compile.form import Form
 from funcfreeze.compile.layout import Layout, Listed
 from funcfreeze.compile.options import Options
 from funcfreeze.compile.watch import Watch
-from funcfreeze.computation import Computation
+from funcfreeze.computation.computation import Computation
 
 if TYPE_CHECKING:  # the real import, of half of torch's compiler and of sympy, waits for the first trace
     from funcfreeze.compile.program import Program, Returned

@@ -22,7 +22,7 @@ from funcfreeze.compile.options import Options
 from funcfreeze.compile.reading import PLAIN
 from funcfreeze.compile.tracing import Outside, RecurrentLayers, in_trace, no_randomness_of_python, stand_ins
 from funcfreeze.compile.watch import Watch
-from funcfreeze.computation import Computation, Computed
+from funcfreeze.computation.computation import Computation, Computed
 
 KEPT_BYTES = 2**18
 """Gradients of this size on the CPU stay allocated until the next step starts; see `Lease.gradients`."""

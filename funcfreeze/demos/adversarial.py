@@ -14,7 +14,7 @@ import funcfreeze as ff
 from funcfreeze.demos.digits import Batch, Domains, Images, batches, two_domains
 from funcfreeze.demos.probe import domain_probe
 from funcfreeze.demos.threads import one_thread
-from funcfreeze.report import Report
+from funcfreeze.proof.report import Report
 
 Modules = dict[str, nn.Module]
 

@@ -11,7 +11,7 @@ from typing import Any
 from funcfreeze.demos.adversarial import Settings
 from funcfreeze.demos.speed import Timings
 from funcfreeze.demos.trials import MEASURES, Trials
-from funcfreeze.report import Report
+from funcfreeze.proof.report import Report
 
 KEYS = {
     "recipe": "recipe_ms",

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import sympy
 
-from funcfreeze.equations import verify_equations
-from funcfreeze.report import Report
+from funcfreeze.proof.equations import verify_equations
+from funcfreeze.proof.report import Report
 
 
 def seed_reports() -> list[Report]:

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from funcfreeze.declare.plan import Plan
+from funcfreeze.declare.routes import UNIT, Weight, weight_value
 from funcfreeze.gradients.weights import LossWeights
-from funcfreeze.plan import Plan
-from funcfreeze.routes import UNIT, Weight, weight_value
 
 Evaluate = Callable[[list[Tensor]], tuple[Any, Any]]
 """The forward: parameters in the routing's order -> (what the user's `losses` returned, anything else)."""

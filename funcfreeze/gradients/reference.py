@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
+from funcfreeze.declare.routes import scalar_like
 from funcfreeze.gradients.hooks import noticing_hooks
 from funcfreeze.gradients.law import Evaluate, Outcome, Routing, SeparateOutcome
 from funcfreeze.gradients.returned import check_differentiable, check_losses
 from funcfreeze.gradients.seed import seed_of
 from funcfreeze.gradients.weights import UNIT_WEIGHT, LossWeights
-from funcfreeze.routes import scalar_like
 
 
 class Reference:

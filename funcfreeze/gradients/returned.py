@@ -8,9 +8,9 @@ from typing import Any
 import optree
 from torch import Tensor
 
+from funcfreeze.declare.plan import raise_problems
+from funcfreeze.declare.selectors import closest
 from funcfreeze.gradients.law import Routing
-from funcfreeze.plan import raise_problems
-from funcfreeze.selectors import closest
 
 
 def check_losses(returned: Any, routing: Routing) -> list[Tensor | None]:

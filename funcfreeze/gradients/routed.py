@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from funcfreeze.declare.routes import scalar_like
 from funcfreeze.gradients.forward import forward
 from funcfreeze.gradients.graph import Graph, gradient_edge, read_graph
 from funcfreeze.gradients.hooks import noticing_hooks
@@ -16,7 +17,6 @@ from funcfreeze.gradients.law import Evaluate, Outcome, Routing, SeparateOutcome
 from funcfreeze.gradients.passes import Captured, Entry, Pass, plan_passes
 from funcfreeze.gradients.seed import seed_of
 from funcfreeze.gradients.weights import UNIT_WEIGHT
-from funcfreeze.routes import scalar_like
 
 
 class Routed:

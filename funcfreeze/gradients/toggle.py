@@ -10,11 +10,11 @@ from collections.abc import Set as AbstractSet
 
 from torch import Tensor
 
+from funcfreeze.declare.routes import scalar_like
 from funcfreeze.gradients.forward import forward
 from funcfreeze.gradients.law import Evaluate, Outcome, Routing, SeparateOutcome
 from funcfreeze.gradients.seed import seed_of
 from funcfreeze.gradients.weights import UNIT_WEIGHT
-from funcfreeze.routes import scalar_like
 
 
 def accumulate(

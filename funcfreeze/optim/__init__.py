@@ -1,13 +1,6 @@
 """Optimizers as pure transformations of gradients, with torch.optim's names and numbers, in optax's grammar."""
 
-from funcfreeze.optim.adam import adam, adamw
-from funcfreeze.optim.chain import chain
-from funcfreeze.optim.clip import clip_by_global_norm
-from funcfreeze.optim.partition import partition
-from funcfreeze.optim.sgd import sgd
-from funcfreeze.optim.torch_optimizer import from_torch
-from funcfreeze.optim.transform import Transform, apply_updates
-from funcfreeze.schedules import (
+from funcfreeze.declare.schedules import (
     Schedule,
     constant_schedule,
     cosine_decay_schedule,
@@ -16,6 +9,13 @@ from funcfreeze.schedules import (
     warmup_constant_schedule,
     warmup_cosine_decay_schedule,
 )
+from funcfreeze.optim.adam import adam, adamw
+from funcfreeze.optim.chain import chain
+from funcfreeze.optim.clip import clip_by_global_norm
+from funcfreeze.optim.partition import partition
+from funcfreeze.optim.sgd import sgd
+from funcfreeze.optim.torch_optimizer import from_torch
+from funcfreeze.optim.transform import Transform, apply_updates
 
 __all__ = [
     "Schedule",

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from funcfreeze.declare.selectors import Leaf
 from funcfreeze.optim.skip import keep_if
 from funcfreeze.optim.transform import OptState, PyTree, Transform, in_place_options
-from funcfreeze.selectors import Leaf
 
 
 def chain(*transforms: Transform) -> Transform:

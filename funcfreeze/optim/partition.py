@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
+from funcfreeze.declare.selectors import Leaf, RouteError, Selector, label, resolve, to_selector
 from funcfreeze.optim.transform import (
     Named,
     OptState,
@@ -17,7 +18,6 @@ from funcfreeze.optim.transform import (
     lines,
     match,
 )
-from funcfreeze.selectors import Leaf, RouteError, Selector, label, resolve, to_selector
 
 Claims = Mapping[str, tuple[str, ...]]  # path -> the labels of all parts whose selector takes it
 
@@ -37,7 +37,7 @@ def partition(parts: Mapping[Selector | str, Transform]) -> Transform:
     >>> partition({"encoder": sgd(0.1), "*.weight": adam(1e-3)}).init({**params, "head.bias": torch.zeros(1)})
     Traceback (most recent call last):
         ...
-    funcfreeze.selectors.RouteError: partition: every parameter belongs to exactly one part:
+    funcfreeze.declare.selectors.RouteError: partition: every parameter belongs to exactly one part:
       encoder.weight: claimed by encoder and *.weight
       head.bias: claimed by none of encoder, *.weight
     """

@@ -10,8 +10,8 @@ import optree
 import torch
 from torch import Tensor
 
-from funcfreeze.pytree import flatten_by_path
-from funcfreeze.selectors import Leaf, closest
+from funcfreeze.declare.selectors import Leaf, closest
+from funcfreeze.model.pytree import flatten_by_path
 
 PyTree = Any  # of tensors: a tensor, or nested containers of them that optree knows
 OptState = Any  # a pytree whose structure is the transform's own affair

@@ -8,7 +8,7 @@ import pytest
 
 from funcfreeze.demos import seeds
 from funcfreeze.gradients import ENGINES
-from funcfreeze.report import Report
+from funcfreeze.proof.report import Report
 
 
 def gradients(report: Report) -> dict[str, list[str]]:

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from trajectories import assert_close, gradients, in_place_displacements, pure_displacements, start, torch_displacements
 
+from funcfreeze.declare.selectors import Leaf, RouteError, kind, path, where
 from funcfreeze.optim import adam, adamw, chain, clip_by_global_norm, from_torch, linear_schedule, partition, sgd
-from funcfreeze.selectors import Leaf, RouteError, kind, path, where
 
 FORMS = [pure_displacements, in_place_displacements]
 

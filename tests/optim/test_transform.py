@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from trajectories import assert_close, gradients, pure_displacements, start
 
+from funcfreeze.declare.selectors import path
 from funcfreeze.optim import adam, adamw, apply_updates, chain, clip_by_global_norm, from_torch, partition, sgd
-from funcfreeze.selectors import path
 
 TRANSFORMS = {
     "sgd": sgd(0.1),

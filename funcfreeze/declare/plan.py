@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcfreeze.plan_table import format_plan
-from funcfreeze.routes import Declaration, Route, Weight, declare
-from funcfreeze.schedules import Schedule
-from funcfreeze.selectors import Leaf, RouteError, label, resolve
+from funcfreeze.declare.plan_table import format_plan
+from funcfreeze.declare.routes import Declaration, Route, Weight, declare
+from funcfreeze.declare.schedules import Schedule
+from funcfreeze.declare.selectors import Leaf, RouteError, label, resolve
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Plan:
 
     >>> from torch import nn
     >>> net = nn.ModuleDict({"encoder": nn.Linear(4, 2), "head": nn.Linear(2, 1)})
-    >>> from funcfreeze.functional import module_leaves
+    >>> from funcfreeze.model.functional import module_leaves
     >>> plan = resolve_plan({"cls": "*", "adv": {"encoder": -0.1}}, module_leaves(net))
     >>> print(plan)
     parameter       elements  cls   adv

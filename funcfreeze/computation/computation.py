@@ -11,13 +11,13 @@ import optree
 import torch
 from torch import Tensor
 
-from funcfreeze.functional import FunctionalModule
+from funcfreeze.computation.loss_scale import LossScale, scale_in, unscale
+from funcfreeze.declare.plan import Plan
+from funcfreeze.declare.selectors import RouteError
 from funcfreeze.gradients import Engine, Evaluate, Routing
-from funcfreeze.loss_scale import LossScale, scale_in, unscale
+from funcfreeze.model.functional import FunctionalModule
 from funcfreeze.optim import Transform
 from funcfreeze.optim.transform import apart
-from funcfreeze.plan import Plan
-from funcfreeze.selectors import RouteError
 
 Losses = Callable[[Any, Any], Any]
 """`losses(model, batch)` -> a mapping name -> scalar, or that and a mapping of metrics."""

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from funcfreeze import gradients
-from funcfreeze.differentiate import grad_and_value
-from funcfreeze.plan import Plan, Row, raise_problems, resolve_plan
-from funcfreeze.report import Check, Report
-from funcfreeze.routes import weight_value
-from funcfreeze.selectors import Leaf, closest
+from funcfreeze.declare.plan import Plan, Row, raise_problems, resolve_plan
+from funcfreeze.declare.routes import weight_value
+from funcfreeze.declare.selectors import Leaf, closest
+from funcfreeze.loops.differentiate import grad_and_value
+from funcfreeze.proof.report import Check, Report
 
 if TYPE_CHECKING:
-    from funcfreeze.symbolic.exact import Calculus, Exact
-    from funcfreeze.symbolic.read import Equation, Equations
+    from funcfreeze.proof.symbolic.exact import Calculus, Exact
+    from funcfreeze.proof.symbolic.read import Equation, Equations
 
 TOLERANCE = 1e-12
 """The largest relative error that passes: float64's rounding of some thousand operations."""
@@ -78,11 +78,11 @@ def verify_equations(losses: object, routes: object, at: object, *, cotangents: 
     >>> verify_equations({"L": a * b}, {"L": "a"}, {"a": 1})
     Traceback (most recent call last):
         ...
-    funcfreeze.selectors.RouteError: loss 'L' = a*b holds b, and `at` has no value for it; there are 'a'
+    funcfreeze.declare.selectors.RouteError: loss 'L' = a*b holds b, and `at` has no value for it; there are 'a'
     """
     # not at the top: SymPy comes with torch, which does not import it before it compiles; it takes a third of a second
-    from funcfreeze.symbolic.exact import Calculus
-    from funcfreeze.symbolic.read import read_equations
+    from funcfreeze.proof.symbolic.exact import Calculus
+    from funcfreeze.proof.symbolic.read import read_equations
 
     equations = read_equations(losses, at, {} if cotangents is None else cotangents)
     tensors = equations.tensors()
@@ -162,7 +162,7 @@ class _Expectation:
 
 def _expectation(row: Row, equations: Equations, calculus: Calculus) -> _Expectation:
     """The law, g[p] = Σₖ w[k,p]·∂Lₖ/∂p over the losses that hold p."""
-    from funcfreeze.symbolic.exact import weighted_sum
+    from funcfreeze.proof.symbolic.exact import weighted_sum
 
     weights = {loss: float(weight_value(terms, None)) for loss, terms in row.weights.items()}
     reaching = {loss: weight for loss, weight in weights.items() if equations.losses[loss].depends_on(row.path)}

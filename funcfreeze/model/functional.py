@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from funcfreeze.selectors import Leaf
+from funcfreeze.declare.selectors import Leaf
 
 Site = tuple[nn.Module, str]
 """Where a tensor sits: the module that holds it and its name there."""

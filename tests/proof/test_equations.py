@@ -17,12 +17,12 @@ from torch import Tensor
 
 import funcfreeze as ff
 from funcfreeze import gradients
-from funcfreeze.equations import verify_equations
+from funcfreeze.declare.plan import resolve_plan
+from funcfreeze.declare.selectors import Leaf
 from funcfreeze.gradients import Outcome
 from funcfreeze.gradients.reference import Reference
 from funcfreeze.optim import linear_schedule
-from funcfreeze.plan import resolve_plan
-from funcfreeze.selectors import Leaf
+from funcfreeze.proof.equations import verify_equations
 
 a, b, c, x = sympy.symbols("a b c x")
 
@@ -486,5 +486,5 @@ def test_a_schedule_has_no_step_here() -> None:
 
 
 def test_the_library_imports_without_sympy() -> None:
-    code = "import sys, funcfreeze.equations; sys.exit('sympy' in sys.modules)"
+    code = "import sys, funcfreeze.proof.equations; sys.exit('sympy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

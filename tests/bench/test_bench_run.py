@@ -21,7 +21,7 @@ from bench.workloads.actor_critic import actor_critic
 from bench.workloads.vit import vit
 
 CPU = torch.device("cpu")
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import funcfreeze as ff
-from funcfreeze.loss_scale import unscale
+from funcfreeze.computation.loss_scale import unscale
 from funcfreeze.optim.skip import find_non_finite
 
 ENGINES = ["routed", "reference", "toggle"]

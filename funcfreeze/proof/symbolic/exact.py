@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import sympy
 
-from funcfreeze.symbolic.operations import DIGITS, Expression, base_name, in_float64, shortened
-from funcfreeze.symbolic.read import Equation, Equations
+from funcfreeze.proof.symbolic.operations import DIGITS, Expression, base_name, in_float64, shortened
+from funcfreeze.proof.symbolic.read import Equation, Equations
 
 
 class Exact(NamedTuple):

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcfreeze.functional import FunctionalModule
+from funcfreeze.computation.state import State, known_to_fit
+from funcfreeze.declare.plan import Plan
+from funcfreeze.model.functional import FunctionalModule
 from funcfreeze.optim import Transform
-from funcfreeze.plan import Plan
-from funcfreeze.state import State, known_to_fit
 
 Shape = tuple[tuple[int, ...], torch.dtype]
 """A tensor's shape and dtype."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from funcfreeze.selectors import RouteError, Selector, label, to_selector
+from funcfreeze.declare.selectors import RouteError, Selector, label, to_selector
 
 Weight = float | Tensor | Callable[[Tensor], Any]
 """What a loss's gradient is multiplied by: a number, a 0-d tensor, or a schedule of the step."""
@@ -37,7 +37,8 @@ class Route:
     >>> Route("encoder", weight=float("nan"))
     Traceback (most recent call last):
         ...
-    funcfreeze.selectors.RouteError: Route('encoder'): a weight is a finite number, a 0-d tensor or a schedule, got nan
+    funcfreeze.declare.selectors.RouteError: Route('encoder'): a weight is a finite number, a 0-d tensor or a schedule,
+        got nan
     """
 
     params: Selection

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import funcfreeze as ff
-from funcfreeze.functional import module_leaves
-from funcfreeze.plan import resolve_plan
+from funcfreeze.declare.plan import resolve_plan
+from funcfreeze.model.functional import module_leaves
 
 
 def network():

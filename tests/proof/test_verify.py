@@ -259,6 +259,6 @@ def test_tied_buffers_and_complex_parameters():
 
 
 def test_an_imaginary_error_is_an_error():
-    from funcfreeze.verify import _norm
+    from funcfreeze.proof.verify import _norm
 
     assert _norm([torch.tensor([3j])]) == 3.0

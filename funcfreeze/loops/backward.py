@@ -10,14 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from funcfreeze.functional import as_module, module_leaves, refuse_unusable
+from funcfreeze.declare.plan import resolve_plan
+from funcfreeze.declare.selectors import RouteError
 from funcfreeze.gradients import Routing
 from funcfreeze.gradients.graph import NO_LEAF
 from funcfreeze.gradients.hooks import handles_made
 from funcfreeze.gradients.returned import check_losses, refuse_constants
 from funcfreeze.gradients.routed import LiveGraph, planned_backward, read_losses
-from funcfreeze.plan import resolve_plan
-from funcfreeze.selectors import RouteError
+from funcfreeze.model.functional import as_module, module_leaves, refuse_unusable
 
 
 def backward(losses: Mapping[str, Tensor | None], routes: object, model: nn.Module | Mapping[str, nn.Module]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Protocol
 
-from funcfreeze.routes import Weight
+from funcfreeze.declare.routes import Weight
 
 MOST_ROWS = 16
 """A plan with more parameters than this is shown by modules."""

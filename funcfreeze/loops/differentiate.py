@@ -9,10 +9,10 @@ import optree
 import torch
 from torch import Tensor
 
+from funcfreeze.declare.plan import resolve_plan
+from funcfreeze.declare.selectors import Leaf
 from funcfreeze.gradients import Routing, find_engine
-from funcfreeze.plan import resolve_plan
-from funcfreeze.pytree import flatten_by_path
-from funcfreeze.selectors import Leaf
+from funcfreeze.model.pytree import flatten_by_path
 
 Losses = Callable[..., Any]
 """`losses(params, *args)` -> a mapping name -> scalar; with `has_aux` a pair of that and anything."""

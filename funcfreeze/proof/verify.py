@@ -13,12 +13,12 @@ import optree
 import torch
 from torch import Tensor, nn
 
-from funcfreeze.functional import FunctionalModule
-from funcfreeze.plan_table import group_rows
-from funcfreeze.recipe import Recipe, random_numbers
-from funcfreeze.report import Check, Report
-from funcfreeze.specification import check_fits
-from funcfreeze.state import State
+from funcfreeze.computation.specification import check_fits
+from funcfreeze.computation.state import State
+from funcfreeze.declare.plan_table import group_rows
+from funcfreeze.model.functional import FunctionalModule
+from funcfreeze.proof.recipe import Recipe, random_numbers
+from funcfreeze.proof.report import Check, Report
 from funcfreeze.step import Step
 
 TOLERANCES: Mapping[torch.dtype, tuple[float, float]] = {

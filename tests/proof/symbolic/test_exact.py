@@ -8,10 +8,10 @@ import pytest
 import sympy
 import torch
 
-from funcfreeze.equations import verify_equations
-from funcfreeze.symbolic.exact import Calculus, Exact
-from funcfreeze.symbolic.operations import evaluate, problems, shortened, supported
-from funcfreeze.symbolic.read import read_equations
+from funcfreeze.proof.equations import verify_equations
+from funcfreeze.proof.symbolic.exact import Calculus, Exact
+from funcfreeze.proof.symbolic.operations import evaluate, problems, shortened, supported
+from funcfreeze.proof.symbolic.read import read_equations
 
 x, y = sympy.symbols("x y")
 

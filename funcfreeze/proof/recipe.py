@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from funcfreeze.functional import FunctionalModule
+from funcfreeze.computation.loss_scale import scale_in, unscale
+from funcfreeze.computation.state import State
 from funcfreeze.gradients.toggle import accumulate
-from funcfreeze.loss_scale import scale_in, unscale
-from funcfreeze.state import State
+from funcfreeze.model.functional import FunctionalModule
 from funcfreeze.step import Step
 
 

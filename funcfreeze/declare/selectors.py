@@ -194,7 +194,7 @@ def path(pattern: str) -> Selector:
     >>> path(3)
     Traceback (most recent call last):
         ...
-    funcfreeze.selectors.RouteError: path(...) takes a string such as "encoder" or "*.bias", got int: 3
+    funcfreeze.declare.selectors.RouteError: path(...) takes a string such as "encoder" or "*.bias", got int: 3
     """
     if not isinstance(pattern, str):
         raise RouteError(
@@ -211,7 +211,7 @@ def regex(pattern: str) -> Selector:
     >>> regex("layers.(")
     Traceback (most recent call last):
         ...
-    funcfreeze.selectors.RouteError: regex('layers.('): missing ), unterminated subpattern at position 7
+    funcfreeze.declare.selectors.RouteError: regex('layers.('): missing ), unterminated subpattern at position 7
     """
     try:
         re.compile(pattern)
@@ -228,7 +228,7 @@ def kind(*types: type[nn.Module]) -> Selector:
     >>> kind("Linear")
     Traceback (most recent call last):
         ...
-    funcfreeze.selectors.RouteError: kind(...) takes module types such as nn.Linear, got: 'Linear'
+    funcfreeze.declare.selectors.RouteError: kind(...) takes module types such as nn.Linear, got: 'Linear'
     """
     wrong = [given for given in types if not (isinstance(given, type) and issubclass(given, nn.Module))]
     if wrong or not types:

@@ -12,10 +12,10 @@ import sympy
 import torch
 from torch import Tensor
 
-from funcfreeze.plan import raise_problems
-from funcfreeze.selectors import closest
-from funcfreeze.symbolic import operations
-from funcfreeze.symbolic.operations import Expression, base_name, names, shortened
+from funcfreeze.declare.plan import raise_problems
+from funcfreeze.declare.selectors import closest
+from funcfreeze.proof.symbolic import operations
+from funcfreeze.proof.symbolic.operations import Expression, base_name, names, shortened
 
 Value = float | tuple[float, ...]
 """A scalar or a vector of float64 numbers."""
@@ -88,7 +88,7 @@ def read_equations(losses: object, at: object, cotangents: object) -> Equations:
     >>> read_equations({"L": x**2}, {"y": 1}, {})
     Traceback (most recent call last):
         ...
-    funcfreeze.selectors.RouteError: loss 'L' = x**2 holds x, and `at` has no value for it; there are 'y'
+    funcfreeze.declare.selectors.RouteError: loss 'L' = x**2 holds x, and `at` has no value for it; there are 'y'
     """
     found: list[str] = []
     for what, given in {"losses": losses, "at": at, "cotangents": cotangents}.items():

@@ -130,7 +130,7 @@ def test_hooks_of_parameters_run():
 
 def test_losses_are_merged_once_no_hook_can_be_on_the_graph(monkeypatch):
     """The first call of a thread cannot know; the next one can; after a registration it cannot again."""
-    module = importlib.import_module("funcfreeze.backward")  # the attribute of that name is the function
+    module = importlib.import_module("funcfreeze.loops.backward")  # the attribute of that name is the function
     known = []
     planned = module.planned_backward
     monkeypatch.setattr(

@@ -1,0 +1,1 @@
+"""What a step computes, on plain tensors, and the state that it computes with."""

@@ -1,0 +1,1 @@
+"""A model as a pure call over its parameters and buffers, and pytrees by paths."""
