@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +13,21 @@ from torch import Tensor, nn
 
 from funcfreeze.compile import CompiledStep, resolve
 from funcfreeze.compile.layout import Listed
-from funcfreeze.computation.computation import Computation, Losses, not_sharing
+from funcfreeze.computation.computation import Computation, Computed, not_sharing
+from funcfreeze.computation.evaluation import Evaluation, Losses
 from funcfreeze.computation.loss_scale import LossScale
 from funcfreeze.computation.specification import Specification, check_fits
 from funcfreeze.computation.state import Lease, State, lease_of, listing_of, make_state
-from funcfreeze.declare.plan import Plan, resolve_plan
+from funcfreeze.declare.plan import Plan, raise_problems, resolve_plan
+from funcfreeze.declare.routes import Selection
+from funcfreeze.declare.selectors import Leaf, to_selector
+from funcfreeze.declare.selectors import resolve as resolve_selector
 from funcfreeze.gradients import Routing, find_engine
-from funcfreeze.model.functional import FunctionalModule, as_module, module_leaves, refuse_unusable
+from funcfreeze.model.acceptance import as_module, refuse_unusable
+from funcfreeze.model.attributes import attributes_kept
+from funcfreeze.model.functional import FunctionalModule, mark_of
+from funcfreeze.model.memory import memory_of
+from funcfreeze.model.sites import module_leaves
 from funcfreeze.optim import Transform
 
 
@@ -34,6 +42,9 @@ class Step:
             absent this step), or a pair of that and a mapping of metrics.
         routes: loss name -> which parameters it may update (see `Route`), or a `Plan`.
         optimizer: a `Transform` such as `optim.adamw(1e-3)`.
+        differentiable: a selector, or a list of them: parameters that no loss may update and that `losses` itself
+            differentiates at, as with `torch.autograd.grad` for an adaptive weight. Others without a route are
+            constants in the forward, for which nothing is kept.
         engine: "routed" (the fast one), "reference" (`torch.func`) or "toggle" (the eager recipe).
         compile: whether the whole step is one compiled graph: None (compiled on CUDA, eager elsewhere), True, False, or
             a mapping of `torch.compile`'s `backend`, `mode`, `options` and `dynamic`. The routed engine only.
@@ -73,6 +84,7 @@ class Step:
     compile: object
     donate: bool
     loss_scale: LossScale | None
+    differentiable: Selection | None
     plan: Plan
     computation: Computation
     specification: Specification
@@ -89,6 +101,7 @@ class Step:
         compile: bool | Mapping[str, Any] | None = None,
         donate: bool = True,
         loss_scale: LossScale | None = None,
+        differentiable: Selection | None = None,
     ) -> None:
         chosen = find_engine(engine)
         if not callable(losses):
@@ -109,12 +122,13 @@ class Step:
         transform = optimizer if optimizer.bind is None else optimizer.bind(leaves)
         if loss_scale is not None:
             transform = loss_scale.around(transform)
+        routing = Routing.of(plan, _chosen(differentiable, leaves))
         functional = FunctionalModule.of(module)
         functional.refuse_accumulation_hooks()
         options = resolve(compile if engine == "routed" or compile is not None else False, module.parameters())
         if options is not None and engine != "routed":
             raise ValueError(f"only the routed engine is compiled; use compile=False with engine={engine!r}")
-        computation = Computation(functional, losses, plan, Routing.of(plan), chosen, transform, loss_scale)
+        computation = Computation(Evaluation(functional, losses, plan), routing, chosen, transform, loss_scale)
         values = {
             "model": model,
             "losses": losses,
@@ -123,6 +137,7 @@ class Step:
             "compile": compile,
             "donate": donate,
             "loss_scale": loss_scale,
+            "differentiable": differentiable,
             "plan": plan,
             "computation": computation,
             "specification": Specification.of(functional, plan, transform),
@@ -172,24 +187,24 @@ class Step:
         lease_of(state).gradients = {}
         if self.compiled is not None:
             return self._compiled_step(self.compiled, state, batch)
-        computed = self.computation.gradients(*state.fields, batch)
-        with torch.inference_mode(False), torch.no_grad():
-            metrics = {**computed.losses, **not_sharing(computed.metrics, list(state.params.values()))}
-            return self._update(state, computed.gradients, computed.buffers), metrics
+        return self._eager_step(state, self.computation.gradients(*state.fields, batch))
 
     def gradients(self, state: State, batch: Any) -> dict[str, Tensor]:
-        """The merged gradients by path, holding only touched parameters. Updates nothing, buffers included.
+        """The merged gradients by path, holding only touched parameters.
 
+        Updates nothing: buffers and the modules' Python attributes are as before afterwards, too.
         They are free of a loss scale; those of float16 parameters are in float32 then, or small ones would be lost.
         Always computed eagerly, also by a compiled step.
         """
         check_fits(state, self.specification)
-        return self.computation.gradients(*state.fields, batch).gradients
+        with attributes_kept(self.module):
+            return self.computation.gradients(*state.fields, batch).gradients
 
     def per_loss_gradients(self, state: State, batch: Any) -> dict[str, dict[str, Tensor]]:
         """Each loss's gradients by path, weights applied; summed over the losses they are `gradients`."""
         check_fits(state, self.specification)
-        return self.computation.per_loss_gradients(*state.fields, batch)
+        with attributes_kept(self.module):
+            return self.computation.per_loss_gradients(*state.fields, batch)
 
     def call(self, state: State, f: Callable[..., Any], *args: Any) -> Any:
         """`f(model, *args)` with the state's tensors in the model: evaluation, acting, sampling.
@@ -199,8 +214,11 @@ class Step:
         """
         check_fits(state, self.specification)
         buffers = {path: tensor.clone() for path, tensor in state.buffers.items()}
-        with torch.no_grad(), _flags_kept(self.functional.module):
-            result, _ = self.functional.call(lambda model: f(model, *args), state.params, buffers)
+        params = dict(zip(self.plan.paths, self.computation.evaluation.leaves(state.params), strict=True))
+        with torch.no_grad(), _flags_kept(self.module), self.functional.holding(params, buffers):
+            marks = {path: mark_of(tensor) for path, tensor in params.items()}
+            result = f(self.module, *args)
+            self.functional.left(params, marks, self.computation.evaluation.seen.written)
         return result
 
     def export(self, state: State) -> nn.Module | Mapping[str, nn.Module]:
@@ -212,7 +230,7 @@ class Step:
     @property
     def functional(self) -> FunctionalModule:
         """The model as a pure function."""
-        return self.computation.functional
+        return self.computation.evaluation.functional
 
     @property
     def routing(self) -> Routing:
@@ -284,11 +302,19 @@ class Step:
         buffers = {path: mine(tensor, True) for path, tensor in state.buffers.items()}
         return params, buffers, optimizer, mine(state.step, True)
 
-    def _update(self, state: State, gradients: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> State:
+    def _eager_step(self, state: State, computed: Computed) -> tuple[State, dict[str, Any]]:
+        with torch.inference_mode(False), torch.no_grad():
+            metrics = {**computed.losses, **not_sharing(computed.metrics, list(state.params.values()))}
+            return self._update(state, computed), metrics
+
+    def _update(self, state: State, computed: Computed) -> State:
         """The new state. Everything that can fail comes before the first write."""
+        gradients = computed.gradients
         lease, routed = lease_of(state), set(self.plan.routed)
+        if not self.donate:
+            _refuse_late_writes(state, computed.written)
         copied = lease.borrowed & gradients.keys() if self.donate else routed
-        params = {path: p.clone() if path in copied else p.detach() for path, p in state.params.items()}
+        params = {path: p.clone() if path in copied else p for path, p in state.params.items()} | computed.written
         owned = self.donate and not lease.borrowed_optimizer
         optimizer = state.optimizer if owned else optree.tree_map(_copy, state.optimizer)
         step = state.step + 1
@@ -298,8 +324,43 @@ class Step:
         else:
             lease.borrowed |= params.keys() - routed  # both states hold these now: neither may write to them
         kept = {path: gradient for path, gradient in gradients.items() if gradient.device.type == "cpu"}
-        renewed = Lease(borrowed=lease.borrowed - copied, gradients=kept)
-        return make_state((params, buffers, optimizer, step), renewed, self.specification)
+        renewed = Lease(borrowed=lease.borrowed - copied - computed.written.keys(), gradients=kept)
+        return make_state((params, computed.buffers, optimizer, step), renewed, self.specification)
+
+
+def take_with_gradients(step: Step, state: State, batch: Any) -> tuple[State, dict[str, Any], dict[str, Tensor]]:
+    """What the step returns, and the gradients that it took, for those who compare.
+
+    `losses` is called once, but for a compiled step: the gradients of that are computed eagerly, beside it.
+    """
+    if step.compiled is not None:
+        gradients = step.gradients(state, batch)
+        return (*step(state, batch), gradients)
+    check_fits(state, step.specification)
+    computed = step.computation.gradients(*state.fields, batch)
+    gradients = {path: gradient.clone() for path, gradient in computed.gradients.items()}
+    return (*step._eager_step(state, computed), gradients)
+
+
+def _chosen(selection: Selection | None, leaves: Sequence[Leaf]) -> frozenset[int]:
+    """The leaves that `differentiable` selects."""
+    if selection is None:
+        return frozenset()
+    selectors: Sequence[Any] = selection if isinstance(selection, list | tuple) else [selection]
+    resolved = [resolve_selector(to_selector(selector), leaves) for selector in selectors]
+    raise_problems([f"differentiable: {problem}" for _, problems in resolved for problem in problems])
+    return frozenset(index for chosen, _ in resolved for index in chosen)
+
+
+def _refuse_late_writes(state: State, written: Mapping[str, Tensor]) -> None:
+    """Refuse a step that left the state alone, but for parameters that `losses` wrote to for the first time."""
+    late = [path for path, value in written.items() if memory_of(value) == memory_of(state.params[path])]
+    if late:
+        raise RuntimeError(
+            f"`losses` has written to {', '.join(late)} now and not at the first step, so that the state that was "
+            "passed holds the new value, which donate=False promises it does not; it is known from now on. Let the "
+            "first step write to it too, or build the Step with donate=True"
+        )
 
 
 def _apart(optimizer: Any, params: Mapping[str, Tensor]) -> Any:

@@ -135,7 +135,8 @@ def test_nothing_is_retained_that_no_later_call_needs():
     leaves = [p.detach().requires_grad_() for p in workload.model.parameters()]
     step = ff.Step(workload.model, workload.losses, workload.routes, optimizer=ff.optim.sgd(0.1))
     params = dict(zip(step.plan.paths, leaves, strict=True))
-    losses, _ = step.functional.call(lambda m: workload.losses(m, workload.batch()), params, {})
+    with step.functional.holding(params, {}):
+        losses = workload.losses(step.module, workload.batch())
     graph, _ = read_graph([gradient_edge(losses[name]) for name in step.plan.losses], leaves, ())
     passes = plan_passes(graph, Routing.of(step.plan).weights)
     assert len(passes) == 2

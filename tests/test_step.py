@@ -504,7 +504,10 @@ class Memory(nn.Module):
 @pytest.mark.parametrize(
     ("start", "text"),
     [
-        (None, "the forward made a buffer, .memory, that was None when the Step was built; run one batch"),
+        (
+            None,
+            "the forward made a buffer, memory, that was not there, or None, when the Step was built; run one batch",
+        ),
         (torch.zeros(2), "the forward removed buffer memory or set it to None; give it a value instead"),
     ],
 )

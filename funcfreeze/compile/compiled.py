@@ -73,7 +73,7 @@ class CompiledStep:
     def _add(self, layout: Layout, form: Form) -> Program:
         from funcfreeze.compile.program import Program
 
-        functional = self._computation.functional
+        functional = self._computation.evaluation.functional
         if len(self._programs) >= MANY:
             warnings.warn(
                 f"this step is traced for the {len(self._programs) + 1}th time, now because "

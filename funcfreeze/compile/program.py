@@ -155,7 +155,7 @@ class Program:
         """
         params, buffers, optimizer, step = self.layout.fields(tensors)
         batch = self.form.batch(iter(leaves))
-        computed = self._computation.gradients(params, buffers, optimizer, step, batch)
+        computed = self._computation.traced_gradients(params, buffers, optimizer, step, batch)
         outputs: list[Tensor] = []
 
         def output(leaf: Any) -> Any:

@@ -11,16 +11,16 @@ import optree
 import torch
 from torch import Tensor
 
+from funcfreeze.computation.back_door import parameter_problem, raise_misuse
+from funcfreeze.computation.evaluation import Beside, Evaluation
 from funcfreeze.computation.loss_scale import LossScale, scale_in, unscale
-from funcfreeze.declare.plan import Plan
 from funcfreeze.declare.selectors import RouteError
-from funcfreeze.gradients import Engine, Evaluate, Routing
-from funcfreeze.model.functional import FunctionalModule
+from funcfreeze.gradients import Engine, Routing
+from funcfreeze.gradients.law import OtherLeaf
+from funcfreeze.model.memory import memory_of
+from funcfreeze.model.watching import Watch
 from funcfreeze.optim import Transform
 from funcfreeze.optim.transform import apart
-
-Losses = Callable[[Any, Any], Any]
-"""`losses(model, batch)` -> a mapping name -> scalar, or that and a mapping of metrics."""
 
 
 @dataclass(frozen=True)
@@ -32,21 +32,21 @@ class Computed:
         losses: every present loss by name, detached and unweighted.
         metrics: what `losses` returned beside them, detached.
         buffers: every buffer as the forward left it.
+        written: the new values of the parameters that the forward wrote to.
     """
 
     gradients: dict[str, Tensor]
     losses: Mapping[str, Tensor]
     metrics: Mapping[str, Any]
     buffers: dict[str, Tensor]
+    written: dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Computation:
     """The user's losses over a model, differentiated by an engine and handed to an optimizer."""
 
-    functional: FunctionalModule
-    losses: Losses
-    plan: Plan
+    evaluation: Evaluation
     routing: Routing
     engine: Engine
     transform: Transform
@@ -57,7 +57,7 @@ class Computation:
         """The functions that a step calls: the user's losses, schedules of weights, and the optimizer's."""
         weights = {id(weight): weight for terms in self.routing.terms for weight in terms if callable(weight)}
         optimizer = [f for f in (self.transform.update, self.transform.in_place) if f is not None]
-        return [self.losses, *weights.values(), *optimizer]
+        return [self.evaluation.losses, *weights.values(), *optimizer]
 
     def gradients(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Any, step: Tensor, batch: Any
@@ -66,26 +66,65 @@ class Computation:
 
         Raises:
             RouteError: a loss and a metric have one name, or what `losses` returned does not fit the declaration.
+            RuntimeError: `losses` uses the model's tensors as it must not.
         """
-        with ExitStack() as holding:
-            evaluate = self._evaluate(buffers, batch, holding)
-            leaves = [params[path] for path in self.plan.paths]
-            outcome = self.engine.merged(evaluate, leaves, self.routing, step, self._seed(optimizer))
-        metrics, after = outcome.rest
-        _check_names(outcome.losses, metrics)
-        gradients = self._unscaled(_touched(self.plan.paths, outcome.gradients), optimizer)
-        return Computed(gradients, outcome.losses, metrics, after)
+        watched = not (self.evaluation.seen.watched and self.engine.finds_other_leaves)
+        return self._merged(params, buffers, optimizer, step, batch, self.evaluation.watch(params) if watched else None)
+
+    def traced_gradients(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Any, step: Tensor, batch: Any
+    ) -> Computed:
+        """The same while a compiler traces.
+
+        Raises:
+            RuntimeError: `losses` writes to parameters, which a graph cannot follow.
+        """
+        computed = self._merged(params, buffers, optimizer, step, batch, None)
+        if computed.written:
+            raise RuntimeError(
+                f"the forward writes to {', '.join(computed.written)}; a compiled step cannot do that yet: build the "
+                "Step with compile=False"
+            )
+        return computed
 
     def per_loss_gradients(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Any, step: Tensor, batch: Any
     ) -> dict[str, dict[str, Tensor]]:
         """Each loss's weighted gradients by path, touched parameters only."""
+        watch = self.evaluation.watch(params)
         with ExitStack() as holding:
-            evaluate = self._evaluate(buffers, batch, holding)
-            leaves = [params[path] for path in self.plan.paths]
-            outcome = self.engine.separate(evaluate, leaves, self.routing, step, self._seed(optimizer))
-        rows = zip(self.plan.losses, outcome.gradients, strict=True)
-        return {loss: self._unscaled(_touched(self.plan.paths, row), optimizer) for loss, row in rows}
+            outcome = self.engine.separate(
+                lambda leaves: self.evaluation.call(leaves, buffers, batch, holding, watch),
+                self.evaluation.leaves(params),
+                self.routing,
+                step,
+                self._seed(optimizer),
+            )
+        rows = zip(self.routing.losses, outcome.gradients, strict=True)
+        return {loss: self._unscaled(_touched(self.routing.paths, row), optimizer) for loss, row in rows}
+
+    def _merged(
+        self,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        optimizer: Any,
+        step: Tensor,
+        batch: Any,
+        watch: Watch | None,
+    ) -> Computed:
+        with ExitStack() as holding:
+            outcome = self.engine.merged(
+                lambda leaves: self.evaluation.call(leaves, buffers, batch, holding, watch),
+                self.evaluation.leaves(params),
+                self.routing,
+                step,
+                self._seed(optimizer),
+            )
+        beside: Beside = outcome.rest
+        self._refuse_other_leaves(outcome.other_leaves, params)
+        _check_names(outcome.losses, beside.metrics)
+        gradients = self._unscaled(_touched(self.routing.paths, outcome.gradients), optimizer)
+        return Computed(gradients, outcome.losses, beside.metrics, beside.buffers, beside.written)
 
     def optimize(
         self, gradients: Mapping[str, Tensor], optimizer: Any, params: Mapping[str, Tensor], step: Tensor
@@ -100,7 +139,7 @@ class Computation:
             params: path -> tensor, at least all routed parameters.
             step: the number of steps taken so far, 0-d int64.
         """
-        own = {path: params[path] for path in self.plan.routed}
+        own = {path: params[path] for path in self.evaluation.plan.routed}
         if self.transform.in_place is not None:
             commit = self.transform.in_place(gradients, optimizer, own, step=step)
             return commit()
@@ -125,29 +164,17 @@ class Computation:
     def _unscaled(self, gradients: dict[str, Tensor], optimizer: Any) -> dict[str, Tensor]:
         return gradients if self.loss_scale is None else unscale(gradients, scale_in(optimizer))
 
-    def _evaluate(self, buffers: Mapping[str, Tensor], batch: Any, holding: ExitStack) -> Evaluate:
-        """The forward as engines call it: parameters -> (losses, (metrics, buffers after the forward)).
-
-        Buffers are cloned for every forward, so that an exception leaves the given ones as they were. The module holds
-        the parameters until the stack is closed, after the backward. What that runs of the module once more (activation
-        checkpointing) finds the buffers as the forward left them, and updates only copies.
-        """
-        hooks = self.functional.parameter_hooks()
-
-        def evaluate(leaves: list[Tensor]) -> tuple[Any, Any]:
-            params = dict(zip(self.plan.paths, leaves, strict=True))
-            for path, hook in hooks:
-                if params[path].requires_grad:
-                    params[path].register_hook(hook)  # type: ignore[no-untyped-call]
-            cloned = {path: tensor.clone() for path, tensor in buffers.items()}
-            versions = {path: tensor._version for path, tensor in params.items()}
-            holding.enter_context(self.functional.holding(params, cloned))
-            losses, metrics = _split(self.losses(self.functional.module, batch))
-            after = self.functional.buffers_after(params, versions)
-            self.functional.hold_copies(after)
-            return losses, (metrics, after)
-
-        return evaluate
+    def _refuse_other_leaves(self, found: Sequence[OtherLeaf], params: Mapping[str, Tensor]) -> None:
+        """Refuse losses whose graph ends in the module's own parameters, where the state's should be."""
+        if not found:
+            return
+        own = {id(tensor): path for path, tensor in self.evaluation.functional.present_parameters().items()}
+        named = [(own[id(leaf.tensor)], leaf) for leaf in found if id(leaf.tensor) in own]
+        raise_misuse(
+            parameter_problem(path, leaf.losses)
+            for path, leaf in named
+            if path not in self.evaluation.unrouted or memory_of(params[path]) != memory_of(leaf.tensor)
+        )
 
 
 def not_sharing(metrics: Mapping[str, Any], params: Sequence[Tensor]) -> dict[str, Any]:
@@ -165,18 +192,6 @@ def not_sharing(metrics: Mapping[str, Any], params: Sequence[Tensor]) -> dict[st
 
 def _touched(paths: Sequence[str], gradients: Sequence[Tensor | None]) -> dict[str, Tensor]:
     return {path: gradient for path, gradient in zip(paths, gradients, strict=True) if gradient is not None}
-
-
-def _split(returned: Any) -> tuple[Any, Mapping[str, Any]]:
-    """What `losses` returned as losses and metrics."""
-    if not isinstance(returned, tuple):
-        return returned, {}
-    if len(returned) != 2 or not isinstance(returned[1], Mapping):
-        shown = ", ".join(type(part).__name__ for part in returned)
-        raise TypeError(
-            f"`losses` returns a mapping of losses, or a pair of that and a mapping of metrics; got ({shown})"
-        )
-    return returned
 
 
 def _check_names(losses: Mapping[str, Tensor], metrics: Mapping[str, Any]) -> None:

@@ -55,7 +55,7 @@ class Plan:
 
     >>> from torch import nn
     >>> net = nn.ModuleDict({"encoder": nn.Linear(4, 2), "head": nn.Linear(2, 1)})
-    >>> from funcfreeze.model.functional import module_leaves
+    >>> from funcfreeze.model.sites import module_leaves
     >>> plan = resolve_plan({"cls": "*", "adv": {"encoder": -0.1}}, module_leaves(net))
     >>> print(plan)
     parameter       elements  cls   adv

@@ -18,7 +18,8 @@ class Forward:
     """A forward whose graph is alive.
 
     Attributes:
-        leaves: the leaf copies; those that no loss may update do not require grad, so nothing is kept for them.
+        leaves: the leaf copies; those that no loss may update, and that are not asked to be differentiable, do not
+            require grad, so nothing is kept for them.
         losses: the losses in the routing's order, on the live graph; None where absent.
         values: every present loss, detached.
         rest: what came beside the losses, detached.
@@ -32,9 +33,11 @@ class Forward:
 
 def forward(evaluate: Evaluate, params: Sequence[Tensor], routing: Routing) -> Forward:
     """Evaluate the losses once; an ambient `torch.no_grad()` or `torch.inference_mode()` does not matter."""
-    routed = routing.routed
     with torch.inference_mode(False), torch.enable_grad():
-        leaves = [param.detach().requires_grad_(index in routed) for index, param in enumerate(params)]
+        leaves = [
+            param.detach().requires_grad_(required)
+            for param, required in zip(params, routing.requires_grad, strict=True)
+        ]
         returned, rest = evaluate(leaves)
         losses = check_losses(returned, routing)
     present = {name: loss for name, loss in zip(routing.losses, losses, strict=True) if loss is not None}

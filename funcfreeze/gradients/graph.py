@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -83,6 +84,40 @@ def read_graph(
             ends += (index, leaf_index.get(id(leaf), NO_LEAF))
     known = None if hooked is None else tuple(sorted({position[node] for node in hooked if node in position}))
     return Graph(tuple(kinds), tuple(degrees), tuple(edges), tuple(ends), tuple(roots), known), nodes
+
+
+def leaves_below(loss: Tensor) -> Iterator[Tensor]:
+    """The leaf tensors that a loss's graph ends in."""
+    nodes = [gradient_edge(loss).node] if loss.requires_grad else []
+    seen = set(nodes)
+    for node in nodes:  # grows while it is walked
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            yield leaf
+        below = {child for child, _ in node.next_functions if child is not None} - seen
+        seen |= below
+        nodes += below
+
+
+@lru_cache(maxsize=64)
+def losses_at_other_leaves(graph: Graph) -> Mapping[int, tuple[int, ...]]:
+    """For each node that accumulates a gradient and is none of the leaves: the losses that end in it."""
+    above: dict[int, list[int]] = {
+        node: [] for node, leaf in zip(graph.leaves[::2], graph.leaves[1::2], strict=True) if leaf == NO_LEAF
+    }
+    starts = [0]
+    for degree in graph.degrees:
+        starts.append(starts[-1] + 2 * degree)
+    for loss, root in enumerate(graph.roots):
+        pending = [] if root is None else [root[0]]
+        seen = set(pending)
+        for node in pending:  # grows while it is walked
+            if node in above:
+                above[node].append(loss)
+            below = {child for child in graph.edges[starts[node] : starts[node + 1] : 2] if child >= 0} - seen
+            seen |= below
+            pending += below
+    return {node: tuple(losses) for node, losses in above.items()}
 
 
 def gradient_edge(loss: Tensor) -> GradientEdge:

@@ -9,10 +9,10 @@ An untouched parameter has no gradient, which is not the same as a zero one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -33,27 +33,36 @@ class Routing:
         paths: the path of each leaf.
         weights: for each loss, (leaf index, weight index) of every parameter it may update.
         terms: what each weight index stands for: weights that are added up. Index 0 is the weight 1.
+        differentiable: leaves that no loss may update and that require grad in the forward all the same.
     """
 
     losses: tuple[str, ...]
     paths: tuple[str, ...]
     weights: tuple[LossWeights, ...]
     terms: tuple[tuple[Weight, ...], ...]
+    differentiable: frozenset[int] = frozenset()
 
     @staticmethod
-    def of(plan: Plan) -> Routing:
+    def of(plan: Plan, differentiable: Set[int] = frozenset()) -> Routing:
         """Number a plan's leaves and distinct weights."""
         terms: list[tuple[Weight, ...]] = [UNIT]
         weights = []
         for loss in plan.losses:
             routed = ((leaf, row.weights[loss]) for leaf, row in enumerate(plan.rows) if loss in row.weights)
             weights.append(tuple((leaf, _number(terms, given)) for leaf, given in routed))
-        return Routing(plan.losses, plan.paths, tuple(weights), tuple(terms))
+        routing = Routing(plan.losses, plan.paths, tuple(weights), tuple(terms))
+        return replace(routing, differentiable=frozenset(differentiable) - routing.routed)
 
     @cached_property
     def routed(self) -> frozenset[int]:
         """The leaves that some loss may update."""
         return frozenset(leaf for row in self.weights for leaf, _ in row)
+
+    @cached_property
+    def requires_grad(self) -> tuple[bool, ...]:
+        """For every leaf, whether it requires grad in the forward."""
+        wanted = self.routed | self.differentiable
+        return tuple(leaf in wanted for leaf in range(len(self.paths)))
 
     def weight_values(self, step: Tensor | None) -> list[float | Tensor]:
         """The value of every weight at a step."""
@@ -75,6 +84,13 @@ def _same(one: Weight, other: Weight) -> bool:
     return bool(one == other)
 
 
+class OtherLeaf(NamedTuple):
+    """A leaf of the losses' graph that is none of the parameters, and the losses that end in it."""
+
+    tensor: Tensor
+    losses: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What one forward and its backward gave.
@@ -83,11 +99,13 @@ class Outcome:
         gradients: for each leaf its merged gradient, or None where it is untouched.
         losses: every present loss, detached and unweighted, by name.
         rest: what the forward returned beside the losses, detached.
+        other_leaves: where else the losses' graph ends, if the engine looks.
     """
 
     gradients: Sequence[Tensor | None]
     losses: Mapping[str, Tensor]
     rest: Any
+    other_leaves: Sequence[OtherLeaf] = ()
 
 
 @dataclass(frozen=True)
@@ -104,7 +122,12 @@ class Engine(Protocol):
 
     `seed` is the 0-d cotangent that every loss starts with, such as a loss scale; None is one. It multiplies gradients,
     not the losses that are reported.
+
+    Attributes:
+        finds_other_leaves: whether outcomes tell where else the losses' graph ends.
     """
+
+    finds_other_leaves: bool
 
     def merged(
         self,

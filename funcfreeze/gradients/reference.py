@@ -27,6 +27,8 @@ from funcfreeze.gradients.weights import UNIT_WEIGHT, LossWeights
 class Reference:
     """Per-loss gradients by nested `torch.func.vjp`, then summed."""
 
+    finds_other_leaves = False
+
     def merged(
         self,
         evaluate: Evaluate,

@@ -11,9 +11,9 @@ from torch.autograd.graph import GradientEdge, Node
 
 from funcfreeze.declare.routes import scalar_like
 from funcfreeze.gradients.forward import forward
-from funcfreeze.gradients.graph import Graph, gradient_edge, read_graph
+from funcfreeze.gradients.graph import NO_LEAF, Graph, gradient_edge, losses_at_other_leaves, read_graph
 from funcfreeze.gradients.hooks import noticing_hooks
-from funcfreeze.gradients.law import Evaluate, Outcome, Routing, SeparateOutcome
+from funcfreeze.gradients.law import Evaluate, OtherLeaf, Outcome, Routing, SeparateOutcome
 from funcfreeze.gradients.passes import Captured, Entry, Pass, plan_passes
 from funcfreeze.gradients.seed import seed_of
 from funcfreeze.gradients.weights import UNIT_WEIGHT
@@ -21,6 +21,8 @@ from funcfreeze.gradients.weights import UNIT_WEIGHT
 
 class Routed:
     """Plans the backward on the graph: no weight gradient that nobody may use, no shared trunk walked twice."""
+
+    finds_other_leaves = True
 
     def merged(
         self,
@@ -35,9 +37,10 @@ class Routed:
             live = forward(evaluate, params, routing)
         weights = routing.weight_values(step)
         graph = read_losses(live.losses, live.leaves, noticed.nodes if noticed.all_known else None, seed)
+        others = other_leaves(graph, routing.losses)
         live.losses.clear()  # nothing but `graph` holds the autograd graph now, and lets it go as it is used up
         noticed.nodes.clear()
-        return Outcome(planned_backward(graph, live.leaves, routing, weights), live.values, live.rest)
+        return Outcome(planned_backward(graph, live.leaves, routing, weights), live.values, live.rest, others)
 
     def separate(
         self,
@@ -108,6 +111,15 @@ def read_losses(
             "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
         )
     return LiveGraph(structure, nodes, [None if loss is None else seed_of(loss, seed) for loss in losses])
+
+
+def other_leaves(graph: LiveGraph, losses: Sequence[str]) -> list[OtherLeaf]:
+    """Where the losses' graph ends beside the leaves, and which of the losses do."""
+    if NO_LEAF not in graph.structure.leaves[1::2]:
+        return []
+    found = losses_at_other_leaves(graph.structure).items()
+    ends = ((getattr(graph.nodes[node], "variable", None), above) for node, above in found)
+    return [OtherLeaf(leaf, tuple(losses[loss] for loss in above)) for leaf, above in ends if leaf is not None]
 
 
 def planned_backward(

@@ -1,12 +1,13 @@
-"""The recipe people write: toggle `requires_grad`, one `backward(retain_graph=True)` per loss, over one forward.
+"""The recipe people write: one `backward(retain_graph=True)` per loss over one forward, into what the loss may update.
 
-It walks the graph once for every loss, and it is what everybody means: what other engines are compared with.
+It walks the graph once for every loss, and it is what everybody means: what other engines are compared with. People
+toggle `requires_grad` so that a backward leaves other parameters alone; naming the parameters says the same, and works
+where toggling after the forward cannot: activation checkpointing recomputes with the flags as they are then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
 
 from torch import Tensor
 
@@ -39,7 +40,8 @@ def accumulate(
             held = {index: leaves[index].grad for index in weighted}
             for index in weighted:
                 leaves[index].grad = None
-            _backward(loss, leaves, {index for index, _ in row}, seed_of(loss, seed))
+            allowed = [leaves[index] for index, _ in row]
+            loss.backward(seed_of(loss, seed), retain_graph=True, inputs=allowed)  # type: ignore[no-untyped-call]
             for index, weight in weighted.items():
                 leaves[index].grad = _plus(held[index], leaves[index].grad, weight)
 
@@ -51,24 +53,10 @@ def _plus(held: Tensor | None, gradient: Tensor | None, weight: float | Tensor) 
     return scaled if held is None else held + scaled
 
 
-def _backward(loss: Tensor, leaves: Sequence[Tensor], allowed: AbstractSet[int], seed: Tensor) -> None:
-    root = loss.view_as(loss) if loss.is_leaf else loss  # a loss that is itself a parameter is toggled with it
-    required = [leaf.requires_grad for leaf in leaves]
-    _toggle(leaves, [index in allowed for index in range(len(leaves))])
-    try:
-        # `inputs` only keeps the gradient out of tensors that are no parameters here, a teacher in a closure, say
-        root.backward(seed, retain_graph=True, inputs=[leaves[index] for index in sorted(allowed)])  # type: ignore[no-untyped-call]
-    finally:
-        _toggle(leaves, required)
-
-
-def _toggle(leaves: Sequence[Tensor], required: Sequence[bool]) -> None:
-    for leaf, value in zip(leaves, required, strict=True):
-        leaf.requires_grad_(value)
-
-
 class Toggle:
     """The recipe as an engine, on leaf copies of the parameters."""
+
+    finds_other_leaves = False
 
     def merged(
         self,

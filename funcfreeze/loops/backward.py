@@ -17,7 +17,8 @@ from funcfreeze.gradients.graph import NO_LEAF
 from funcfreeze.gradients.hooks import handles_made
 from funcfreeze.gradients.returned import check_losses, refuse_constants
 from funcfreeze.gradients.routed import LiveGraph, planned_backward, read_losses
-from funcfreeze.model.functional import as_module, module_leaves, refuse_unusable
+from funcfreeze.model.acceptance import as_module, refuse_unusable
+from funcfreeze.model.sites import module_leaves
 
 
 def backward(losses: Mapping[str, Tensor | None], routes: object, model: nn.Module | Mapping[str, nn.Module]) -> None:

@@ -1,4 +1,4 @@
-"""The recipe as a training loop: a real module, `requires_grad` toggled, `.grad`. What `verify` compares with."""
+"""The recipe as a training loop: a real module, one backward a loss, `.grad`. What `verify` compares with."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from funcfreeze.computation.loss_scale import scale_in, unscale
 from funcfreeze.computation.state import State
 from funcfreeze.gradients.toggle import accumulate
+from funcfreeze.model.attributes import let_go_of_graphs
 from funcfreeze.model.functional import FunctionalModule
 from funcfreeze.step import Step
 
 
 class Recipe:
-    """The eager loop: a real module, `requires_grad` toggled, `.grad`, and the optimizer's pure form."""
+    """The eager loop: a real module, one backward a loss into `.grad`, and the optimizer's pure form."""
 
     def __init__(self, step: Step, module: nn.Module, state: State) -> None:
         self.module = module
@@ -47,6 +48,7 @@ class Recipe:
             found = unscale(found, seed)
         for parameter in parameters.values():
             parameter.grad = None
+        let_go_of_graphs(self.module)
         return {name: loss.detach() for name, loss in losses.items() if loss is not None}, found
 
     def update(self, gradients: Mapping[str, Tensor], number: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 import funcfreeze as ff
 from funcfreeze.declare.plan import resolve_plan
-from funcfreeze.model.functional import module_leaves
+from funcfreeze.model.sites import module_leaves
 
 
 def network():

@@ -127,6 +127,8 @@ def test_arguments():
 class Faulty:
     """The routed engine with its outcome spoiled."""
 
+    finds_other_leaves = True
+
     def __init__(self, spoil: Callable[[list[Any], Any], list[Any]], twice: bool = False) -> None:
         self.spoil, self.twice = spoil, twice
 
@@ -135,9 +137,9 @@ class Faulty:
             first = evaluate(leaves)
             if not self.twice:
                 return first
-            _, (metrics, buffers) = first
-            counts = {path: b + 1 if b.ndim == 0 else b for path, b in buffers.items()}
-            return first[0], (metrics, counts)
+            losses, beside = first
+            counts = {path: b + 1 if b.ndim == 0 else b for path, b in beside.buffers.items()}
+            return losses, beside._replace(buffers=counts)
 
         outcome = Routed().merged(again, params, routing, step, seed)
         return replace(outcome, gradients=self.spoil(list(outcome.gradients), routing))
@@ -216,8 +218,8 @@ def test_planted_faults_of_the_plan(fault, monkeypatch):
 
 
 def test_a_frozen_parameter_that_moves_is_seen(monkeypatch):
-    def update(self, state, gradients, buffers):
-        after = original(self, state, gradients, buffers)
+    def update(self, state, computed):
+        after = original(self, state, computed)
         moved = {path: p + 1e-9 if path == "still.bias" else p for path, p in after.params.items()}
         return after.replace(params=moved)
 
@@ -259,6 +261,6 @@ def test_tied_buffers_and_complex_parameters():
 
 
 def test_an_imaginary_error_is_an_error():
-    from funcfreeze.proof.verify import _norm
+    from funcfreeze.proof.comparison import _norm
 
     assert _norm([torch.tensor([3j])]) == 3.0

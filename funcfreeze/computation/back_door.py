@@ -1,0 +1,49 @@
+"""What `losses` must not do with the model's tensors, and how that is said.
+
+A tensor of the module itself is not the state's: its value is old, and no gradient arrives. It is met where code goes
+by another way than the module it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def raise_misuse(problems: Iterable[str]) -> None:
+    """Raise one `RuntimeError` that tells all problems, or nothing if there is none."""
+    found = list(problems)
+    if found:
+        raise RuntimeError("\n".join(found))
+
+
+def parameter_problem(path: str, losses: Sequence[str]) -> str:
+    """A parameter's own tensor was used.
+
+    Args:
+        path: of the parameter.
+        losses: the names of the losses whose graph ends in it; none if it was read without a gradient.
+    """
+    where = f"loss {', '.join(map(repr, losses))} uses" if losses else "`losses` reads"
+    return (
+        f"{where} parameter {path} by another way than the model that `losses` is given (a list of parameters, a "
+        "closure, an optimizer's param_groups, an alias made by .data or .detach()): that is the module's own tensor "
+        "and not the state's, so its value is old and no gradient arrives. Reach it through the model, as in "
+        f"model.get_parameter({path!r}), or keep your loop and call funcfreeze.backward"
+    )
+
+
+def buffer_problem(path: str) -> str:
+    """A buffer's own tensor was used though the forward writes to the buffer."""
+    return (
+        f"`losses` uses buffer {path} by another way than the model that it is given (a list, a closure, an alias), "
+        "and the buffer changes from step to step: that is the module's own tensor and not the state's. Reach it "
+        f"through the model, as in model.get_buffer({path!r})"
+    )
+
+
+def write_problem(path: str) -> str:
+    """A parameter that a loss may update was written to; the write has been undone."""
+    return (
+        f"`losses` writes to parameter {path}, which a loss may update: its gradient would belong to neither value. "
+        "`losses` may only read such parameters; change them between steps, with state.replace(params=...)"
+    )

@@ -1,0 +1,187 @@
+"""One call of the user's losses, on the user's module with the state's tensors in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcfreeze.computation.back_door import buffer_problem, parameter_problem, raise_misuse, write_problem
+from funcfreeze.computation.inner_gradients import at_constants
+from funcfreeze.declare.plan import Plan
+from funcfreeze.gradients.graph import leaves_below
+from funcfreeze.model.attributes import let_go_of_graphs
+from funcfreeze.model.functional import FunctionalModule, mark_of
+from funcfreeze.model.memory import memory_of
+from funcfreeze.model.watching import Watch, by_memory
+
+Losses = Callable[[Any, Any], Any]
+"""`losses(model, batch)` -> a mapping name -> scalar, or that and a mapping of metrics."""
+
+
+@dataclass
+class Seen:
+    """What the calls so far have shown.
+
+    Attributes:
+        watched: whether one was watched operator by operator.
+        written: the parameters that `losses` writes to, which no loss may update. They are cloned for every call then.
+    """
+
+    watched: bool = False
+    written: set[str] = field(default_factory=set)
+
+
+class Beside(NamedTuple):
+    """What a call gives beside the losses.
+
+    Attributes:
+        metrics: as `losses` returned them.
+        buffers: every buffer as the call left it.
+        written: the new values of parameters that the call wrote to.
+    """
+
+    metrics: Mapping[str, Any]
+    buffers: dict[str, Tensor]
+    written: dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The user's losses over a model.
+
+    Attributes:
+        functional: the model.
+        losses: the user's function.
+        plan: which loss may update which parameters.
+        seen: what the calls so far have shown.
+    """
+
+    functional: FunctionalModule
+    losses: Losses
+    plan: Plan
+    seen: Seen = field(default_factory=Seen)
+
+    @cached_property
+    def unrouted(self) -> frozenset[str]:
+        """The parameters that no loss may update. A forward may write to them, as momentum encoders do."""
+        return frozenset(self.plan.paths) - frozenset(self.plan.routed)
+
+    def leaves(self, params: Mapping[str, Tensor]) -> list[Tensor]:
+        """The state's parameters in the plan's order, cloned where `losses` is known to write to them."""
+        written = self.seen.written
+        return [params[path].clone() if path in written else params[path] for path in self.plan.paths]
+
+    def watch(self, params: Mapping[str, Tensor]) -> Watch:
+        """What looks at every operator of one call: for tensors of the module that are not the state's, and for writes.
+
+        Args:
+            params: the state's parameters.
+        """
+        guarded = by_memory(params)
+        own = {**by_memory(self.functional.present_buffers()), **by_memory(self.functional.present_parameters())}
+        return Watch({memory: path for memory, path in own.items() if memory not in guarded}, guarded)
+
+    def call(
+        self,
+        leaves: Sequence[Tensor],
+        buffers: Mapping[str, Tensor],
+        batch: Any,
+        holding: ExitStack,
+        watch: Watch | None = None,
+    ) -> tuple[Any, Beside]:
+        """Call `losses` once.
+
+        Buffers are cloned, so that an exception leaves the given ones as they were. The module holds all tensors until
+        the stack is closed, after the backward. What that runs of the module once more (activation checkpointing) finds
+        the buffers as the call left them, and updates only copies.
+
+        Args:
+            leaves: what stands for the parameters, in the plan's order.
+            buffers: the state's buffers.
+            batch: what `losses` is given.
+            holding: what is closed after the backward.
+            watch: what looks at every operator, if anything does.
+
+        Raises:
+            RuntimeError: `losses` read or wrote something that it may not, or differentiated at a constant.
+        """
+        given = dict(zip(self.plan.paths, leaves, strict=True))
+        for path, hook in self.functional.parameter_hooks():
+            if given[path].requires_grad:
+                given[path].register_hook(hook)  # type: ignore[no-untyped-call]
+        cloned = {path: tensor.clone() for path, tensor in buffers.items()}
+        marks = {path: mark_of(tensor) for path, tensor in given.items()}
+        holding.enter_context(self.functional.holding(given, cloned))
+        holding.callback(let_go_of_graphs, self.functional.module)
+        if watch is None:
+            with at_constants(given):
+                losses, metrics = split(self.losses(self.functional.module, batch))
+        else:
+            holding.callback(watch.undo)
+            with at_constants(given), watch:
+                losses, metrics = split(self.losses(self.functional.module, batch))
+            raise_misuse(self._misuse(watch, losses, buffers))
+        left = self.functional.left(given, marks, self.unrouted)
+        undone = self.unrouted & watch.written if watch is not None else frozenset()
+        written = {path: given[path] for path in undone | self.seen.written} | left.written
+        for path, value in written.items():
+            # what is undone later is copied, and what is in another memory now, which may be another tensor's
+            apart = path in undone or memory_of(value) != marks[path][1]
+            written[path] = value.detach().clone() if apart else value.detach()
+        if watch is not None:
+            self.seen.watched = True
+        self.seen.written.update(written)
+        self.functional.hold_copies(left.buffers)
+        return losses, Beside(metrics, left.buffers, written)
+
+    def _misuse(self, watch: Watch, losses: Any, buffers: Mapping[str, Tensor]) -> Iterator[str]:
+        """What is wrong with what was seen.
+
+        Args:
+            watch: what has seen it.
+            losses: as `losses` returned them.
+            buffers: as they were before the call.
+        """
+        for path in watch.seen:
+            if path in self.functional.parameters:
+                yield parameter_problem(path, _ending_in(path, watch, losses))
+            elif path in watch.written or not _equal(self.functional.buffer(path), buffers[path]):
+                yield buffer_problem(path)
+        yield from map(write_problem, sorted(watch.written & set(self.plan.routed) - watch.seen.keys()))
+
+
+def _equal(one: Tensor | None, other: Tensor) -> bool:
+    """Whether the values are the same. BatchNorm's kernel bumps no version of its statistics."""
+    return one is not None and one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+
+
+def _ending_in(path: str, watch: Watch, losses: Any) -> list[str]:
+    """The losses whose graph ends in the module's own parameter of that name."""
+    given = losses.items() if isinstance(losses, Mapping) else ()
+    return [
+        str(name)
+        for name, loss in given
+        if isinstance(loss, Tensor) and any(watch.own_name(leaf) == path for leaf in leaves_below(loss))
+    ]
+
+
+def split(returned: Any) -> tuple[Any, Mapping[str, Any]]:
+    """What `losses` returned as losses and metrics.
+
+    Raises:
+        TypeError: neither a mapping nor a pair of mappings.
+    """
+    if not isinstance(returned, tuple):
+        return returned, {}
+    if len(returned) != 2 or not isinstance(returned[1], Mapping):
+        shown = ", ".join(type(part).__name__ for part in returned)
+        raise TypeError(
+            f"`losses` returns a mapping of losses, or a pair of that and a mapping of metrics; got ({shown})"
+        )
+    return returned

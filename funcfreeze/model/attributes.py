@@ -1,0 +1,117 @@
+"""What a forward leaves on its modules as plain Python attributes: hidden states, counters, auxiliary losses."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
+"""Parameters, buffers, submodules, hooks: what every module has."""
+
+_SEQUENCES = (list, deque)
+_MAPPINGS = (dict, OrderedDict, defaultdict)
+
+
+def attributes(module: nn.Module) -> dict[str, Any]:
+    """A module's own attributes, without what every module has."""
+    own = vars(module)
+    return {name: own[name] for name in own if name not in _OF_TORCH}
+
+
+def let_go_of_graphs(module: nn.Module) -> None:
+    """Detach the tensors that modules keep of a graph: it has been used up, and would be kept alive.
+
+    Lists and dicts of Python's own are looked into and stay the same objects.
+    """
+    for inner in module.modules():
+        for name, value in attributes(inner).items():
+            kept = _detached(value)
+            if kept is not value:
+                vars(inner)[name] = kept
+
+
+def _detached(value: Any) -> Any:
+    """The value, detached where it is a tensor with a graph; containers keep their identity, tuples cannot."""
+    if isinstance(value, Tensor):
+        return value if value.is_leaf else value.detach()
+    kind = type(value)
+    if kind is tuple:
+        parts = [_detached(part) for part in value]
+        return value if all(new is old for new, old in zip(parts, value, strict=True)) else tuple(parts)
+    if kind in _MAPPINGS:
+        _replace(value, value.items())
+    elif kind in _SEQUENCES:
+        _replace(value, enumerate(value))
+    return value
+
+
+def _replace(container: Any, items: Any) -> None:
+    for key, value in list(items):
+        kept = _detached(value)
+        if kept is not value:
+            container[key] = kept
+
+
+@contextmanager
+def attributes_kept(module: nn.Module) -> Iterator[None]:
+    """Leave every module's attributes as they were: what they are bound to, what lists, dicts and sets hold, and the
+    values of tensors. Objects of other classes are not looked into.
+    """
+    undo: list[Callable[[], None]] = []
+    seen: dict[int, Any] = {}
+    modules = list(module.modules())
+    before = [attributes(inner) for inner in modules]
+    for values in before:
+        for value in values.values():
+            _remember(value, undo, seen)
+    try:
+        yield
+    finally:
+        for inner, values in zip(modules, before, strict=True):
+            own = vars(inner)
+            for name in attributes(inner).keys() - values.keys():
+                del own[name]
+            own.update(values)
+        for restore in undo:
+            restore()
+
+
+def _remember(value: Any, undo: list[Callable[[], None]], seen: dict[int, Any]) -> None:
+    """Note how to make a value what it is now."""
+    kind = type(value)
+    if id(value) in seen or not (isinstance(value, Tensor) or kind in (tuple, set, *_MAPPINGS, *_SEQUENCES)):
+        return
+    seen[id(value)] = value
+    if isinstance(value, Tensor):
+        undo.append(_restorer_of_tensor(value))
+        return
+    if kind is not tuple:
+        undo.append(_restorer(value, kind is set or kind in _MAPPINGS))
+    for part in list(value.values() if kind in _MAPPINGS else value):
+        _remember(part, undo, seen)
+
+
+def _restorer(container: Any, by_update: bool) -> Callable[[], None]:
+    before = container.copy()
+
+    def restore() -> None:
+        container.clear()
+        (container.update if by_update else container.extend)(before)
+
+    return restore
+
+
+def _restorer_of_tensor(tensor: Tensor) -> Callable[[], None]:
+    copy, version = tensor.detach().clone(), tensor._version
+
+    def restore() -> None:
+        if tensor._version != version:
+            with torch.no_grad():
+                tensor.detach().copy_(copy)
+
+    return restore
