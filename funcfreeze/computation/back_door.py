@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
+from torch import Tensor
+
 
 def raise_misuse(problems: Iterable[str]) -> None:
     """Raise one `RuntimeError` that tells all problems, or nothing if there is none."""
@@ -38,6 +41,20 @@ def buffer_problem(path: str) -> str:
         f"`losses` uses buffer {path} by another way than the model that it is given (a list, a closure, an alias), "
         "and the buffer changes from step to step: that is the module's own tensor and not the state's. Reach it "
         f"through the model, as in model.get_buffer({path!r})"
+    )
+
+
+def form_of(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    """What a parameter keeps from step to step."""
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def form_problem(path: str, before: Tensor, now: Tensor) -> str:
+    """A parameter that no loss may update came out of the forward with another form."""
+    (shape, dtype, device), (to_shape, to_dtype, to_device) = form_of(before), form_of(now)
+    return (
+        f"the forward gave parameter {path} another form: it had shape {tuple(shape)} and {dtype} on {device}, and has "
+        f"shape {tuple(to_shape)} and {to_dtype} on {to_device} now; a state keeps its form"
     )
 
 

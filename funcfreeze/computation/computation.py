@@ -11,7 +11,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funcfreeze.computation.back_door import parameter_problem, raise_misuse
+from funcfreeze.computation.back_door import form_of, form_problem, parameter_problem, raise_misuse
 from funcfreeze.computation.evaluation import Beside, Evaluation
 from funcfreeze.computation.loss_scale import LossScale, scale_in, unscale
 from funcfreeze.declare.selectors import RouteError
@@ -122,6 +122,11 @@ class Computation:
             )
         beside: Beside = outcome.rest
         self._refuse_other_leaves(outcome.other_leaves, params)
+        raise_misuse(
+            form_problem(path, params[path], value)
+            for path, value in beside.written.items()
+            if form_of(value) != form_of(params[path])
+        )
         _check_names(outcome.losses, beside.metrics)
         gradients = self._unscaled(_touched(self.routing.paths, outcome.gradients), optimizer)
         return Computed(gradients, outcome.losses, beside.metrics, beside.buffers, beside.written)

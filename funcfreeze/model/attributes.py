@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,8 +60,8 @@ def _replace(container: Any, items: Any) -> None:
 
 @contextmanager
 def attributes_kept(module: nn.Module) -> Iterator[None]:
-    """Leave every module's attributes as they were: what they are bound to, what lists, dicts and sets hold, and the
-    values of tensors. Objects of other classes are not looked into.
+    """Leave every module's attributes as they were: what they are bound to, what lists, dicts and sets hold, the
+    values of tensors, the state of generators. Objects of other classes are not looked into.
     """
     undo: list[Callable[[], None]] = []
     seen: dict[int, Any] = {}
@@ -84,11 +85,15 @@ def attributes_kept(module: nn.Module) -> Iterator[None]:
 def _remember(value: Any, undo: list[Callable[[], None]], seen: dict[int, Any]) -> None:
     """Note how to make a value what it is now."""
     kind = type(value)
-    if id(value) in seen or not (isinstance(value, Tensor) or kind in (tuple, set, *_MAPPINGS, *_SEQUENCES)):
+    known = isinstance(value, Tensor | torch.Generator) or kind in (tuple, set, *_MAPPINGS, *_SEQUENCES)
+    if id(value) in seen or not known:
         return
     seen[id(value)] = value
     if isinstance(value, Tensor):
         undo.append(_restorer_of_tensor(value))
+        return
+    if isinstance(value, torch.Generator):
+        undo.append(partial(value.set_state, value.get_state()))
         return
     if kind is not tuple:
         undo.append(_restorer(value, kind is set or kind in _MAPPINGS))

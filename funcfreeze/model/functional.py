@@ -163,8 +163,8 @@ class FunctionalModule:
             may_write: the paths of parameters whose values a call may exchange.
 
         Raises:
-            RuntimeError: the call changed a parameter that it may only read, or changed one's shape or dtype; it added
-                or removed parameters or buffers; or the module is no longer what it was when its sites were noted.
+            RuntimeError: the call changed a parameter that it may only read; it added or removed parameters or buffers;
+                or the module is no longer what it was when its sites were noted.
         """
         problems: list[str] = []
         written: dict[str, Tensor] = {}
@@ -186,8 +186,12 @@ class FunctionalModule:
 
     def hold_copies(self, tensors: Mapping[str, Tensor]) -> None:
         """Put copies of these buffers into the module, until the block of `holding` ends."""
+        self.put_buffers({path: tensor.clone() for path, tensor in tensors.items()})
+
+    def put_buffers(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put these buffers into the module, wherever they are tied."""
         for path, tensor in tensors.items():
-            _put(self.buffers[path], "_buffers", tensor.clone())
+            _put(self.buffers[path], "_buffers", tensor)
 
     def _problems_with_the_set(self, buffers: Mapping[str, Tensor | None]) -> Iterator[str]:
         """What a call did to the set of parameters and buffers, which a state cannot follow."""
@@ -252,12 +256,7 @@ def _write_problem(path: str, given: Tensor, mark: Mark, found: Sequence[Tensor 
     if now is None or any(tensor is not now for tensor in found):
         return f"the forward removed parameter {path}, or put different tensors in the places of one that is tied"
     if may_write:
-        if (now.shape, now.dtype, now.device) == (given.shape, given.dtype, given.device):
-            return None
-        return (
-            f"the forward gave parameter {path} another form: it had shape {tuple(given.shape)} and {given.dtype}, "
-            f"and has shape {tuple(now.shape)} and {now.dtype} on {now.device} now; a state keeps its form"
-        )
+        return None
     if now is not given:
         seen = "put another tensor in the place of"
     elif memory_of(given) != mark[1]:

@@ -18,7 +18,7 @@ from funcfreeze.model.functional import FunctionalModule
 def module_copy(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """A copy of a model in another dtype; ties stay ties, which `Module.to` does not see to for buffers."""
     with _GraphsLeftOut():
-        functional = FunctionalModule.of(copy.deepcopy(module, _not_copied_by_python(module)))
+        functional = FunctionalModule.of(copy.deepcopy(module, _shared(module)))
     if dtype is not None:
         functional.exchange(lambda tensor: cast(tensor, dtype))
     return functional.module
@@ -34,10 +34,18 @@ class _GraphsLeftOut(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _not_copied_by_python(module: nn.Module) -> dict[int, Any]:
-    """A memo for `copy.deepcopy` with the random generators that modules hold, each copied as it is now."""
-    held = (value for inner in module.modules() for value in attributes(inner).values())
-    return {id(value): value.clone_state() for value in held if isinstance(value, torch.Generator)}
+def _shared(module: nn.Module) -> dict[int, Any]:
+    """A memo for `copy.deepcopy` with what it cannot copy: generators are copied, locks and the like are shared."""
+    memo: dict[int, Any] = {}
+    for value in (value for inner in module.modules() for value in attributes(inner).values()):
+        if isinstance(value, torch.Generator):
+            memo[id(value)] = value.clone_state()
+            continue
+        try:
+            copy.deepcopy(value, {})
+        except TypeError:  # what Python says of objects that belong to the process
+            memo[id(value)] = value
+    return memo
 
 
 def cast_state(state: State, dtype: torch.dtype | None, wanted: Any) -> State:

@@ -39,6 +39,8 @@ class Recipe:
         parameters = self.functional.present_parameters()
         with torch.enable_grad():
             returned = self.losses(self.module, batch)
+            left = self.functional.present_buffers()
+            self.functional.hold_copies(left)  # activation checkpointing would update them again, once for every loss
             losses = returned[0] if isinstance(returned, tuple) else returned
             ordered = [losses[name] for name in self.routing.losses]
             seed = scale_in(self.optimizer) if self.scaled else None
@@ -48,6 +50,7 @@ class Recipe:
             found = unscale(found, seed)
         for parameter in parameters.values():
             parameter.grad = None
+        self.functional.put_buffers(left)
         let_go_of_graphs(self.module)
         return {name: loss.detach() for name, loss in losses.items() if loss is not None}, found
 

@@ -110,8 +110,7 @@ def _compare(
             seen.compare_model(own.keys(), touched)
             seen.note_reads(original.seen, start, recipe.functional)
         recipe.update(gradients, number)
-        if turn == 0:
-            seen.compare_written(mine.plan, start.params, now.params, recipe.functional.present_parameters())
+        seen.compare_written(mine.plan, start.params, now.params, recipe.functional.present_parameters())
     kinds = [tensor.dtype for tensor in start.params.values() if tensor.is_floating_point() or tensor.is_complex()]
     kind = max(kinds, key=lambda kind: torch.finfo(kind).eps)
     return Report(
