@@ -21,6 +21,7 @@ from funcfreeze.gradients.hooks import noticing_hooks
 from funcfreeze.gradients.law import Evaluate, Outcome, Routing, SeparateOutcome
 from funcfreeze.gradients.returned import check_differentiable, check_losses
 from funcfreeze.gradients.seed import seed_of
+from funcfreeze.gradients.sums import add
 from funcfreeze.gradients.weights import UNIT_WEIGHT, LossWeights
 
 
@@ -37,7 +38,7 @@ class Reference:
     ) -> Outcome:
         """The sum of every loss's gradients."""
         apart = self.separate(evaluate, params, routing, step, seed)
-        return Outcome([_sum(column) for column in zip(*apart.gradients, strict=True)], apart.losses, apart.rest)
+        return Outcome([reduce(add, column) for column in zip(*apart.gradients, strict=True)], apart.losses, apart.rest)
 
     def separate(
         self,
@@ -142,8 +143,3 @@ def _delivered(loss: Tensor, own: dict[int, Tensor]) -> set[int]:
         return set()
     gradients = torch.autograd.grad(loss, list(own.values()), retain_graph=True, allow_unused=True)
     return {leaf for leaf, gradient in zip(own, gradients, strict=True) if gradient is not None}
-
-
-def _sum(gradients: Sequence[Tensor | None]) -> Tensor | None:
-    present = [gradient for gradient in gradients if gradient is not None]
-    return reduce(torch.add, present) if present else None

@@ -14,6 +14,7 @@ from funcfreeze.declare.routes import scalar_like
 from funcfreeze.gradients.forward import forward
 from funcfreeze.gradients.law import Evaluate, Outcome, Routing, SeparateOutcome
 from funcfreeze.gradients.seed import seed_of
+from funcfreeze.gradients.sums import add
 from funcfreeze.gradients.weights import UNIT_WEIGHT
 
 
@@ -41,14 +42,9 @@ def accumulate(
                 leaves[index].grad = None
             _backward(loss, leaves, {index for index, _ in row}, seed_of(loss, seed))
             for index, weight in weighted.items():
-                leaves[index].grad = _plus(held[index], leaves[index].grad, weight)
-
-
-def _plus(held: Tensor | None, gradient: Tensor | None, weight: float | Tensor) -> Tensor | None:
-    if gradient is None:
-        return held
-    scaled = gradient * scalar_like(weight, gradient)
-    return scaled if held is None else held + scaled
+                gradient = leaves[index].grad
+                scaled = None if gradient is None else gradient * scalar_like(weight, gradient)
+                leaves[index].grad = add(held[index], scaled)
 
 
 def _backward(loss: Tensor, leaves: Sequence[Tensor], allowed: AbstractSet[int], seed: Tensor) -> None:

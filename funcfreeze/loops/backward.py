@@ -17,6 +17,7 @@ from funcfreeze.gradients.graph import NO_LEAF
 from funcfreeze.gradients.hooks import handles_made
 from funcfreeze.gradients.returned import check_losses, refuse_constants
 from funcfreeze.gradients.routed import LiveGraph, planned_backward, read_losses
+from funcfreeze.gradients.sums import plus
 from funcfreeze.model.functional import as_module, module_leaves, refuse_unusable
 
 
@@ -106,7 +107,7 @@ def _accumulate(parameter: Tensor, gradient: Tensor) -> None:
     if parameter.grad is None:
         parameter.grad = gradient.clone() if gradient.is_sparse else torch.empty_like(parameter).copy_(gradient)
     elif parameter.grad.is_sparse and not gradient.is_sparse:
-        parameter.grad = gradient + parameter.grad
+        parameter.grad = plus(parameter.grad, gradient)
     else:
         parameter.grad += gradient
     for hook in tuple((parameter._post_accumulate_grad_hooks or {}).values()):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from funcfreeze.computation.specification import check_fits
 from funcfreeze.computation.state import State
 from funcfreeze.declare.plan_table import group_rows
+from funcfreeze.gradients.sums import plus
 from funcfreeze.model.functional import FunctionalModule
 from funcfreeze.proof.recipe import Recipe, random_numbers
 from funcfreeze.proof.report import Check, Report
@@ -348,7 +349,7 @@ def _minus(mine: Tensor | None, wanted: Tensor | None) -> Tensor:
         present = wanted if mine is None else mine
         assert present is not None, "a path comes from one side or the other"
         return present
-    return mine - wanted
+    return plus(mine, -wanted)
 
 
 def _norm(tensors: list[Tensor]) -> float:
