@@ -19,7 +19,7 @@ from torch.func import vjp
 from funcfreeze.declare.routes import scalar_like
 from funcfreeze.gradients.hooks import noticing_hooks
 from funcfreeze.gradients.law import Evaluate, Outcome, Routing, SeparateOutcome
-from funcfreeze.gradients.returned import check_differentiable, check_losses
+from funcfreeze.gradients.returned import check_losses, refuse_constants
 from funcfreeze.gradients.seed import seed_of
 from funcfreeze.gradients.sums import add
 from funcfreeze.gradients.weights import UNIT_WEIGHT, LossWeights
@@ -57,11 +57,12 @@ class Reference:
                 "a hook was registered during the forward, and torch.func does not run hooks on activations; use "
                 "engine='routed', which does"
             )
+        present = {name: found.losses[index] for index, name in enumerate(routing.losses) if index in found.losses}
+        refuse_constants(
+            [name for name, loss in present.items() if name not in levels.differentiable and not loss.requires_grad]
+        )
         # clones: a loss that is a parameter, or a view of one, would change when a step overwrites that
-        losses = {
-            name: found.losses[index].clone() for index, name in enumerate(routing.losses) if index in found.losses
-        }
-        check_differentiable([name for name in losses if name not in levels.differentiable], routing)
+        losses = {name: loss.detach().clone() for name, loss in present.items()}
         gradients = [[found.gradients[index].get(leaf) for leaf in range(len(params))] for index in found.gradients]
         return SeparateOutcome(gradients[::-1], losses, levels.rebuild(found.rest))
 
@@ -120,7 +121,7 @@ class _Levels:
 
     def _forward(self, params: dict[int, Tensor]) -> _Found:
         returned, rest = self.evaluate(list(params.values()))
-        losses = check_losses(returned, self.routing)
+        losses = check_losses(returned, self.routing, inside_func=True)
         leaves, self.treespec = optree.tree_flatten(rest, none_is_leaf=True)
         self.skeleton = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
@@ -129,7 +130,7 @@ class _Levels:
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
         """What came beside the losses, put together again from its tensors."""
-        remaining = iter(tensors)
+        remaining = iter([tensor.detach() for tensor in tensors])  # an input that requires grad has left its mark
         leaves = [
             next(remaining) if is_tensor else leaf
             for leaf, is_tensor in zip(self.skeleton, self.is_tensor, strict=True)
