@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
-import optree
 import torch
 from torch import Tensor
 from torch.func import vjp
@@ -19,10 +18,11 @@ from torch.func import vjp
 from funcfreeze.declare.routes import scalar_like
 from funcfreeze.gradients.hooks import noticing_hooks
 from funcfreeze.gradients.law import Evaluate, Outcome, Routing, SeparateOutcome
-from funcfreeze.gradients.returned import check_losses, refuse_constants
+from funcfreeze.gradients.returned import check_losses, detached, refuse_constants
 from funcfreeze.gradients.seed import seed_of
 from funcfreeze.gradients.sums import add
 from funcfreeze.gradients.weights import UNIT_WEIGHT, LossWeights
+from funcfreeze.model.containers import flatten
 
 
 class Reference:
@@ -122,20 +122,20 @@ class _Levels:
     def _forward(self, params: dict[int, Tensor]) -> _Found:
         returned, rest = self.evaluate(list(params.values()))
         losses = check_losses(returned, self.routing, inside_func=True)
-        leaves, self.treespec = optree.tree_flatten(rest, none_is_leaf=True)
+        leaves, self.structure = flatten(detached(rest))
+        tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}  # one in two places stays one
+        places = {key: place for place, key in enumerate(tensors)}
         self.skeleton = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+        self.places = [places.get(id(leaf)) for leaf in leaves]
         present = {index: loss for index, loss in enumerate(losses) if loss is not None}
-        return _Found(present, {}, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
+        return _Found(present, {}, [*tensors.values()])
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
         """What came beside the losses, put together again from its tensors."""
-        remaining = iter([tensor.detach() for tensor in tensors])  # an input that requires grad has left its mark
-        leaves = [
-            next(remaining) if is_tensor else leaf
-            for leaf, is_tensor in zip(self.skeleton, self.is_tensor, strict=True)
-        ]
-        return optree.tree_unflatten(self.treespec, leaves)
+        plain = [tensor.detach() for tensor in tensors]  # an input that requires grad has left its mark
+        return self.structure.unflatten(
+            leaf if place is None else plain[place] for leaf, place in zip(self.skeleton, self.places, strict=True)
+        )
 
 
 def _delivered(loss: Tensor, own: dict[int, Tensor]) -> set[int]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
-import optree
 from torch import Tensor
 
 from funcfreeze.declare.plan import raise_problems
 from funcfreeze.declare.selectors import closest
 from funcfreeze.gradients.law import Routing
+from funcfreeze.model.containers import LEAVES, flatten, hidden_tensors
 
 
 def check_losses(returned: Any, routing: Routing, *, inside_func: bool = False) -> list[Tensor | None]:
@@ -39,6 +40,7 @@ def check_losses(returned: Any, routing: Routing, *, inside_func: bool = False) 
             f'`losses` returns a mapping such as {{"cls": loss_cls, "adv": loss_adv}} (or that and a mapping of '
             f"metrics), got {_described(returned)}{hint}"
         )
+    returned = _with_fields_that_are_none(returned, routing.losses)
     raise_problems([*_name_problems(returned, routing.losses), *_value_problems(returned, routing.losses, inside_func)])
     return [returned[name] for name in routing.losses]
 
@@ -61,6 +63,14 @@ def _constant(name: str) -> str:
 
 
 _ABSENT = "return None for a loss that is absent this step"
+
+
+def _with_fields_that_are_none(returned: Mapping[Any, Any], declared: Sequence[str]) -> Mapping[Any, Any]:
+    """A mapping that is a dataclass too, as models' outputs in transformers are, leaves out fields that are None."""
+    if not is_dataclass(returned):
+        return returned
+    names = [field.name for field in fields(returned) if field.name in declared]
+    return {**{name: None for name in names if getattr(returned, name) is None}, **returned}
 
 
 def _name_problems(returned: Mapping[Any, Any], declared: Sequence[str]) -> Iterator[str]:
@@ -99,5 +109,37 @@ def _described(value: Any) -> str:
 
 
 def detached(tree: Any) -> Any:
-    """The same pytree with every tensor detached."""
-    return optree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree, none_is_leaf=True)
+    """The same tree with every tensor detached, in new containers (see `exchanged`)."""
+    return exchanged(tree, Tensor.detach, lambda tensor: tensor.grad_fn is not None, "a tensor of the autograd graph")
+
+
+def exchanged(tree: Any, f: Callable[[Tensor], Tensor], must_go: Callable[[Tensor], bool], what: str) -> Any:
+    """What came beside the losses with `f(tensor)` for every tensor, in new containers of the same kinds.
+
+    An object that is no container (see `containers`) stays the object it is.
+
+    Args:
+        tree: what `losses` returned beside the losses.
+        f: what to do with its tensors.
+        must_go: which tensors may not stay as they are.
+        what: a name for those.
+
+    Raises:
+        TypeError: an object that is no container holds such a tensor; names every one, and where in it the tensor is.
+    """
+    leaves, structure = flatten(tree)
+    hidden = [
+        f"{type(leaf).__name__}{name}"
+        for leaf in leaves
+        if type(leaf) not in LEAVES
+        for name, tensor in hidden_tensors(leaf)
+        if must_go(tensor)
+    ]
+    if hidden:
+        shown = ", ".join(hidden[:3]) + ", ..." * (len(hidden) > 3)
+        raise TypeError(
+            f"what `losses` returned beside the losses holds {what} where it cannot be exchanged: {shown}; return "
+            "tensors in dicts, lists, tuples, dataclasses or mappings, or put detached clones into such an object"
+        )
+    known = {id(leaf): f(leaf) for leaf in leaves if isinstance(leaf, Tensor)}  # one tensor in two places stays one
+    return structure.unflatten([known.get(id(leaf), leaf) for leaf in leaves])
