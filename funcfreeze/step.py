@@ -39,7 +39,8 @@ class Step:
         model: an `nn.Module`, or a mapping name -> `nn.Module` (in `losses` then `model["name"]`). It keeps its own
             tensors; the step computes with the state's.
         losses: `losses(model, batch)`, called once per step, returns a mapping loss name -> 0-d floating tensor (None:
-            absent this step), or a pair of that and a mapping of metrics.
+            absent this step; a number, or a tensor that does not require grad, is an error), or a pair of that and a
+            mapping of metrics.
         routes: loss name -> which parameters it may update (see `Route`), or a `Plan`.
         optimizer: a `Transform` such as `optim.adamw(1e-3)`.
         differentiable: a selector, or a list of them: parameters that no loss may update and that `losses` itself

@@ -164,4 +164,9 @@ def random_graph(seed: int, *, foreign: bool = False, hooks: bool = False) -> Ra
         chosen = [path for path in params if rng.random() < rng.choice([0.3, 0.6, 1.0])] or [rng.choice(sorted(params))]
         common = rng.choice(levels)
         table[key] = {path: common if rng.random() < 0.7 else rng.choice(levels) for path in chosen}
+    routed = {path for row in table.values() for path in row}
+    leaves = {path: param.clone().requires_grad_(path in routed) for path, param in params.items()}
+    for key, loss in losses(leaves).items():
+        if not loss.requires_grad:  # it hangs on parameters alone that no loss may update, which is an error
+            table[key] = dict.fromkeys(params, rng.choice(levels))
     return RandomGraph(params, losses, table)

@@ -58,7 +58,7 @@ def change(**changes):
             "not a floating point number: its dtype is torch.int64",
         ),
         (change(adv=1.5), ff.RouteError, "loss 'adv' is not a tensor but float: 1.5"),
-        (change(adv=torch.ones(())), ff.RouteError, "loss 'adv' does not require grad, so it depends on no parameter"),
+        (change(adv=torch.ones(())), ff.RouteError, "loss 'adv' does not require grad, so it can update nothing"),
         (lambda m, b: m["encoder"](b).mean(), TypeError, 'got a tensor of shape (): name it, {"loss": loss}'),
         (lambda m, b: [m["encoder"](b).mean()], TypeError, "`losses` returns a mapping such as"),
         (lambda m, b: (losses(m, b), 3), TypeError, "a pair of that and a mapping of metrics; got (dict, int)"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import UserDict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -9,6 +11,7 @@ import optree
 from torch import Tensor
 
 from funcfreeze.compile.reading import PLAIN
+from funcfreeze.model.containers import Structure, flatten, opens, parts_of
 
 
 class Constant(NamedTuple):
@@ -29,19 +32,19 @@ class Form(NamedTuple):
     """All of a batch but its tensors. Compares by value.
 
     Attributes:
-        structure: as optree knows it, which sorts the keys of dicts.
+        structure: that of its containers, in which the keys of dicts are sorted.
         orders: the keys of its dicts as they come, since `losses` may go by that.
         constants: the leaves that are no tensors, by position.
     """
 
-    structure: optree.PyTreeSpec
+    structure: Structure
     orders: tuple[tuple[Any, ...], ...]
     constants: dict[int, Constant]
 
     @staticmethod
     def of(batch: Any) -> tuple[Form, list[Tensor]]:
         """The form of a batch, and its tensors."""
-        leaves, structure = optree.tree_flatten(batch, none_is_leaf=True)
+        leaves, structure = flatten(batch, _data_alone)
         constants = {
             index: Constant(type(leaf), repr(leaf), leaf)
             for index, leaf in enumerate(leaves)
@@ -52,11 +55,10 @@ class Form(NamedTuple):
 
     def batch(self, tensors: Iterator[Tensor]) -> Any:
         """A batch of this form."""
-        leaves = [
-            self.constants[index].leaf if index in self.constants else next(tensors)
-            for index in range(self.structure.num_leaves)
-        ]
-        return optree.tree_unflatten(self.structure, leaves)
+        number = self.structure.num_leaves
+        return self.structure.unflatten(
+            self.constants[index].leaf if index in self.constants else next(tensors) for index in range(number)
+        )
 
     def difference(self, other: Form) -> str:
         """What another has that is different."""
@@ -72,15 +74,16 @@ class Form(NamedTuple):
         Raises:
             TypeError: naming all of them.
         """
-        paths = self.structure.paths() if self.constants else []
+        names = self.structure.names() if self.constants else []
         problems = [
-            f"batch[{']['.join(map(repr, paths[index]))}]: {kind.__name__}" if paths[index] else kind.__name__
+            f"batch{names[index]}: {kind.__name__}" if names[index] else kind.__name__
             for index, (kind, _, value) in self.constants.items()
             if not isinstance(value, PLAIN)
         ]
         if problems:
             raise TypeError(
-                "a compiled step takes batches of tensors, numbers and strings in dicts, lists and tuples, got\n"
+                "a compiled step takes batches of tensors, numbers and strings in dicts, lists, tuples, dataclasses "
+                "and mappings, got\n"
                 + "\n".join(f"  - {problem}" for problem in problems)
                 + "\nturn it into one of these (torch.as_tensor, dict(...)), or build the Step with compile=False"
             )
@@ -94,6 +97,26 @@ def _orders(value: Any) -> Iterator[tuple[Any, ...]]:
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from _orders(inner)
+    elif opens(value):
+        yield from _orders(parts_of(value))
+
+
+def _data_alone(container: Any) -> Any:
+    """A `UserDict` without the attributes that hold other things than data: a tokenizer keeps its own objects there."""
+    if not isinstance(container, UserDict):
+        return container
+    others = [name for name, held in vars(container).items() if name != "data" and not _is_data(held)]
+    return _without(container, others) if others else container
+
+
+def _is_data(held: Any) -> bool:
+    return all(isinstance(leaf, (Tensor, *PLAIN)) for leaf in optree.tree_leaves(held))
+
+
+def _without(container: UserDict[Any, Any], names: list[str]) -> UserDict[Any, Any]:
+    copied = copy.copy(container)
+    vars(copied).update(dict.fromkeys(names))
+    return copied
 
 
 def _shown(constants: dict[int, Constant]) -> str:

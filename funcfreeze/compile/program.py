@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import optree
 import torch
@@ -23,15 +23,14 @@ from funcfreeze.compile.reading import PLAIN
 from funcfreeze.compile.tracing import Outside, RecurrentLayers, in_trace, no_randomness_of_python, stand_ins
 from funcfreeze.compile.watch import Watch
 from funcfreeze.computation.computation import Computation, Computed
+from funcfreeze.model.containers import flatten
 
 KEPT_BYTES = 2**18
 """Gradients of this size on the CPU stay allocated until the next step starts; see `Lease.gradients`."""
 
 
-class Output(NamedTuple):
-    """The place of a tensor among the outputs of the graph."""
-
-    place: int
+class Output(int):
+    """The place of a tensor among the outputs of the graph: no container, so that trees can hold it."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,10 @@ class Program:
 
 
 def _mapped(f: Callable[[Any], Any], value: Any) -> Any:
-    return f(value) if isinstance(value, Tensor) else optree.tree_map(f, value, none_is_leaf=True)
+    if isinstance(value, (Tensor, Output)):
+        return f(value)
+    leaves, structure = flatten(value)
+    return structure.unflatten(map(f, leaves))
 
 
 def _plain(leaf: Any) -> Any:
@@ -186,7 +188,7 @@ def _plain(leaf: Any) -> Any:
     if not isinstance(leaf, PLAIN):
         raise TypeError(
             f"a metric holds {type(leaf).__name__}: a compiled step returns tensors, numbers and strings in dicts, "
-            "lists and tuples; return its tensors, or build the Step with compile=False"
+            "lists, tuples, dataclasses and mappings; return its tensors, or build the Step with compile=False"
         )
     return leaf
 
@@ -194,7 +196,7 @@ def _plain(leaf: Any) -> Any:
 def _check_constants(one: Returned, other: Returned) -> None:
     """Refuse metrics that are Python numbers and differ from one trace to the next."""
     for name, value in one.metrics.items():
-        if optree.tree_leaves(value, none_is_leaf=True) != optree.tree_leaves(other.metrics[name], none_is_leaf=True):
+        if flatten(value)[0] != flatten(other.metrics[name])[0]:
             raise RuntimeError(
                 f"the metric {name!r} is a Python number that differs each time it is computed; a compiled step would "
                 "always return the first. Make it a tensor, or build the Step with compile=False"
@@ -229,26 +231,15 @@ def _kept(gradient: Tensor, outputs: list[Tensor]) -> Output:
 
 def _filled(returned: Returned, computed: Sequence[Tensor]) -> Returned:
     def fill(leaf: Any) -> Any:
-        return computed[leaf.place] if type(leaf) is Output else leaf
-
-    def filled(value: Any) -> Any:
-        return (
-            fill(value)
-            if type(value) is Output
-            else optree.tree_map(fill, value, is_leaf=_is_output, none_is_leaf=True)
-        )
+        return computed[leaf] if type(leaf) is Output else leaf
 
     return Returned(
         {name: fill(value) for name, value in returned.losses.items()},
-        {name: filled(value) for name, value in returned.metrics.items()},
+        {name: _mapped(fill, value) for name, value in returned.metrics.items()},
         {path: fill(value) for path, value in returned.buffers.items()},
-        None if returned.optimizer is None else filled(returned.optimizer),
+        None if returned.optimizer is None else optree.tree_map(fill, returned.optimizer, none_is_leaf=True),
         [fill(value) for value in returned.gradients],
     )
-
-
-def _is_output(value: Any) -> bool:
-    return type(value) is Output
 
 
 def _one_call(f: Callable[..., list[Tensor]], inputs: int, outputs: int, static: Sequence[int]) -> GraphModule:

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from funcfreeze.computation.loss_scale import LossScale, scale_in, unscale
 from funcfreeze.declare.selectors import RouteError
 from funcfreeze.gradients import Engine, Routing
 from funcfreeze.gradients.law import OtherLeaf
+from funcfreeze.gradients.returned import exchanged
 from funcfreeze.model.memory import memory_of
 from funcfreeze.model.watching import Watch
 from funcfreeze.optim import Transform
@@ -188,11 +188,13 @@ def not_sharing(metrics: Mapping[str, Any], params: Sequence[Tensor]) -> dict[st
         return {}
     memories = {param.untyped_storage().data_ptr() for param in params}
 
-    def copied(metric: Any) -> Any:
-        shares = isinstance(metric, Tensor) and metric.layout == torch.strided
-        return metric.clone() if shares and metric.untyped_storage().data_ptr() in memories else metric
+    def shares(metric: Tensor) -> bool:
+        return metric.layout == torch.strided and metric.untyped_storage().data_ptr() in memories
 
-    return {name: optree.tree_map(copied, metric, none_is_leaf=True) for name, metric in metrics.items()}
+    def copied(metric: Tensor) -> Tensor:
+        return metric.clone() if shares(metric) else metric
+
+    return {name: exchanged(metric, copied, shares, "memory of a parameter") for name, metric in metrics.items()}
 
 
 def _touched(paths: Sequence[str], gradients: Sequence[Tensor | None]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funcfreeze.gradients.law import Evaluate, Routing
-from funcfreeze.gradients.returned import check_differentiable, check_losses, detached
+from funcfreeze.gradients.returned import check_losses, detached
 
 
 @dataclass
@@ -41,7 +41,6 @@ def forward(evaluate: Evaluate, params: Sequence[Tensor], routing: Routing) -> F
         returned, rest = evaluate(leaves)
         losses = check_losses(returned, routing)
     present = {name: loss for name, loss in zip(routing.losses, losses, strict=True) if loss is not None}
-    check_differentiable([name for name, loss in present.items() if not loss.requires_grad], routing)
     return Forward(leaves, losses, {name: _value(loss) for name, loss in present.items()}, detached(rest))
 
 

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
-import optree
 import torch
 from torch import Tensor
 from torch.func import vjp
@@ -19,9 +18,11 @@ from torch.func import vjp
 from funcfreeze.declare.routes import scalar_like
 from funcfreeze.gradients.hooks import noticing_hooks
 from funcfreeze.gradients.law import Evaluate, Outcome, Routing, SeparateOutcome
-from funcfreeze.gradients.returned import check_differentiable, check_losses
+from funcfreeze.gradients.returned import check_losses, detached, refuse_constants
 from funcfreeze.gradients.seed import seed_of
+from funcfreeze.gradients.sums import add
 from funcfreeze.gradients.weights import UNIT_WEIGHT, LossWeights
+from funcfreeze.model.containers import flatten
 
 
 class Reference:
@@ -39,7 +40,7 @@ class Reference:
     ) -> Outcome:
         """The sum of every loss's gradients."""
         apart = self.separate(evaluate, params, routing, step, seed)
-        return Outcome([_sum(column) for column in zip(*apart.gradients, strict=True)], apart.losses, apart.rest)
+        return Outcome([reduce(add, column) for column in zip(*apart.gradients, strict=True)], apart.losses, apart.rest)
 
     def separate(
         self,
@@ -58,11 +59,12 @@ class Reference:
                 "a hook was registered during the forward, and torch.func does not run hooks on activations; use "
                 "engine='routed', which does"
             )
+        present = {name: found.losses[index] for index, name in enumerate(routing.losses) if index in found.losses}
+        refuse_constants(
+            [name for name, loss in present.items() if name not in levels.differentiable and not loss.requires_grad]
+        )
         # clones: a loss that is a parameter, or a view of one, would change when a step overwrites that
-        losses = {
-            name: found.losses[index].clone() for index, name in enumerate(routing.losses) if index in found.losses
-        }
-        check_differentiable([name for name in losses if name not in levels.differentiable], routing)
+        losses = {name: loss.detach().clone() for name, loss in present.items()}
         gradients = [[found.gradients[index].get(leaf) for leaf in range(len(params))] for index in found.gradients]
         return SeparateOutcome(gradients[::-1], losses, levels.rebuild(found.rest))
 
@@ -121,21 +123,21 @@ class _Levels:
 
     def _forward(self, params: dict[int, Tensor]) -> _Found:
         returned, rest = self.evaluate(list(params.values()))
-        losses = check_losses(returned, self.routing)
-        leaves, self.treespec = optree.tree_flatten(rest, none_is_leaf=True)
+        losses = check_losses(returned, self.routing, inside_func=True)
+        leaves, self.structure = flatten(detached(rest))
+        tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}  # one in two places stays one
+        places = {key: place for place, key in enumerate(tensors)}
         self.skeleton = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+        self.places = [places.get(id(leaf)) for leaf in leaves]
         present = {index: loss for index, loss in enumerate(losses) if loss is not None}
-        return _Found(present, {}, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
+        return _Found(present, {}, [*tensors.values()])
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
         """What came beside the losses, put together again from its tensors."""
-        remaining = iter(tensors)
-        leaves = [
-            next(remaining) if is_tensor else leaf
-            for leaf, is_tensor in zip(self.skeleton, self.is_tensor, strict=True)
-        ]
-        return optree.tree_unflatten(self.treespec, leaves)
+        plain = [tensor.detach() for tensor in tensors]  # an input that requires grad has left its mark
+        return self.structure.unflatten(
+            leaf if place is None else plain[place] for leaf, place in zip(self.skeleton, self.places, strict=True)
+        )
 
 
 def _delivered(loss: Tensor, own: dict[int, Tensor]) -> set[int]:
@@ -144,8 +146,3 @@ def _delivered(loss: Tensor, own: dict[int, Tensor]) -> set[int]:
         return set()
     gradients = torch.autograd.grad(loss, list(own.values()), retain_graph=True, allow_unused=True)
     return {leaf for leaf, gradient in zip(own, gradients, strict=True) if gradient is not None}
-
-
-def _sum(gradients: Sequence[Tensor | None]) -> Tensor | None:
-    present = [gradient for gradient in gradients if gradient is not None]
-    return reduce(torch.add, present) if present else None

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
-import optree
 from torch import Tensor
 
 from funcfreeze.declare.plan import raise_problems
 from funcfreeze.declare.selectors import closest
 from funcfreeze.gradients.law import Routing
+from funcfreeze.model.containers import LEAVES, flatten, hidden_tensors
 
 
-def check_losses(returned: Any, routing: Routing) -> list[Tensor | None]:
+def check_losses(returned: Any, routing: Routing, *, inside_func: bool = False) -> list[Tensor | None]:
     """The returned losses in the routing's order, None for those that are absent this step.
+
+    Absent is None, and nothing else: a number says that somebody wanted to say so, and so may a tensor that does not
+    require grad. Such a tensor may also be a loss that hangs on frozen parameters alone; it is refused too, as
+    `loss.backward()` refuses it in plain torch, since nobody can tell it from one that was detached by mistake.
+
+    Args:
+        returned: what `losses` returned.
+        routing: what was declared.
+        inside_func: whether a transform of torch.func is at work, in which `requires_grad` does not tell what a loss
+            depends on; whoever calls then looks for constants later, with `refuse_constants`.
 
     Raises:
         TypeError: not a mapping.
-        RouteError: a loss without a route, a route without a loss, a loss that is not a floating 0-d tensor; all of
-            these at once.
+        RouteError: a loss without a route, a route without a loss, a loss that is not a floating 0-d tensor or does
+            not require grad; all of these at once.
     """
     if not isinstance(returned, Mapping):
         hint = ""
@@ -29,35 +40,37 @@ def check_losses(returned: Any, routing: Routing) -> list[Tensor | None]:
             f'`losses` returns a mapping such as {{"cls": loss_cls, "adv": loss_adv}} (or that and a mapping of '
             f"metrics), got {_described(returned)}{hint}"
         )
-    raise_problems([*_name_problems(returned, routing.losses), *_value_problems(returned)])
+    returned = _with_fields_that_are_none(returned, routing.losses)
+    raise_problems([*_name_problems(returned, routing.losses), *_value_problems(returned, routing.losses, inside_func)])
     return [returned[name] for name in routing.losses]
 
 
-def check_differentiable(names: Collection[str], routing: Routing) -> None:
-    """Refuse losses that hang on no routed parameter, where that can only be a mistake.
-
-    If some parameters are not routed, a loss may rightly depend on those alone; it then touches nothing.
-
-    Raises:
-        RouteError: naming each loss.
-    """
-    if len(routing.routed) == len(routing.paths):
-        refuse_constants(names)
-
-
 def refuse_constants(names: Collection[str]) -> None:
-    """Refuse losses that autograd knows nothing of.
+    """Refuse losses that do not require grad.
 
     Raises:
         RouteError: naming each loss.
     """
-    raise_problems(
-        [
-            f"loss {name!r} does not require grad, so it depends on no parameter; was it detached, made by .item(), "
-            "or computed under torch.no_grad()?"
-            for name in names
-        ]
+    raise_problems([_constant(name) for name in names])
+
+
+def _constant(name: str) -> str:
+    return (
+        f"loss {name!r} does not require grad, so it can update nothing; {_ABSENT}. If it is there: was it detached, "
+        "made of a number (.item(), torch.tensor), or computed under torch.no_grad()? Or does it hang on frozen "
+        "parameters alone, those that no route mentions among them?"
     )
+
+
+_ABSENT = "return None for a loss that is absent this step"
+
+
+def _with_fields_that_are_none(returned: Mapping[Any, Any], declared: Sequence[str]) -> Mapping[Any, Any]:
+    """A mapping that is a dataclass too, as models' outputs in transformers are, leaves out fields that are None."""
+    if not is_dataclass(returned):
+        return returned
+    names = [field.name for field in fields(returned) if field.name in declared]
+    return {**{name: None for name in names if getattr(returned, name) is None}, **returned}
 
 
 def _name_problems(returned: Mapping[Any, Any], declared: Sequence[str]) -> Iterator[str]:
@@ -71,20 +84,22 @@ def _name_problems(returned: Mapping[Any, Any], declared: Sequence[str]) -> Iter
         if name not in returned:
             yield (
                 f"there is a route for loss {name!r}, which `losses` did not return"
-                f"{closest(name, map(str, returned))} (return None for a loss that is absent this step)"
+                f"{closest(name, map(str, returned))} ({_ABSENT})"
             )
 
 
-def _value_problems(returned: Mapping[Any, Any]) -> Iterator[str]:
+def _value_problems(returned: Mapping[Any, Any], declared: Sequence[str], inside_func: bool) -> Iterator[str]:
     for name, loss in returned.items():
         if loss is None:
             continue
         if not isinstance(loss, Tensor):
-            yield f"loss {name!r} is not a tensor but {_described(loss)}"
+            yield f"loss {name!r} is not a tensor but {_described(loss)}; {_ABSENT}"
         elif loss.ndim != 0:
             yield f"loss {name!r} is not a scalar: its shape is {tuple(loss.shape)}; reduce it, for example by .mean()"
         elif not loss.is_floating_point():
-            yield f"loss {name!r} is not a floating point number: its dtype is {loss.dtype}"
+            yield f"loss {name!r} is not a floating point number: its dtype is {loss.dtype}; {_ABSENT}"
+        elif not loss.requires_grad and name in declared and not inside_func:
+            yield _constant(name)
 
 
 def _described(value: Any) -> str:
@@ -94,5 +109,37 @@ def _described(value: Any) -> str:
 
 
 def detached(tree: Any) -> Any:
-    """The same pytree with every tensor detached."""
-    return optree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree, none_is_leaf=True)
+    """The same tree with every tensor detached, in new containers (see `exchanged`)."""
+    return exchanged(tree, Tensor.detach, lambda tensor: tensor.grad_fn is not None, "a tensor of the autograd graph")
+
+
+def exchanged(tree: Any, f: Callable[[Tensor], Tensor], must_go: Callable[[Tensor], bool], what: str) -> Any:
+    """What came beside the losses with `f(tensor)` for every tensor, in new containers of the same kinds.
+
+    An object that is no container (see `containers`) stays the object it is.
+
+    Args:
+        tree: what `losses` returned beside the losses.
+        f: what to do with its tensors.
+        must_go: which tensors may not stay as they are.
+        what: a name for those.
+
+    Raises:
+        TypeError: an object that is no container holds such a tensor; names every one, and where in it the tensor is.
+    """
+    leaves, structure = flatten(tree)
+    hidden = [
+        f"{type(leaf).__name__}{name}"
+        for leaf in leaves
+        if type(leaf) not in LEAVES
+        for name, tensor in hidden_tensors(leaf)
+        if must_go(tensor)
+    ]
+    if hidden:
+        shown = ", ".join(hidden[:3]) + ", ..." * (len(hidden) > 3)
+        raise TypeError(
+            f"what `losses` returned beside the losses holds {what} where it cannot be exchanged: {shown}; return "
+            "tensors in dicts, lists, tuples, dataclasses or mappings, or put detached clones into such an object"
+        )
+    known = {id(leaf): f(leaf) for leaf in leaves if isinstance(leaf, Tensor)}  # one tensor in two places stays one
+    return structure.unflatten([known.get(id(leaf), leaf) for leaf in leaves])

@@ -16,6 +16,7 @@ from funcfreeze.gradients.hooks import noticing_hooks
 from funcfreeze.gradients.law import Evaluate, OtherLeaf, Outcome, Routing, SeparateOutcome
 from funcfreeze.gradients.passes import Captured, Entry, Pass, plan_passes
 from funcfreeze.gradients.seed import seed_of
+from funcfreeze.gradients.sums import add
 from funcfreeze.gradients.weights import UNIT_WEIGHT
 
 
@@ -160,7 +161,7 @@ def _run(
             found = _call(planned, nodes, leaves, entering)
             ends = len(planned.leaves)
             for (leaf, _, weight), gradient in zip(planned.leaves, found[:ends], strict=True):
-                gradients[leaf] = _add(gradients[leaf], _weighted(gradient, weights, weight))
+                gradients[leaf] = add(gradients[leaf], _weighted(gradient, weights, weight))
             for exit, cotangent in zip(planned.exits, found[ends:], strict=True):
                 if cotangent is not None:
                     slots[exit.slot] = cotangent
@@ -207,7 +208,7 @@ def _sum_up(
     total: Tensor | None = None
     for source in entry.sources:
         cotangent = slots.pop(source.slot, None) if isinstance(source, Captured) else seeds[source.loss]
-        total = _add(total, _weighted(cotangent, weights, source.weight))
+        total = add(total, _weighted(cotangent, weights, source.weight))
     return total
 
 
@@ -215,9 +216,3 @@ def _weighted(cotangent: Tensor | None, weights: Sequence[float | Tensor], weigh
     if cotangent is None or weight == UNIT_WEIGHT:
         return cotangent
     return cotangent * scalar_like(weights[weight], cotangent)
-
-
-def _add(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    if one is None or other is None:
-        return other if one is None else one
-    return other + one if one.is_sparse and not other.is_sparse else one + other  # torch adds sparse to dense only

@@ -15,6 +15,7 @@ from funcfreeze.declare.routes import scalar_like
 from funcfreeze.gradients.forward import forward
 from funcfreeze.gradients.law import Evaluate, Outcome, Routing, SeparateOutcome
 from funcfreeze.gradients.seed import seed_of
+from funcfreeze.gradients.sums import add
 from funcfreeze.gradients.weights import UNIT_WEIGHT
 
 
@@ -43,14 +44,9 @@ def accumulate(
             allowed = [leaves[index] for index, _ in row]
             loss.backward(seed_of(loss, seed), retain_graph=True, inputs=allowed)  # type: ignore[no-untyped-call]
             for index, weight in weighted.items():
-                leaves[index].grad = _plus(held[index], leaves[index].grad, weight)
-
-
-def _plus(held: Tensor | None, gradient: Tensor | None, weight: float | Tensor) -> Tensor | None:
-    if gradient is None:
-        return held
-    scaled = gradient * scalar_like(weight, gradient)
-    return scaled if held is None else held + scaled
+                gradient = leaves[index].grad
+                scaled = None if gradient is None else gradient * scalar_like(weight, gradient)
+                leaves[index].grad = add(held[index], scaled)
 
 
 class Toggle:

@@ -15,8 +15,9 @@ from funcfreeze.declare.selectors import RouteError
 from funcfreeze.gradients import Routing
 from funcfreeze.gradients.graph import NO_LEAF
 from funcfreeze.gradients.hooks import handles_made
-from funcfreeze.gradients.returned import check_losses, refuse_constants
+from funcfreeze.gradients.returned import check_losses
 from funcfreeze.gradients.routed import LiveGraph, planned_backward, read_losses
+from funcfreeze.gradients.sums import plus
 from funcfreeze.model.acceptance import as_module, refuse_unusable
 from funcfreeze.model.sites import module_leaves
 
@@ -31,7 +32,7 @@ def backward(losses: Mapping[str, Tensor | None], routes: object, model: nn.Modu
     the first call for a model walks every loss by itself; later ones merge losses if no hook was registered meanwhile.
 
     Args:
-        losses: name -> 0-d floating tensor on a live graph; None for a loss that is absent this time.
+        losses: name -> 0-d floating tensor on a live graph; for a loss that is absent this time None, and nothing else.
         routes: loss name -> which parameters it may update (see `Route`). A `Plan` (`step.plan`) is not resolved anew
             at every call, which small networks notice.
         model: the module whose parameters the losses were computed from, or a mapping of modules.
@@ -57,7 +58,6 @@ def backward(losses: Mapping[str, Tensor | None], routes: object, model: nn.Modu
     routing = Routing.of(resolve_plan(routes, leaves))
     weights = routing.weight_values(None)
     present = check_losses(losses, routing)
-    refuse_constants([name for name, loss in losses.items() if loss is not None and not loss.requires_grad])
     parameters = [leaf.tensor for leaf in leaves]
     graph = read_losses(present, parameters, hooked=())
     if graph.nodes and not any(leaf != NO_LEAF for leaf in graph.structure.leaves[1::2]):
@@ -107,7 +107,7 @@ def _accumulate(parameter: Tensor, gradient: Tensor) -> None:
     if parameter.grad is None:
         parameter.grad = gradient.clone() if gradient.is_sparse else torch.empty_like(parameter).copy_(gradient)
     elif parameter.grad.is_sparse and not gradient.is_sparse:
-        parameter.grad = gradient + parameter.grad
+        parameter.grad = plus(parameter.grad, gradient)
     else:
         parameter.grad += gradient
     for hook in tuple((parameter._post_accumulate_grad_hooks or {}).values()):

@@ -24,8 +24,8 @@ def grad_and_value(
     """A function that computes every loss once and the merged gradient of all, in `torch.func`'s order.
 
     Args:
-        losses: `losses(params, *args)` returns a mapping name -> 0-d floating tensor; with `has_aux` a pair of that and
-            a pytree.
+        losses: `losses(params, *args)` returns a mapping name -> 0-d floating tensor (None, and nothing else: absent
+            this time); with `has_aux` a pair of that and a pytree.
         routes: loss name -> which parameters it may update (see `Route`), or a `Plan`. The paths of a pytree are its
             keys joined by dots: `{"enc": [w]}` has `enc.0`.
         engine: "routed", "reference" or "toggle".

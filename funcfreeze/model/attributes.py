@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -93,7 +92,7 @@ def _remember(value: Any, undo: list[Callable[[], None]], seen: dict[int, Any]) 
         undo.append(_restorer_of_tensor(value))
         return
     if isinstance(value, torch.Generator):
-        undo.append(partial(value.set_state, value.get_state()))
+        undo.append(_restorer_of_generator(value))
         return
     if kind is not tuple:
         undo.append(_restorer(value, kind is set or kind in _MAPPINGS))
@@ -107,6 +106,15 @@ def _restorer(container: Any, by_update: bool) -> Callable[[], None]:
     def restore() -> None:
         container.clear()
         (container.update if by_update else container.extend)(before)
+
+    return restore
+
+
+def _restorer_of_generator(generator: torch.Generator) -> Callable[[], None]:
+    before = generator.get_state()
+
+    def restore() -> None:
+        generator.set_state(before)
 
     return restore
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from funcfreeze.computation.state import State
 from funcfreeze.declare.plan import Plan
 from funcfreeze.declare.plan_table import group_rows
+from funcfreeze.gradients.sums import plus
 from funcfreeze.model.functional import FunctionalModule
 from funcfreeze.proof.recipe import Recipe
 from funcfreeze.proof.report import Check
@@ -239,7 +240,7 @@ def _minus(mine: Tensor | None, wanted: Tensor | None) -> Tensor:
         present = wanted if mine is None else mine
         assert present is not None, "a path comes from one side or the other"
         return present
-    return mine - wanted
+    return plus(mine, -wanted)
 
 
 def _norm(tensors: list[Tensor]) -> float:

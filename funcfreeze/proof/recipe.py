@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from funcfreeze.computation.loss_scale import scale_in, unscale
 from funcfreeze.computation.state import State
+from funcfreeze.gradients.returned import check_losses
 from funcfreeze.gradients.toggle import accumulate
 from funcfreeze.model.attributes import let_go_of_graphs
 from funcfreeze.model.functional import FunctionalModule
@@ -42,7 +43,7 @@ class Recipe:
             left = self.functional.present_buffers()
             self.functional.hold_copies(left)  # activation checkpointing would update them again, once for every loss
             losses = returned[0] if isinstance(returned, tuple) else returned
-            ordered = [losses[name] for name in self.routing.losses]
+            ordered = check_losses(losses, self.routing)
             seed = scale_in(self.optimizer) if self.scaled else None
             accumulate(ordered, list(parameters.values()), self.routing, self.routing.weight_values(number), seed)
         found = {path: p.grad.detach() for path, p in parameters.items() if p.grad is not None}

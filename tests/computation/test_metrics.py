@@ -1,0 +1,225 @@
+"""Metrics in containers of every kind: detached, apart from the state, and of their own type."""
+
+from __future__ import annotations
+
+import copy
+from collections import UserDict
+
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Normal
+
+import funcfreeze as ff
+from containers import CONTAINERS, Own, Plain, held, kinds
+
+ENGINES = ["routed", "toggle", "reference"]
+EVERY = pytest.mark.parametrize("make", CONTAINERS.values(), ids=CONTAINERS)
+
+
+def model():
+    return nn.ModuleDict({"encoder": nn.Linear(3, 2), "head": nn.Linear(2, 1)})
+
+
+ROUTES = {"cls": "*", "adv": {"encoder": -0.5}}
+
+
+def losses(m, batch):
+    h = m["encoder"](batch)
+    return {"cls": m["head"](h).square().mean(), "adv": h.square().mean()}
+
+
+def values(m, batch):
+    """Two metrics: one on the graph, one that shares memory with a parameter."""
+    return m["encoder"](batch).sin(), m["head"].weight.detach()[0]
+
+
+def tensors(tree):
+    return [leaf for leaf in held(tree) if isinstance(leaf, torch.Tensor)]
+
+
+@EVERY
+@pytest.mark.parametrize("engine", ENGINES)
+def test_they_are_detached_keep_their_values_and_their_kind(make, engine):
+    given = []
+
+    def with_metrics(m, batch):
+        given.append(make(*values(m, batch)))
+        return losses(m, batch), {"out": given[-1], "again": [given[-1]]}
+
+    m, batch = model(), torch.randn(4, 3)
+    wanted = [tensor.detach().clone() for tensor in tensors(make(*values(m, batch)))]
+    shapes = kinds(make(*values(m, batch)))
+    step = ff.Step(m, with_metrics, ROUTES, optimizer=ff.optim.sgd(0.5), engine=engine)
+    state = step.init()
+    state, metrics = step(state, batch)
+    state, _ = step(state, torch.randn(4, 3))
+    for tree in (metrics["out"], metrics["again"][0]):
+        assert kinds(tree) == shapes
+        assert not any(tensor.requires_grad for tensor in tensors(tree))
+        assert all(map(torch.equal, tensors(tree), wanted)), "a later step, which overwrites parameters, does not show"
+    assert metrics["out"] is not given[0]
+    if engine != "reference":  # there all tensors are torch.func's, and dead by now
+        assert any(tensor.requires_grad for tensor in tensors(given[0])), "the user's own container was not written to"
+
+
+def test_in_a_compiled_step():
+    """All kinds in one graph."""
+
+    def with_metrics(m, batch):
+        return losses(m, batch), {name: make(*values(m, batch)) for name, make in CONTAINERS.items()}
+
+    m, batch = model(), torch.randn(4, 3)
+    wanted = with_metrics(copy.deepcopy(m), batch)[1]
+    step = ff.Step(m, with_metrics, ROUTES, optimizer=ff.optim.sgd(0.5), compile={"backend": "aot_eager"})
+    state, metrics = step(step.init(), batch)
+    state, later = step(state, torch.randn(4, 3))
+    assert step.traces == 1
+    for name, tree in wanted.items():
+        assert kinds(metrics[name]) == kinds(later[name]) == kinds(tree)
+        assert not any(tensor.requires_grad for tensor in tensors(metrics[name]))
+        for got, expected in zip(tensors(metrics[name]), tensors(tree), strict=True):
+            torch.testing.assert_close(got, expected.detach())
+        assert not torch.equal(tensors(metrics[name])[0], tensors(later[name])[0])
+
+
+@EVERY
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_ff_grad_returns_beside_gradients(make, engine):
+    def with_aux(params, x):
+        h = params["w"] * x
+        return {"a": h.sum(), "b": h.square().sum()}, make(h.sin(), x)
+
+    params, x = {"w": torch.randn(3)}, torch.randn(3, requires_grad=True)
+    with torch.no_grad():
+        _, aux = ff.grad(with_aux, {"a": "*", "b": "*"}, has_aux=True, engine=engine)(params, x)
+    wanted = make((params["w"] * x).sin(), x)
+    assert kinds(aux) == kinds(wanted)
+    assert not any(tensor.requires_grad for tensor in tensors(aux))
+    assert all(map(torch.equal, tensors(aux), tensors(wanted)))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", [UserDict, Own, dict])
+def test_the_mapping_of_metrics_itself_may_be_of_any_kind(kind, engine):
+    def with_metrics(m, batch):
+        return kind(losses(m, batch)), kind({"out": Plain(*values(m, batch))})
+
+    step = ff.Step(model(), with_metrics, ROUTES, optimizer=ff.optim.sgd(0.5), engine=engine)
+    _, metrics = step(step.init(), torch.randn(4, 3))
+    assert type(metrics) is dict
+    assert set(metrics) == {"cls", "adv", "out"}
+    assert not metrics["out"].one.requires_grad
+    assert ff.verify(step, step.init(), torch.randn(4, 3), steps=1).ok
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_models_outputs_of_transformers(engine):
+    outputs = pytest.importorskip("transformers.modeling_outputs")
+    encoding = pytest.importorskip("transformers").BatchEncoding
+
+    def with_metrics(m, batch):
+        h, weight = values(m, batch)
+        out = outputs.CausalLMOutput(loss=h.sum(), logits=h, hidden_states=(h, weight))
+        return losses(m, batch), {"out": out, "tokens": encoding({"ids": weight, "h": h})}
+
+    m, batch = model(), torch.randn(4, 3)
+    h, weight = (tensor.detach().clone() for tensor in values(m, batch))
+    step = ff.Step(m, with_metrics, ROUTES, optimizer=ff.optim.sgd(0.5), engine=engine)
+    state, metrics = step(step.init(), batch)
+    step(state, batch)
+    out, tokens = metrics["out"], metrics["tokens"]
+    assert type(out) is outputs.CausalLMOutput
+    assert list(out) == ["loss", "logits", "hidden_states"]
+    assert out.logits is out["logits"]
+    assert out.attentions is None
+    assert torch.equal(out.logits, h)
+    assert torch.equal(out.hidden_states[1], weight)
+    assert torch.equal(tokens["ids"], weight)
+    assert torch.equal(tokens.h, h)
+    assert not any(tensor.requires_grad for tensor in tensors({**out, **tokens}))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_losses_in_a_models_output_of_transformers(engine):
+    from dataclasses import dataclass
+
+    generic = pytest.importorskip("transformers.utils")
+
+    @dataclass
+    class Losses(generic.ModelOutput):
+        cls: torch.Tensor | None = None
+        adv: torch.Tensor | None = None
+        other: torch.Tensor | None = None
+
+    def absent_or_not(m, batch):
+        found = losses(m, batch[0])
+        return Losses(cls=found["cls"], adv=found["adv"] if batch[1] else None)
+
+    m, x = model(), torch.randn(4, 3)
+    step = ff.Step(m, absent_or_not, ROUTES, optimizer=ff.optim.sgd(0.1), engine=engine)
+    plain = ff.Step(m, losses, ROUTES, optimizer=ff.optim.sgd(0.1), engine=engine)
+    wanted = plain.gradients(plain.init(), x)
+    got = step.gradients(step.init(), (x, True))
+    torch.testing.assert_close(got, wanted)
+    assert step.per_loss_gradients(step.init(), (x, False))["adv"] == {}
+    _, metrics = step(step.init(), (x, False))
+    assert set(metrics) == {"cls"}
+    assert ff.verify(step, step.init(), (x, True), steps=1).ok
+    m.zero_grad()
+    ff.backward(absent_or_not(m, (x, True)), ROUTES, m)
+    for path, gradient in wanted.items():
+        torch.testing.assert_close(m.get_parameter(path).grad, gradient)
+    with pytest.raises(ff.RouteError, match="loss 'other' has no route"):
+        ff.backward(Losses(*losses(m, x).values(), other=losses(m, x)["cls"]), ROUTES, m)
+
+
+class Cache:
+    """An object of the user's own, no container."""
+
+    def __init__(self, *tensors):
+        self.layers = [list(tensors)]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_object_that_hides_tensors_of_the_graph_is_refused_by_name(engine):
+    def with_metrics(m, batch):
+        h, _ = values(m, batch)
+        return losses(m, batch), {"policy": Normal(h, 1.0), "cache": [Cache(torch.ones(1), h)]}
+
+    step = ff.Step(model(), with_metrics, ROUTES, optimizer=ff.optim.sgd(0.1), engine=engine)
+    state = step.init()
+    before = {path: p.clone() for path, p in state.params.items()}
+    with pytest.raises(TypeError, match="holds a tensor of the autograd graph where it cannot be exchanged") as caught:
+        step(state, torch.randn(4, 3))
+    assert "Normal.loc" in str(caught.value)
+    assert "Cache.layers[0][1]" in str(caught.value)
+    assert "return tensors in dicts, lists, tuples, dataclasses or mappings" in str(caught.value)
+    assert all(torch.equal(state.params[path], p) for path, p in before.items())
+
+
+def test_an_object_that_hides_the_memory_of_a_parameter_is_refused_by_name():
+    step = ff.Step(
+        model(),
+        lambda m, batch: (losses(m, batch), {"cache": Cache(m["head"].bias.detach())}),
+        ROUTES,
+        optimizer=ff.optim.sgd(0.1),
+    )
+    state = step.init()
+    with pytest.raises(TypeError, match=r"holds memory of a parameter where it .*: Cache.layers\[0\]\[0\]; return"):
+        step(state, torch.randn(4, 3))
+    assert step.gradients(state, torch.randn(4, 3))
+
+
+def test_other_objects_stay_the_objects_they_are():
+    h, module = Cache(torch.ones(2)), nn.Linear(2, 2)
+    step = ff.Step(
+        model(),
+        lambda m, batch: (losses(m, batch), {"cache": h, "module": module, "f": torch.sin, "policy": Normal(0.0, 1.0)}),
+        ROUTES,
+        optimizer=ff.optim.sgd(0.1),
+    )
+    _, metrics = step(step.init(), torch.randn(4, 3))
+    assert metrics["cache"] is h
+    assert metrics["module"] is module
+    assert metrics["f"] is torch.sin
