@@ -324,7 +324,7 @@ class Step:
             lease.spent = True
         else:
             lease.borrowed |= params.keys() - routed  # both states hold these now: neither may write to them
-        kept = {path: gradient for path, gradient in gradients.items() if gradient.device.type == "cpu"}
+        kept = {path: gradient for path, gradient in gradients.items() if gradient.is_cpu}
         renewed = Lease(borrowed=lease.borrowed - copied - computed.written.keys(), gradients=kept)
         return make_state((params, computed.buffers, optimizer, step), renewed, self.specification)
 

@@ -118,7 +118,7 @@ class Evaluation:
         cloned = {path: tensor.clone() for path, tensor in buffers.items()}
         marks = {path: mark_of(tensor) for path, tensor in given.items()}
         holding.enter_context(self.functional.holding(given, cloned))
-        holding.callback(let_go_of_graphs, self.functional.module)
+        holding.callback(let_go_of_graphs, self.functional.modules)
         if watch is None:
             with at_constants(given):
                 losses, metrics = split(self.losses(self.functional.module, batch))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,22 +17,28 @@ _SEQUENCES = (list, deque)
 _MAPPINGS = (dict, OrderedDict, defaultdict)
 
 
+_HOLDS_NOTHING = frozenset({bool, int, float, str, type(None)})
+
+
 def attributes(module: nn.Module) -> dict[str, Any]:
     """A module's own attributes, without what every module has."""
     own = vars(module)
-    return {name: own[name] for name in own if name not in _OF_TORCH}
+    return {name: own[name] for name in own.keys() - _OF_TORCH}
 
 
-def let_go_of_graphs(module: nn.Module) -> None:
+def let_go_of_graphs(modules: Iterable[nn.Module]) -> None:
     """Detach the tensors that modules keep of a graph: it has been used up, and would be kept alive.
 
     Lists and dicts of Python's own are looked into and stay the same objects.
     """
-    for inner in module.modules():
-        for name, value in attributes(inner).items():
-            kept = _detached(value)
-            if kept is not value:
-                vars(inner)[name] = kept
+    for module in modules:
+        own = vars(module)
+        for name in own.keys() - _OF_TORCH:
+            value = own[name]
+            if type(value) not in _HOLDS_NOTHING:
+                kept = _detached(value)
+                if kept is not value:
+                    own[name] = kept
 
 
 def _detached(value: Any) -> Any:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from operator import eq, is_
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,20 @@ Mark = tuple[int, int | None]
 def mark_of(tensor: Tensor) -> Mark:
     """What a tensor is at now."""
     return tensor._version, memory_of(tensor)
+
+
+Held = tuple[list[bool], list[bool], list[nn.Module | None]]
+"""What a module holds at a time: where there are parameters and buffers in its order, and its submodules."""
+
+
+def held_by(module: nn.Module) -> Held:
+    """What the module holds now."""
+    own = module.__dict__
+    return (
+        [tensor is not None for tensor in own["_parameters"].values()],
+        [tensor is not None for tensor in own["_buffers"].values()],
+        [*own["_modules"].values()],
+    )
 
 
 @dataclass(frozen=True)
@@ -48,6 +63,7 @@ class FunctionalModule:
     module: nn.Module
     parameters: Mapping[str, tuple[Site, ...]]
     buffers: Mapping[str, tuple[Site, ...]]
+    modules: tuple[nn.Module, ...]
     held: tuple[Held, ...]
 
     @staticmethod
@@ -57,7 +73,8 @@ class FunctionalModule:
             module,
             {names[0]: sites for names, sites in grouped(module, "_parameters")},
             {names[0]: sites for names, sites in grouped(module, "_buffers")},
-            tuple(Held.of(inner) for inner in module.modules()),
+            tuple(module.modules()),
+            tuple(map(held_by, module.modules())),
         )
 
     def present_parameters(self) -> dict[str, Tensor]:
@@ -132,12 +149,11 @@ class FunctionalModule:
         a parameter was.
         """
         with _EXCHANGING:
-            stores = [held.module.__dict__["_buffers"] for held in self.held]
+            stores = [module.__dict__["_buffers"] for module in self.modules]
             kept = [dict(store) if store else None for store in stores]
             taken = [
-                (site[0].__dict__["_parameters"], site[1], present(site, "_parameters"), parameters[path])
-                for path, sites in self.parameters.items()
-                for site in sites
+                (module.__dict__["_parameters"], name, present((module, name), "_parameters"), parameters[path])
+                for path, module, name in self._places
             ]
             self.present_buffers()  # all are there
             try:
@@ -168,11 +184,11 @@ class FunctionalModule:
         """
         problems: list[str] = []
         written: dict[str, Tensor] = {}
-        for path, sites in self.parameters.items():
+        for path, sites in () if self._holds(given, marks) else self.parameters.items():
             tensor, mark = given[path], marks[path]
-            if mark == mark_of(tensor) and all(m.__dict__["_parameters"].get(name) is tensor for m, name in sites):
-                continue
             found = [module.__dict__["_parameters"].get(name) for module, name in sites]
+            if mark == mark_of(tensor) and all(held is tensor for held in found):
+                continue
             problem = _write_problem(path, tensor, mark, found, path in may_write)
             if problem is not None:
                 problems.append(problem)
@@ -183,6 +199,18 @@ class FunctionalModule:
         if problems:
             raise RuntimeError("\n".join(problems))
         return Left({path: tensor for path, tensor in buffers.items() if tensor is not None}, written)
+
+    def _holds(self, given: Mapping[str, Tensor], marks: Mapping[str, Mark]) -> bool:
+        """Whether the module holds these parameters, as they were."""
+        held = [module.__dict__["_parameters"].get(name) for _, module, name in self._places]
+        return all(map(is_, held, [given[path] for path, _, _ in self._places])) and all(
+            marks[path] == mark_of(tensor) for path, tensor in given.items()
+        )
+
+    @cached_property
+    def _places(self) -> list[tuple[str, nn.Module, str]]:
+        """Every parameter at each of its sites."""
+        return [(path, module, name) for path, sites in self.parameters.items() for module, name in sites]
 
     def hold_copies(self, tensors: Mapping[str, Tensor]) -> None:
         """Put copies of these buffers into the module, until the block of `holding` ends."""
@@ -198,7 +226,7 @@ class FunctionalModule:
         for path, held in buffers.items():
             if held is None:
                 yield f"the forward removed buffer {path} or set it to None; give it a value instead, zeros for example"
-        if all(Held.of(held.module) == held for held in self.held):
+        if all(map(eq, map(held_by, self.modules), self.held)):
             return
         for noun, store, known in (("parameter", "_parameters", self.parameters), ("buffer", "_buffers", self.buffers)):
             sites = {(id(module), name) for held in known.values() for module, name in held}
@@ -209,26 +237,6 @@ class FunctionalModule:
                             f"the forward made a {noun}, {f'{prefix}.{name}' if prefix else name}, that was not there, "
                             "or None, when the Step was built; run one batch through the model first"
                         )
-
-
-class Held(NamedTuple):
-    """What a module holds at a time: the names of its parameters and buffers, and its submodules."""
-
-    module: nn.Module
-    parameters: list[str]
-    buffers: list[str]
-    children: list[nn.Module | None]
-
-    @staticmethod
-    def of(module: nn.Module) -> Held:
-        """What the module holds now; a name that stands for None is left out."""
-        own = module.__dict__
-        return Held(
-            module,
-            [name for name, tensor in own["_parameters"].items() if tensor is not None],
-            [name for name, tensor in own["_buffers"].items() if tensor is not None],
-            [*own["_modules"].values()],
-        )
 
 
 _EXCHANGING = threading.RLock()

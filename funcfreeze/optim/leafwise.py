@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from funcfreeze.optim.hyperparameters import LearningRate, Rate, rate_at, rate_near
 from funcfreeze.optim.skip import keep_if, unless
 from funcfreeze.optim.transform import Named, OptState, PyTree, Transform, apart, by_path, lines, match
+from funcfreeze.optim.unchanged import Checks
 
 Entry = dict[str, Tensor]
 
@@ -83,6 +84,22 @@ def leafwise(rule: Rule, lr: LearningRate) -> Transform:
         updates = named.rebuild({path: moved for path, (moved, _) in results.items()})
         return updates, {**state, **{path: entry for path, (_, entry) in results.items()}}
 
+    checks = Checks()
+
+    def known_to_fuse(
+        grads: PyTree, state: OptState, params: PyTree, step: int | Tensor | None, found_inf: Tensor | None
+    ) -> Callable[[], None] | None:
+        """A run of the fused kernel for all gradients, if these tensors were found fit for one before."""
+        if torch.compiler.is_compiling() or not _all_there(grads, state, params):
+            return None
+        touched, entries = [params[path] for path in grads], [state[path] for path in grads]
+        kept = _kept(entries)
+        if not checks.hold(tuple(grads), touched, kept, [*grads.values()]):
+            return None
+        rate = rate_near(rate_at(rule.name, lr, step), touched[0])
+        found_inf = None if found_inf is None else found_inf.to(touched[0].device)
+        return rule.fused(touched, [*grads.values()], entries, rate, found_inf)
+
     @torch.no_grad()
     def in_place(
         grads: PyTree,
@@ -92,12 +109,17 @@ def leafwise(rule: Rule, lr: LearningRate) -> Transform:
         step: int | Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> Callable[[], OptState]:
+        known = known_to_fuse(grads, state, params, step, found_inf)
+        if known is not None:
+            return lambda: _after(known, state)
         named = by_path(params)
         touched, entries, rate = prepare(grads, state, named, step)
         touched = apart(touched, [named[path] for path in touched])
         fusable = () if _better_as_code(touched) else touched
         fused = {path: None for path in fusable if _fusable(rule, named[path], touched[path], entries[path])}
         runs = _fused_runs(rule, list(fused), named, touched, entries, rate, found_inf)
+        if len(fused) == len(touched) and len(runs) == 1 and _all_there(grads, state, params):
+            checks.note(tuple(touched), [named[path] for path in touched], _kept(entries.values()), [*touched.values()])
         rest = {path: named[path] for path in touched if path not in fused}
         _check_writable(rest)
         results = {path: rule.apply(param, touched[path], entries[path], rate) for path, param in rest.items()}
@@ -120,6 +142,26 @@ def leafwise(rule: Rule, lr: LearningRate) -> Transform:
         return commit
 
     return Transform(init, update, in_place)
+
+
+def _all_there(grads: PyTree, state: OptState, params: PyTree) -> bool:
+    """Whether there are gradients, all in flat dicts with an entry for each."""
+    flat = type(grads) is dict and isinstance(params, dict) and isinstance(state, dict)
+    return (
+        flat
+        and {Tensor}.issuperset(map(type, grads.values()))
+        and params.keys() & state.keys() >= grads.keys() != set()
+    )
+
+
+def _kept(entries: Iterable[Entry]) -> list[Tensor]:
+    return [tensor for entry in entries if type(entry) is dict for tensor in entry.values()]
+
+
+@torch.no_grad()
+def _after(run: Callable[[], None], state: OptState) -> OptState:
+    run()
+    return {**state}
 
 
 def _fresh(rule: Rule, param: Tensor) -> Entry:

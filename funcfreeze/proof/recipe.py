@@ -52,7 +52,7 @@ class Recipe:
         for parameter in parameters.values():
             parameter.grad = None
         self.functional.put_buffers(left)
-        let_go_of_graphs(self.module)
+        let_go_of_graphs(self.module.modules())
         return {name: loss.detach() for name, loss in losses.items() if loss is not None}, found
 
     def update(self, gradients: Mapping[str, Tensor], number: Tensor) -> None:
