@@ -27,7 +27,7 @@ def products(step: Callable[[], object]) -> dict[str, int]:
 
     Generated code calls the same operators for them, so eager and compiled steps are counted alike.
     """
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, acc_events=True) as profiler:
         step()
     found = {"matmuls": 0, "multiply_adds": 0, "convolutions": 0}
     for event in profiler.events():

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 def peak_bytes(f: Callable[[], object]) -> int:
     """The most bytes of the CPU's allocator that were held at one time during a call, beyond those before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         f()
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "trace.json"

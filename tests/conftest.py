@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import os
-import random
 import zlib
 
 import pytest
 import torch
 
-SEED = int(os.environ.get("FUNCFREEZE_TEST_SEED", random.SystemRandom().randrange(2**31)))
-
-
-def pytest_report_header() -> str:
-    return f"FUNCFREEZE_TEST_SEED={SEED}  torch {torch.__version__}, {torch.get_num_threads()} threads"
+SEED = int(os.environ["FUNCFREEZE_TEST_SEED"])
 
 
 @pytest.fixture(autouse=True)
@@ -26,10 +21,13 @@ def _float64_and_fresh_numbers(request: pytest.FixtureRequest):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    no_gpu = pytest.mark.skip(reason="no CUDA device")
+    known = pytest.mark.xfail(reason="torch before 2.13 cannot trace what compiled steps hide from Dynamo", strict=True)
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if "capture" in item.keywords and torch.__version__ < "2.13":
+            item.add_marker(known)
 
 
 @pytest.fixture

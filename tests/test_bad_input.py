@@ -121,7 +121,7 @@ def test_models_that_cannot_be_used():
         step(m=nn.LazyLinear(3), routes={"a": "*"})
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # what is refused is deprecated too
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*torch.jit.*:FutureWarning")
 def test_wrapped_models_are_refused_with_the_reason():
     scripted = torch.jit.script(nn.Linear(1, 1))
     with pytest.raises(TypeError, match="the model is a ScriptModule, whose parameters cannot be exchanged; pass the"):

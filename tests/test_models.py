@@ -8,21 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from laws import assert_step_law
-
-# torchvision's compiled operators do not fit a CPU build of torch; importing it needs their names only
-_library = torch.library.Library("torchvision", "FRAGMENT")
-for _schema in (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-):
-    if not hasattr(torch.ops.torchvision, _schema.split("(")[0]):
-        _library.define(_schema)
+from vision import make_importable, torchvision
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5"])
 @pytest.mark.parametrize("engine", ["routed", "toggle"])
 def test_convolutional_networks(name, engine):
-    models = pytest.importorskip("torchvision").models
+    models = torchvision().models
     model = nn.ModuleDict(
         {"encoder": getattr(models, name)(num_classes=16), "cls": nn.Linear(16, 5), "domain": nn.Linear(16, 2)}
     )
@@ -57,10 +49,11 @@ def _t5(transformers):
     return transformers.T5ForConditionalGeneration(config)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("make", [_bert, _gpt2, _t5])
 @pytest.mark.parametrize("engine", ["routed", "toggle"])
 def test_language_models(make, engine):
+    make_importable()
     language_model = make(pytest.importorskip("transformers")).double()  # dropout 0.1 is on in training mode
     language_model.train()
     model = nn.ModuleDict({"lm": language_model, "probe": nn.Linear(16, 2)})

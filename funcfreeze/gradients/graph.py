@@ -121,5 +121,10 @@ def losses_at_other_leaves(graph: Graph) -> Mapping[int, tuple[int, ...]]:
 
 
 def gradient_edge(loss: Tensor) -> GradientEdge:
-    """Where a loss comes from; for a loss that is itself a parameter, the node that accumulates its gradient."""
-    return torch.autograd.graph.get_gradient_edge(loss)
+    """Where a loss comes from; for a loss that is itself a parameter, the node that accumulates its gradient.
+
+    For a loss that a Python `Function` returns, torch's view above it: that node of torch's keeps the Function's alive,
+    which is owned by what is above it alone before torch 2.13.
+    """
+    edge = torch.autograd.graph.get_gradient_edge(loss)
+    return edge if edge.ownership_token is None else GradientEdge(edge.ownership_token, 0)

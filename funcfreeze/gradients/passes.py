@@ -56,7 +56,7 @@ class Pass(NamedTuple):
         exits: where it stops.
         blocked: nodes that must not pass anything on during the call.
         retain: whether later passes need nodes that this one runs.
-        done: nodes that no later pass mentions.
+        done: nodes that no later pass mentions, and those that keep them alive.
     """
 
     entries: tuple[Entry, ...]
@@ -93,12 +93,14 @@ def _passes(found: FlowMap, runs: Runs) -> Iterator[Pass]:
     slots = _slots(found, runs)
     entries, exits, leaves = _entries(found, runs, slots), _exits(runs, slots), _leaves(found, runs)
     travelling = [index for index, places in enumerate(entries) if places]  # what stops where it starts needs no call
+    owner = found.shape.owner
     mentioned = [
         {entry.node for entry in entries[index]}
         | {exit.node for exit in exits[index]}
         | {node for _, node, _ in leaves[index]}
         for index in travelling
     ]
+    mentioned = [nodes | {owner[node] for node in nodes} for nodes in mentioned]
     last = {node: turn for turn, nodes in enumerate(mentioned) for node in nodes}
     for turn, index in enumerate(travelling):
         yield Pass(

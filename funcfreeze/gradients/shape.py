@@ -44,6 +44,20 @@ class Shape:
         foreign = {kind: _is_foreign(kind) for kind in set(self.graph.kinds)}
         return [foreign[kind] for kind in self.graph.kinds]
 
+    @cached_property
+    def owner(self) -> list[int]:
+        """For each node, one that keeps it alive as long as Python holds it: itself, but for a Python `Function`'s.
+
+        Before torch 2.13 such a node is owned by the nodes above it alone. The nearest one of torch's own will do.
+        """
+        python = {kind: issubclass(kind, torch._C._FunctionBase) for kind in set(self.graph.kinds)}
+        owner = list(range(self.size))
+        for node in self.order:
+            for child, _ in self.children[node]:
+                if python[self.graph.kinds[child]]:
+                    owner[child] = owner[node]
+        return owner
+
     def above(self, node: int) -> set[int]:
         """The nodes from which this one can be reached, itself included."""
         found = {node}

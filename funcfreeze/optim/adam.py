@@ -10,7 +10,7 @@ from torch.optim.adam import adam as torch_adam
 
 from funcfreeze.optim.hyperparameters import LearningRate, Rate, check_number, check_rate, check_state_dtype
 from funcfreeze.optim.leafwise import Entry, Rule, leafwise
-from funcfreeze.optim.opaque import opaque, readable
+from funcfreeze.optim.opaque import is_traced, opaque, readable
 from funcfreeze.optim.transform import Transform
 
 
@@ -106,7 +106,7 @@ def _adam(
     def fused(
         params: list[Tensor], grads: list[Tensor], entries: list[Entry], rate: Rate, found_inf: Tensor | None
     ) -> Callable[[], None]:
-        kernel = _operator if torch.compiler.is_compiling() else _kernel
+        kernel = _operator if is_traced(params[0]) else _kernel
 
         def run() -> None:
             kernel(

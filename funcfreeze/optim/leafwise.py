@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from funcfreeze.optim.hyperparameters import LearningRate, Rate, rate_at, rate_near
+from funcfreeze.optim.opaque import is_stand_in, is_traced
 from funcfreeze.optim.skip import keep_if, unless
 from funcfreeze.optim.transform import Named, OptState, PyTree, Transform, apart, by_path, lines, match
 from funcfreeze.optim.unchanged import Checks
@@ -245,11 +246,7 @@ def _check_writable(params: Mapping[str, Tensor]) -> None:
 
 def _better_as_code(touched: Mapping[str, Tensor]) -> bool:
     """Whether a compiler should make code from the formula: for few parameters on the CPU, where calls cost most."""
-    return (
-        torch.compiler.is_compiling()
-        and len(touched) <= FEW
-        and all(grad.device.type == "cpu" for grad in touched.values())
-    )
+    return len(touched) <= FEW and all(grad.device.type == "cpu" and is_traced(grad) for grad in touched.values())
 
 
 def _fusable(rule: Rule, param: Tensor, grad: Tensor, entry: Entry) -> bool:
@@ -277,7 +274,7 @@ def _fusable(rule: Rule, param: Tensor, grad: Tensor, entry: Entry) -> bool:
 def _is_ordinary(tensor: Tensor) -> bool:
     """Whether it has no behaviour of its own, or stands for such a tensor while a compiler traces."""
     kind = type(tensor)
-    return kind is Tensor or kind is nn.Parameter or kind.__module__.startswith("torch._subclasses.f")
+    return kind is Tensor or kind is nn.Parameter or is_stand_in(tensor)
 
 
 def _dense(tensor: Tensor) -> bool:
@@ -305,11 +302,10 @@ def _fused_runs(
     groups: dict[torch.device, list[str]] = {}
     for path in paths:
         groups.setdefault(params[path].device, []).append(path)
-    most = TOGETHER if torch.compiler.is_compiling() else max(len(paths), 1)
     parts = [
-        (device, group[start : start + most])
+        (device, part)
         for device, group in groups.items()
-        for start in range(0, len(group), most)
+        for part in (_in_parts(group, TOGETHER) if is_traced(params[group[0]]) else [group])
     ]
     return [
         rule.fused(
@@ -321,3 +317,7 @@ def _fused_runs(
         )
         for device, group in parts
     ]
+
+
+def _in_parts(group: list[str], most: int) -> list[list[str]]:
+    return [group[start : start + most] for start in range(0, len(group), most)]

@@ -11,7 +11,7 @@ from torch.optim.sgd import sgd as torch_sgd
 
 from funcfreeze.optim.hyperparameters import LearningRate, Rate, check_number, check_rate, check_state_dtype
 from funcfreeze.optim.leafwise import Entry, Rule, leafwise
-from funcfreeze.optim.opaque import opaque, readable
+from funcfreeze.optim.opaque import is_traced, opaque, readable
 from funcfreeze.optim.transform import Transform
 
 
@@ -83,7 +83,7 @@ def sgd(
                 for param, grad, entry in zip(params, grads, entries, strict=True)
             ]
 
-        kernel = _operator if torch.compiler.is_compiling() else _kernel
+        kernel = _operator if is_traced(params[0]) else _kernel
 
         def run() -> None:
             kernel(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from funcfreeze.optim.hyperparameters import rate_at
+from funcfreeze.optim.opaque import is_traced
 from funcfreeze.optim.transform import Named, OptState, PyTree, Transform, by_path, lines, match
 
 Entry = dict[str, Any]
@@ -69,6 +70,11 @@ def from_torch(optimizer: type[Optimizer], **kwargs: Any) -> Transform:
             raise ValueError(f"{name}: the state is a dict path -> entry, got {type(state).__name__}")
         if not touched:
             return {}, {}
+        if kwargs.get("fused") and any(map(is_traced, touched.values())):
+            raise ValueError(
+                f"{name}: fused=True in what is compiled; torch's fused kernels cannot be traced, and compilers make "
+                "fused code of the others. Leave it out, or use ff.optim.sgd, adam or adamw, which call them as a whole"
+            )
         copies = {path: nn.Parameter(named[path].detach().clone()) for path in touched}
         built = build([*copies.values()], step)
         for path, param in copies.items():

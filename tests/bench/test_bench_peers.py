@@ -19,6 +19,7 @@ from bench.workloads.gan import gan
 from bench.workloads.gpt import gpt
 from bench.workloads.resnet import ResNet18, resnet
 from bench.workloads.vit import vit
+from vision import torchvision
 
 CPU = torch.device("cpu")
 TINY = {
@@ -72,11 +73,7 @@ def test_a_convolutional_network_with_batch_statistics():
 
 
 def test_our_resnet_is_torchvisions():
-    try:
-        from torchvision.models import resnet18
-    except (ImportError, RuntimeError):  # the latter: wheels of a CUDA build beside torch's CPU build
-        pytest.skip("torchvision cannot be imported")
-    ours, theirs = ResNet18(), resnet18()
+    ours, theirs = ResNet18(), torchvision().models.resnet18()
     theirs.fc = torch.nn.Identity()
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 3, 64, 64)

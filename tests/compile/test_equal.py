@@ -134,7 +134,10 @@ def sgd(parameters):
     return torch.optim.SGD(parameters, 0.1, momentum=0.9)
 
 
-@pytest.mark.parametrize("encoder", ENCODERS)
+AWAITED = {"compiled part": pytest.mark.capture}
+
+
+@pytest.mark.parametrize("encoder", [pytest.param(name, marks=AWAITED.get(name, ())) for name in ENCODERS])
 def test_a_graph_equals_plain_pytorch(encoder):
     model, given = Net(ENCODERS[encoder]()), batches(6, 6, 8, 10)
     step = ff.Step(model, losses, ROUTES, optimizer=ff.optim.sgd(0.1, momentum=0.9), compile=GRAPH)

@@ -87,7 +87,6 @@ def test_the_designs_example_has_57():
     assert in_our_graph(dataclasses.replace(workload, routes=routes)) == 57
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's, of Functions
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_no_more_products_than_by_hand(name):
     assert 0 < in_our_graph(WORKLOADS[name]()) <= by_hand(WORKLOADS[name]())

@@ -110,6 +110,25 @@ def test_functions_between_two_exits_of_one_call(function):
     assert_law("routed", *two_level(function.apply))
 
 
+@pytest.mark.parametrize("on_losses", [False, True])
+@pytest.mark.parametrize("functions", [1, 2, 3])
+def test_losses_that_meet_at_functions(functions, on_losses):
+    """The later call starts at a Function's node, which before torch 2.13 the nodes above it alone keep alive."""
+
+    def layer(h):
+        for _ in range(functions):
+            h = Unmaterialised.apply(h)
+        return h
+
+    def losses(p):
+        h = layer(torch.tanh(torch.linspace(-1, 1, 12).reshape(3, 4) @ p["trunk"]))
+        both = {"a": (h @ p["a"]).square().sum(), "b": (h @ p["b"]).sin().sum()}
+        return {name: layer(loss) for name, loss in both.items()} if on_losses else both
+
+    table = {"a": {"trunk": 1.0, "a": 1.0}, "b": {"trunk": -0.3, "b": 1.0}}
+    assert_law("routed", losses, params(trunk=(4, 4), a=(4, 4), b=(4, 4)), table)
+
+
 @pytest.mark.parametrize("hook", [negative, clamp])
 @pytest.mark.parametrize("engine", ["routed", "toggle"])
 def test_hooks_at_a_cut(engine, hook):
@@ -228,7 +247,6 @@ def test_gradient_penalty():
     assert_law("routed", losses, params(critic=(4, 4), out=(4, 1)), table)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch.func.jvp itself calls it
 def test_transforms_inside_the_loss():
     def losses(p):
         def f(x):
