@@ -20,6 +20,7 @@ from funcfreeze.computation.state import Lease, State, lease_of, listing_of, mak
 from funcfreeze.declare.plan import Plan, resolve_plan
 from funcfreeze.gradients import Routing, find_engine
 from funcfreeze.model.functional import FunctionalModule, as_module, module_leaves, refuse_unusable
+from funcfreeze.model.ties import tied
 from funcfreeze.optim import Transform
 
 
@@ -153,7 +154,8 @@ class Step:
             borrowed = params.keys() - set(routed) if copy else set()
             optimizer = _apart(self.transform.init({path: params[path] for path in routed}), params)
             step = torch.zeros((), dtype=torch.int64, device=params[routed[0]].device)
-            return make_state((params, buffers, optimizer, step), Lease(borrowed=borrowed), self.specification)
+            fields = self.specification.named((params, buffers, optimizer, step))
+            return make_state(fields, Lease(borrowed=borrowed), self.specification)
 
     def __call__(self, state: State, batch: Any) -> tuple[State, dict[str, Any]]:
         """Take one step.
@@ -181,16 +183,18 @@ class Step:
     def gradients(self, state: State, batch: Any) -> dict[str, Tensor]:
         """The merged gradients by path, holding only touched parameters. Updates nothing, buffers included.
 
-        They are free of a loss scale; those of float16 parameters are in float32 then, or small ones would be lost.
+        Any name of a tied parameter is a key. They are free of a loss scale; those of float16 parameters are in float32
+        then, or small ones would be lost.
         Always computed eagerly, also by a compiled step.
         """
         check_fits(state, self.specification)
-        return self.computation.gradients(*state.fields, batch).gradients
+        return tied(self.computation.gradients(*state.fields, batch).gradients, self.specification.tied_params)
 
     def per_loss_gradients(self, state: State, batch: Any) -> dict[str, dict[str, Tensor]]:
         """Each loss's gradients by path, weights applied; summed over the losses they are `gradients`."""
         check_fits(state, self.specification)
-        return self.computation.per_loss_gradients(*state.fields, batch)
+        apart = self.computation.per_loss_gradients(*state.fields, batch)
+        return {loss: tied(row, self.specification.tied_params) for loss, row in apart.items()}
 
     def call(self, state: State, f: Callable[..., Any], *args: Any) -> Any:
         """`f(model, *args)` with the state's tensors in the model: evaluation, acting, sampling.
@@ -257,7 +261,8 @@ class Step:
         in_place = returned.optimizer is None
         fields = (params, buffers, optimizer if in_place else returned.optimizer, step)
         relisted = listed.with_buffers(returned.buffers) if in_place else None
-        return make_state(fields, renewed, self.specification, relisted), {**returned.losses, **returned.metrics}
+        after = make_state(self.specification.named(fields), renewed, self.specification, relisted)
+        return after, {**returned.losses, **returned.metrics}
 
     def _owns(self, lease: Lease) -> bool:
         """Whether all that a step overwrites may be overwritten."""
@@ -300,7 +305,7 @@ class Step:
             lease.borrowed |= params.keys() - routed  # both states hold these now: neither may write to them
         kept = {path: gradient for path, gradient in gradients.items() if gradient.device.type == "cpu"}
         renewed = Lease(borrowed=lease.borrowed - copied, gradients=kept)
-        return make_state((params, buffers, optimizer, step), renewed, self.specification)
+        return make_state(self.specification.named((params, buffers, optimizer, step)), renewed, self.specification)
 
 
 def _apart(optimizer: Any, params: Mapping[str, Tensor]) -> Any:

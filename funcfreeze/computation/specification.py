@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from funcfreeze.computation.state import State, known_to_fit
 from funcfreeze.declare.plan import Plan
 from funcfreeze.model.functional import FunctionalModule
+from funcfreeze.model.ties import tied
 from funcfreeze.optim import Transform
 
 Shape = tuple[tuple[int, ...], torch.dtype]
@@ -24,18 +25,40 @@ class Specification:
 
     Attributes:
         optimizer: the optimizer's initial state with tensors that have no storage.
+        tied_params: other names of tied parameters, with the path that each is known by.
+        tied_buffers: the same for buffers.
     """
 
     params: Mapping[str, Shape]
     buffers: Mapping[str, Shape]
     optimizer: Any
+    tied_params: Mapping[str, str]
+    tied_buffers: Mapping[str, str]
 
     @staticmethod
     def of(functional: FunctionalModule, plan: Plan, transform: Transform) -> Specification:
         """The specification of the states a step makes."""
         params, buffers = functional.present_parameters(), functional.present_buffers()
         shapeless = {path: torch.empty_like(params[path], device="meta", requires_grad=False) for path in plan.routed}
-        return Specification(_shapes(params), _shapes(buffers), transform.init(shapeless))
+        return Specification(
+            _shapes(params),
+            _shapes(buffers),
+            transform.init(shapeless),
+            {name: row.path for row in plan.rows for name in row.names[1:]},
+            _other_names(functional.module.named_buffers(remove_duplicate=False)),
+        )
+
+    def named(self, fields: tuple[Mapping[str, Tensor], Mapping[str, Tensor], Any, Tensor]) -> tuple[Any, ...]:
+        """The fields of a state, in which tied parameters and buffers are found by all of their names."""
+        params, buffers, optimizer, step = fields
+        return tied(params, self.tied_params), tied(buffers, self.tied_buffers), optimizer, step
+
+
+def _other_names(named: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """The names of tensors that had one already, with that."""
+    first: dict[int, str] = {}
+    pairs = ((name, first.setdefault(id(tensor), name)) for name, tensor in named)
+    return {name: path for name, path in pairs if name != path}
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
@@ -56,8 +79,9 @@ def check_fits(state: object, wanted: Specification) -> State:
     if known_to_fit(state) is wanted:
         return state
     problems = [
-        *_tensor_problems("parameter", wanted.params, params),
-        *_path_problems("buffer", wanted.buffers, state.buffers),  # a forward may change their shapes
+        *_tensor_problems("parameter", wanted.params, params, wanted.tied_params),
+        # a forward may change the shapes of buffers
+        *_path_problems("buffer", wanted.buffers, state.buffers, wanted.tied_buffers),
         *_optimizer_problems(wanted.optimizer, state.optimizer, wanted.params.keys(), "optimizer"),
     ]
     if not isinstance(state.step, Tensor) or state.step.ndim != 0 or state.step.dtype != torch.int64:
@@ -69,15 +93,20 @@ def check_fits(state: object, wanted: Specification) -> State:
     return state
 
 
-def _path_problems(noun: str, wanted: Mapping[str, Shape], given: Mapping[str, Tensor]) -> Iterator[str]:
+def _path_problems(
+    noun: str, wanted: Mapping[str, Shape], given: Mapping[str, Tensor], tied: Mapping[str, str]
+) -> Iterator[str]:
     for path in wanted.keys() - given.keys():
         yield f"{noun} {path}: the Step has it, the State does not"
     for path in given.keys() - wanted.keys():
-        yield f"{noun} {path}: the State has it, the Step does not"
+        known = f"; it is tied, and known as {tied[path]}" if path in tied else ""
+        yield f"{noun} {path}: the State has it, the Step does not{known}"
 
 
-def _tensor_problems(noun: str, wanted: Mapping[str, Shape], given: Mapping[str, Tensor]) -> Iterator[str]:
-    yield from _path_problems(noun, wanted, given)
+def _tensor_problems(
+    noun: str, wanted: Mapping[str, Shape], given: Mapping[str, Tensor], tied: Mapping[str, str]
+) -> Iterator[str]:
+    yield from _path_problems(noun, wanted, given, tied)
     for path, (shape, dtype) in wanted.items():
         seen = given.get(path)
         if seen is not None and (tuple(seen.shape), seen.dtype) != (shape, dtype):
