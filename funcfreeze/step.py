@@ -171,7 +171,7 @@ class Step:
 
             Whatever is raised, module and state are as they were.
         """
-        check_fits(state, self.specification)
+        state = check_fits(state, self.specification)
         lease_of(state).gradients = {}
         if self.compiled is not None:
             return self._compiled_step(self.compiled, state, batch)
@@ -187,12 +187,12 @@ class Step:
         then, or small ones would be lost.
         Always computed eagerly, also by a compiled step.
         """
-        check_fits(state, self.specification)
+        state = check_fits(state, self.specification)
         return tied(self.computation.gradients(*state.fields, batch).gradients, self.specification.tied_params)
 
     def per_loss_gradients(self, state: State, batch: Any) -> dict[str, dict[str, Tensor]]:
         """Each loss's gradients by path, weights applied; summed over the losses they are `gradients`."""
-        check_fits(state, self.specification)
+        state = check_fits(state, self.specification)
         apart = self.computation.per_loss_gradients(*state.fields, batch)
         return {loss: tied(row, self.specification.tied_params) for loss, row in apart.items()}
 

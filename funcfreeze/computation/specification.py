@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcfreeze.computation.state import State, known_to_fit
+from funcfreeze.computation.state import State, known_to_fit, lease_of, make_state
 from funcfreeze.declare.plan import Plan
 from funcfreeze.model.functional import FunctionalModule
 from funcfreeze.model.ties import tied
 from funcfreeze.optim import Transform
+from funcfreeze.optim.cast import cast
 
 Shape = tuple[tuple[int, ...], torch.dtype]
 """A tensor's shape and dtype."""
@@ -68,6 +69,9 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
 def check_fits(state: object, wanted: Specification) -> State:
     """The state, if it fits; a state made by the same step is known to.
 
+    Where its optimizer state means what the step's does in another form (see `optim.cast`), the state that is returned
+    has it in the step's. The two are spent together.
+
     Raises:
         TypeError: not a `State`.
         RuntimeError: the state is spent.
@@ -78,11 +82,12 @@ def check_fits(state: object, wanted: Specification) -> State:
     params = state.params  # raises if the state is spent
     if known_to_fit(state) is wanted:
         return state
+    optimizer = _cast(wanted.optimizer, state.optimizer, params, None, "")
     problems = [
         *_tensor_problems("parameter", wanted.params, params, wanted.tied_params),
         # a forward may change the shapes of buffers
         *_path_problems("buffer", wanted.buffers, state.buffers, wanted.tied_buffers),
-        *_optimizer_problems(wanted.optimizer, state.optimizer, wanted.params.keys(), "optimizer"),
+        *_optimizer_problems(wanted.optimizer, optimizer, wanted.params.keys(), "optimizer"),
     ]
     if not isinstance(state.step, Tensor) or state.step.ndim != 0 or state.step.dtype != torch.int64:
         problems.append(f"state.step is a 0-d int64 tensor, got {state.step!r}")
@@ -90,7 +95,37 @@ def check_fits(state: object, wanted: Specification) -> State:
         shown = [f"  - {problem}" for problem in problems[:10]]
         more = [f"  and {len(problems) - 10} more"] if len(problems) > 10 else []
         raise ValueError("\n".join(["this State is of another model or optimizer than the Step:", *shown, *more]))
-    return state
+    if optimizer is state.optimizer:
+        return state
+    return make_state((params, state.buffers, optimizer, state.step), lease_of(state), wanted)
+
+
+def _cast(wanted: Any, given: Any, params: Mapping[str, Tensor], device: torch.device | None, slot: str) -> Any:
+    """An optimizer's state with what can be cast cast; the very same objects where there is nothing to do.
+
+    Args:
+        wanted: the step's own, of tensors without storage.
+        given: the state's.
+        params: path -> parameter.
+        device: of the parameter that this part is kept for, if it is for one.
+        slot: the key under which it is kept.
+    """
+    if isinstance(wanted, dict) and isinstance(given, dict):
+        moved = {
+            key: _cast(wanted[key], kept, params, params[key].device if key in params else device, str(key))
+            for key, kept in given.items()
+            if key in wanted
+        }
+        return {**given, **moved} if any(moved[key] is not given[key] for key in moved) else given
+    if type(wanted) is type(given) is tuple and len(wanted) == len(given):
+        parts = tuple(_cast(one, other, params, device, slot) for one, other in zip(wanted, given, strict=True))
+        return parts if any(one is not other for one, other in zip(parts, given, strict=True)) else given
+    if not isinstance(wanted, Tensor):
+        return given
+    if isinstance(given, Tensor) and (given.shape, given.dtype) == (wanted.shape, wanted.dtype):
+        return given if device is None else given.to(device)
+    tensor = cast(given, slot, wanted.shape, wanted.dtype, device)
+    return given if tensor is None else tensor
 
 
 def _path_problems(

@@ -72,7 +72,7 @@ def verify(step: Step, state: State, batch: Any, *, steps: int = 5) -> Report:
     """
     if steps < 1:
         raise ValueError(f"verify takes at least one step, got steps={steps}")
-    check_fits(state, step.specification)
+    state = check_fits(state, step.specification)
     try:
         return _compare(step, state, batch, steps, torch.float64, {})
     except _NotInFloat64 as error:
