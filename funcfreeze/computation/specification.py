@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from funcfreeze.computation.state import State, known_to_fit, lease_of, make_state
+from funcfreeze.computation.structure import looks_like
 from funcfreeze.declare.plan import Plan
 from funcfreeze.model.functional import FunctionalModule
 from funcfreeze.model.ties import tied
@@ -94,10 +95,22 @@ def check_fits(state: object, wanted: Specification) -> State:
     if problems:
         shown = [f"  - {problem}" for problem in problems[:10]]
         more = [f"  and {len(problems) - 10} more"] if len(problems) > 10 else []
-        raise ValueError("\n".join(["this State is of another model or optimizer than the Step:", *shown, *more]))
+        hint = _about_optimizers(wanted.optimizer, optimizer, wanted.params.keys() | params.keys())
+        head = "this State is of another model or optimizer than the Step:"
+        raise ValueError("\n".join([head, *shown, *more, *hint]))
     if optimizer is state.optimizer:
         return state
     return make_state((params, state.buffers, optimizer, state.step), lease_of(state), wanted)
+
+
+def _about_optimizers(wanted: Any, given: Any, paths: Any) -> Iterator[str]:
+    """What is wanted where two Steps share a State and their optimizers keep different things."""
+    own, other = looks_like(wanted, paths), looks_like(given, paths)
+    if own != other:
+        yield (
+            f"Steps that share a State need optimizers of one structure: this Step's is {own}, the State's was made by "
+            f"{other}. Build all of them in one way, each with its own rates and other numbers"
+        )
 
 
 def _cast(wanted: Any, given: Any, params: Mapping[str, Tensor], device: torch.device | None, slot: str) -> Any:
