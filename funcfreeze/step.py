@@ -28,6 +28,7 @@ from funcfreeze.model.attributes import attributes_kept
 from funcfreeze.model.functional import FunctionalModule, mark_of
 from funcfreeze.model.memory import memory_of
 from funcfreeze.model.sites import module_leaves
+from funcfreeze.model.ties import tied
 from funcfreeze.optim import Transform
 
 
@@ -168,7 +169,8 @@ class Step:
             borrowed = params.keys() - set(routed) if copy else set()
             optimizer = _apart(self.transform.init({path: params[path] for path in routed}), params)
             step = torch.zeros((), dtype=torch.int64, device=params[routed[0]].device)
-            return make_state((params, buffers, optimizer, step), Lease(borrowed=borrowed), self.specification)
+            fields = self.specification.named((params, buffers, optimizer, step))
+            return make_state(fields, Lease(borrowed=borrowed), self.specification)
 
     def __call__(self, state: State, batch: Any) -> tuple[State, dict[str, Any]]:
         """Take one step.
@@ -184,7 +186,7 @@ class Step:
 
             Whatever is raised, module and state are as they were.
         """
-        check_fits(state, self.specification)
+        state = check_fits(state, self.specification)
         lease_of(state).gradients = {}
         if self.compiled is not None:
             return self._compiled_step(self.compiled, state, batch)
@@ -193,19 +195,21 @@ class Step:
     def gradients(self, state: State, batch: Any) -> dict[str, Tensor]:
         """The merged gradients by path, holding only touched parameters.
 
-        Updates nothing: buffers and the modules' Python attributes are as before afterwards, too.
-        They are free of a loss scale; those of float16 parameters are in float32 then, or small ones would be lost.
-        Always computed eagerly, also by a compiled step.
+        Updates nothing: buffers and the modules' Python attributes are as before afterwards, too. Any name of a tied
+        parameter is a key. They are free of a loss scale; those of float16 parameters are in float32 then, or small
+        ones would be lost. Always computed eagerly, also by a compiled step.
         """
-        check_fits(state, self.specification)
+        state = check_fits(state, self.specification)
         with attributes_kept(self.module):
-            return self.computation.gradients(*state.fields, batch).gradients
+            gradients = self.computation.gradients(*state.fields, batch).gradients
+        return tied(gradients, self.specification.tied_params)
 
     def per_loss_gradients(self, state: State, batch: Any) -> dict[str, dict[str, Tensor]]:
         """Each loss's gradients by path, weights applied; summed over the losses they are `gradients`."""
-        check_fits(state, self.specification)
+        state = check_fits(state, self.specification)
         with attributes_kept(self.module):
-            return self.computation.per_loss_gradients(*state.fields, batch)
+            apart = self.computation.per_loss_gradients(*state.fields, batch)
+        return {loss: tied(row, self.specification.tied_params) for loss, row in apart.items()}
 
     def call(self, state: State, f: Callable[..., Any], *args: Any) -> Any:
         """`f(model, *args)` with the state's tensors in the model: evaluation, acting, sampling.
@@ -275,7 +279,8 @@ class Step:
         in_place = returned.optimizer is None
         fields = (params, buffers, optimizer if in_place else returned.optimizer, step)
         relisted = listed.with_buffers(returned.buffers) if in_place else None
-        return make_state(fields, renewed, self.specification, relisted), {**returned.losses, **returned.metrics}
+        after = make_state(self.specification.named(fields), renewed, self.specification, relisted)
+        return after, {**returned.losses, **returned.metrics}
 
     def _owns(self, lease: Lease) -> bool:
         """Whether all that a step overwrites may be overwritten."""
@@ -326,7 +331,8 @@ class Step:
             lease.borrowed |= params.keys() - routed  # both states hold these now: neither may write to them
         kept = {path: gradient for path, gradient in gradients.items() if gradient.is_cpu}
         renewed = Lease(borrowed=lease.borrowed - copied - computed.written.keys(), gradients=kept)
-        return make_state((params, computed.buffers, optimizer, step), renewed, self.specification)
+        fields = self.specification.named((params, computed.buffers, optimizer, step))
+        return make_state(fields, renewed, self.specification)
 
 
 def take_with_gradients(step: Step, state: State, batch: Any) -> tuple[State, dict[str, Any], dict[str, Tensor]]:
@@ -337,7 +343,7 @@ def take_with_gradients(step: Step, state: State, batch: Any) -> tuple[State, di
     if step.compiled is not None:
         gradients = step.gradients(state, batch)
         return (*step(state, batch), gradients)
-    check_fits(state, step.specification)
+    state = check_fits(state, step.specification)
     computed = step.computation.gradients(*state.fields, batch)
     gradients = {path: gradient.clone() for path, gradient in computed.gradients.items()}
     return (*step._eager_step(state, computed), gradients)

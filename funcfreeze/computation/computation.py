@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,14 +91,18 @@ class Computation:
     ) -> dict[str, dict[str, Tensor]]:
         """Each loss's weighted gradients by path, touched parameters only."""
         watch = self.evaluation.watch(params)
-        with ExitStack() as holding:
+        finally_do: list[Callable[[], None]] = []
+        try:
             outcome = self.engine.separate(
-                lambda leaves: self.evaluation.call(leaves, buffers, batch, holding, watch),
+                lambda leaves: self.evaluation.call(leaves, buffers, batch, finally_do, watch),
                 self.evaluation.leaves(params),
                 self.routing,
                 step,
                 self._seed(optimizer),
             )
+        finally:
+            for end in finally_do:
+                end()
         rows = zip(self.routing.losses, outcome.gradients, strict=True)
         return {loss: self._unscaled(_touched(self.routing.paths, row), optimizer) for loss, row in rows}
 
@@ -112,14 +115,18 @@ class Computation:
         batch: Any,
         watch: Watch | None,
     ) -> Computed:
-        with ExitStack() as holding:
+        finally_do: list[Callable[[], None]] = []
+        try:
             outcome = self.engine.merged(
-                lambda leaves: self.evaluation.call(leaves, buffers, batch, holding, watch),
+                lambda leaves: self.evaluation.call(leaves, buffers, batch, finally_do, watch),
                 self.evaluation.leaves(params),
                 self.routing,
                 step,
                 self._seed(optimizer),
             )
+        finally:
+            for end in finally_do:
+                end()
         beside: Beside = outcome.rest
         self._refuse_other_leaves(outcome.other_leaves, params)
         raise_misuse(

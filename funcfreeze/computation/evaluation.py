@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from funcfreeze.computation.back_door import buffer_problem, parameter_problem, raise_misuse, write_problem
-from funcfreeze.computation.inner_gradients import at_constants
+from funcfreeze.computation.inner_gradients import refuse_constants
 from funcfreeze.declare.plan import Plan
 from funcfreeze.gradients.graph import leaves_below
 from funcfreeze.model.attributes import let_go_of_graphs
@@ -92,20 +91,20 @@ class Evaluation:
         leaves: Sequence[Tensor],
         buffers: Mapping[str, Tensor],
         batch: Any,
-        holding: ExitStack,
+        finally_do: list[Callable[[], None]],
         watch: Watch | None = None,
     ) -> tuple[Any, Beside]:
         """Call `losses` once.
 
         Buffers are cloned, so that an exception leaves the given ones as they were. The module holds all tensors until
-        the stack is closed, after the backward. What that runs of the module once more (activation checkpointing) finds
+        after the backward. What that runs of the module once more (activation checkpointing) finds
         the buffers as the call left them, and updates only copies.
 
         Args:
             leaves: what stands for the parameters, in the plan's order.
             buffers: the state's buffers.
             batch: what `losses` is given.
-            holding: what is closed after the backward.
+            finally_do: takes what must be called after the backward.
             watch: what looks at every operator, if anything does.
 
         Raises:
@@ -117,15 +116,9 @@ class Evaluation:
                 given[path].register_hook(hook)  # type: ignore[no-untyped-call]
         cloned = {path: tensor.clone() for path, tensor in buffers.items()}
         marks = {path: mark_of(tensor) for path, tensor in given.items()}
-        holding.enter_context(self.functional.holding(given, cloned))
-        holding.callback(let_go_of_graphs, self.functional.modules)
-        if watch is None:
-            with at_constants(given):
-                losses, metrics = split(self.losses(self.functional.module, batch))
-        else:
-            holding.callback(watch.undo)
-            with at_constants(given), watch:
-                losses, metrics = split(self.losses(self.functional.module, batch))
+        finally_do.append(self._held(given, cloned, watch))
+        losses, metrics = split(self._returned(batch, given, watch))
+        if watch is not None:
             raise_misuse(self._misuse(watch, losses, buffers))
         left = self.functional.left(given, marks, self.unrouted)
         undone = self.unrouted & watch.written if watch is not None else frozenset()
@@ -139,6 +132,33 @@ class Evaluation:
         self.seen.written.update(written)
         self.functional.hold_copies(left.buffers)
         return losses, Beside(metrics, left.buffers, written)
+
+    def _held(
+        self, given: Mapping[str, Tensor], buffers: Mapping[str, Tensor], watch: Watch | None
+    ) -> Callable[[], None]:
+        """Put tensors into the module; what is returned ends that, and lets nothing stay there of a graph."""
+        release = self.functional.hold(given, buffers)
+
+        def end() -> None:
+            try:
+                if watch is not None:
+                    watch.undo()
+                let_go_of_graphs(self.functional.modules)
+            finally:
+                release()
+
+        return end
+
+    def _returned(self, batch: Any, given: Mapping[str, Tensor], watch: Watch | None) -> Any:
+        """What `losses` returns."""
+        try:
+            if watch is None:
+                return self.losses(self.functional.module, batch)
+            with watch:
+                return self.losses(self.functional.module, batch)
+        except RuntimeError as error:
+            refuse_constants(error, given)
+            raise
 
     def _misuse(self, watch: Watch, losses: Any, buffers: Mapping[str, Tensor]) -> Iterator[str]:
         """What is wrong with what was seen.

@@ -6,8 +6,7 @@ differentiates at one, as adaptive weights do, gets torch's error, which does no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from types import CodeType, TracebackType
 from typing import Any
 
@@ -17,27 +16,27 @@ from torch import Tensor
 _TAKERS: tuple[CodeType, ...] = (torch.autograd.grad.__code__, torch.autograd.backward.__code__)
 
 
-@contextmanager
-def at_constants(params: Mapping[str, Tensor]) -> Iterator[None]:
-    """Name the parameters that do not require grad, where something in the block differentiates at one.
+def refuse_constants(error: RuntimeError, params: Mapping[str, Tensor]) -> None:
+    """Name the parameters that do not require grad, if what failed was to differentiate at one.
+
+    Args:
+        error: what was raised.
+        params: what stands for the parameters in the forward, by path.
 
     Raises:
         RuntimeError: torch's, with a line that names parameters and cure.
     """
-    try:
-        yield
-    except RuntimeError as error:
-        asked = {id(given) for given in _asked_for(error.__traceback__)}
-        named = [path for path, tensor in params.items() if id(tensor) in asked and not tensor.requires_grad]
-        if not named:
-            raise
-        shown = ", ".join(named[:3]) + (", ..." if len(named) > 3 else "")
-        chosen = repr(named[0]) if len(named) == 1 else repr(named[:3])
-        raise RuntimeError(
-            f"{error}\n`losses` takes a gradient itself, at {shown}, which no loss may update: that is a constant in a "
-            f"Step's forward, so that freezing it costs nothing. Build the Step with differentiable={chosen} (any "
-            "selector), which lets it require grad, or route a loss to it"
-        ) from error
+    asked = {id(given) for given in _asked_for(error.__traceback__)}
+    named = [path for path, tensor in params.items() if id(tensor) in asked and not tensor.requires_grad]
+    if not named:
+        return
+    shown = ", ".join(named[:3]) + (", ..." if len(named) > 3 else "")
+    chosen = repr(named[0]) if len(named) == 1 else repr(named[:3])
+    raise RuntimeError(
+        f"{error}\n`losses` takes a gradient itself, at {shown}, which no loss may update: that is a constant in a "
+        f"Step's forward, so that freezing it costs nothing. Build the Step with differentiable={chosen} (any "
+        "selector), which lets it require grad, or route a loss to it"
+    ) from error
 
 
 def _asked_for(traceback: TracebackType | None) -> list[Any]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from funcfreeze.computation.state import State, known_to_fit
+from funcfreeze.computation.state import State, known_to_fit, lease_of, make_state
+from funcfreeze.computation.structure import looks_like
 from funcfreeze.declare.plan import Plan
 from funcfreeze.model.functional import FunctionalModule
+from funcfreeze.model.ties import tied
 from funcfreeze.optim import Transform
+from funcfreeze.optim.cast import cast
 
 Shape = tuple[tuple[int, ...], torch.dtype]
 """A tensor's shape and dtype."""
@@ -24,18 +27,40 @@ class Specification:
 
     Attributes:
         optimizer: the optimizer's initial state with tensors that have no storage.
+        tied_params: other names of tied parameters, with the path that each is known by.
+        tied_buffers: the same for buffers.
     """
 
     params: Mapping[str, Shape]
     buffers: Mapping[str, Shape]
     optimizer: Any
+    tied_params: Mapping[str, str]
+    tied_buffers: Mapping[str, str]
 
     @staticmethod
     def of(functional: FunctionalModule, plan: Plan, transform: Transform) -> Specification:
         """The specification of the states a step makes."""
         params, buffers = functional.present_parameters(), functional.present_buffers()
         shapeless = {path: torch.empty_like(params[path], device="meta", requires_grad=False) for path in plan.routed}
-        return Specification(_shapes(params), _shapes(buffers), transform.init(shapeless))
+        return Specification(
+            _shapes(params),
+            _shapes(buffers),
+            transform.init(shapeless),
+            {name: row.path for row in plan.rows for name in row.names[1:]},
+            _other_names(functional.module.named_buffers(remove_duplicate=False)),
+        )
+
+    def named(self, fields: tuple[Mapping[str, Tensor], Mapping[str, Tensor], Any, Tensor]) -> tuple[Any, ...]:
+        """The fields of a state, in which tied parameters and buffers are found by all of their names."""
+        params, buffers, optimizer, step = fields
+        return tied(params, self.tied_params), tied(buffers, self.tied_buffers), optimizer, step
+
+
+def _other_names(named: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """The names of tensors that had one already, with that."""
+    first: dict[int, str] = {}
+    pairs = ((name, first.setdefault(id(tensor), name)) for name, tensor in named)
+    return {name: path for name, path in pairs if name != path}
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
@@ -44,6 +69,9 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
 
 def check_fits(state: object, wanted: Specification) -> State:
     """The state, if it fits; a state made by the same step is known to.
+
+    Where its optimizer state means what the step's does in another form (see `optim.cast`), the state that is returned
+    has it in the step's. The two are spent together.
 
     Raises:
         TypeError: not a `State`.
@@ -55,29 +83,78 @@ def check_fits(state: object, wanted: Specification) -> State:
     params = state.params  # raises if the state is spent
     if known_to_fit(state) is wanted:
         return state
+    optimizer = _cast(wanted.optimizer, state.optimizer, params, None, "")
     problems = [
-        *_tensor_problems("parameter", wanted.params, params),
-        *_path_problems("buffer", wanted.buffers, state.buffers),  # a forward may change their shapes
-        *_optimizer_problems(wanted.optimizer, state.optimizer, wanted.params.keys(), "optimizer"),
+        *_tensor_problems("parameter", wanted.params, params, wanted.tied_params),
+        # a forward may change the shapes of buffers
+        *_path_problems("buffer", wanted.buffers, state.buffers, wanted.tied_buffers),
+        *_optimizer_problems(wanted.optimizer, optimizer, wanted.params.keys(), "optimizer"),
     ]
     if not isinstance(state.step, Tensor) or state.step.ndim != 0 or state.step.dtype != torch.int64:
         problems.append(f"state.step is a 0-d int64 tensor, got {state.step!r}")
     if problems:
         shown = [f"  - {problem}" for problem in problems[:10]]
         more = [f"  and {len(problems) - 10} more"] if len(problems) > 10 else []
-        raise ValueError("\n".join(["this State is of another model or optimizer than the Step:", *shown, *more]))
-    return state
+        hint = _about_optimizers(wanted.optimizer, optimizer, wanted.params.keys() | params.keys())
+        head = "this State is of another model or optimizer than the Step:"
+        raise ValueError("\n".join([head, *shown, *more, *hint]))
+    if optimizer is state.optimizer:
+        return state
+    return make_state((params, state.buffers, optimizer, state.step), lease_of(state), wanted)
 
 
-def _path_problems(noun: str, wanted: Mapping[str, Shape], given: Mapping[str, Tensor]) -> Iterator[str]:
+def _about_optimizers(wanted: Any, given: Any, paths: Any) -> Iterator[str]:
+    """What is wanted where two Steps share a State and their optimizers keep different things."""
+    own, other = looks_like(wanted, paths), looks_like(given, paths)
+    if own != other:
+        yield (
+            f"Steps that share a State need optimizers of one structure: this Step's is {own}, the State's was made by "
+            f"{other}. Build all of them in one way, each with its own rates and other numbers"
+        )
+
+
+def _cast(wanted: Any, given: Any, params: Mapping[str, Tensor], device: torch.device | None, slot: str) -> Any:
+    """An optimizer's state with what can be cast cast; the very same objects where there is nothing to do.
+
+    Args:
+        wanted: the step's own, of tensors without storage.
+        given: the state's.
+        params: path -> parameter.
+        device: of the parameter that this part is kept for, if it is for one.
+        slot: the key under which it is kept.
+    """
+    if isinstance(wanted, dict) and isinstance(given, dict):
+        moved = {
+            key: _cast(wanted[key], kept, params, params[key].device if key in params else device, str(key))
+            for key, kept in given.items()
+            if key in wanted
+        }
+        return {**given, **moved} if any(moved[key] is not given[key] for key in moved) else given
+    if type(wanted) is type(given) is tuple and len(wanted) == len(given):
+        parts = tuple(_cast(one, other, params, device, slot) for one, other in zip(wanted, given, strict=True))
+        return parts if any(one is not other for one, other in zip(parts, given, strict=True)) else given
+    if not isinstance(wanted, Tensor):
+        return given
+    if isinstance(given, Tensor) and (given.shape, given.dtype) == (wanted.shape, wanted.dtype):
+        return given if device is None else given.to(device)
+    tensor = cast(given, slot, wanted.shape, wanted.dtype, device)
+    return given if tensor is None else tensor
+
+
+def _path_problems(
+    noun: str, wanted: Mapping[str, Shape], given: Mapping[str, Tensor], tied: Mapping[str, str]
+) -> Iterator[str]:
     for path in wanted.keys() - given.keys():
         yield f"{noun} {path}: the Step has it, the State does not"
     for path in given.keys() - wanted.keys():
-        yield f"{noun} {path}: the State has it, the Step does not"
+        known = f"; it is tied, and known as {tied[path]}" if path in tied else ""
+        yield f"{noun} {path}: the State has it, the Step does not{known}"
 
 
-def _tensor_problems(noun: str, wanted: Mapping[str, Shape], given: Mapping[str, Tensor]) -> Iterator[str]:
-    yield from _path_problems(noun, wanted, given)
+def _tensor_problems(
+    noun: str, wanted: Mapping[str, Shape], given: Mapping[str, Tensor], tied: Mapping[str, str]
+) -> Iterator[str]:
+    yield from _path_problems(noun, wanted, given, tied)
     for path, (shape, dtype) in wanted.items():
         seen = given.get(path)
         if seen is not None and (tuple(seen.shape), seen.dtype) != (shape, dtype):

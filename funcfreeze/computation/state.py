@@ -10,6 +10,8 @@ import optree
 from optree import registry
 from torch import Tensor
 
+from funcfreeze.model.ties import aliases_of, by_first_names, tied
+
 FIELDS = ("params", "buffers", "optimizer", "step")
 
 
@@ -41,7 +43,8 @@ class State:
     the first step that takes it copies what it would overwrite.
 
     Attributes:
-        params: path -> tensor, all of the model's parameters, also those that no loss may update.
+        params: path -> tensor, all of the model's parameters, also those that no loss may update. A tied parameter is
+            there once, by its first path, and any of its names is accepted as a key; so are tied buffers.
         buffers: path -> tensor.
         optimizer: the optimizer's own pytree.
         step: 0-d int64, the number of steps taken.
@@ -109,10 +112,17 @@ class State:
 
         Raises:
             TypeError: there is no such field.
+            ValueError: different tensors for two names of a tied parameter.
         """
         unknown = [name for name in changes if name not in FIELDS]
         if unknown:
             raise TypeError(f"a State has {', '.join(FIELDS)}; got {', '.join(unknown)}")
+        named = {
+            name: by_first_names(changes[name], before)
+            for name, before in (("params", self.params), ("buffers", self.buffers))
+            if name in changes
+        }
+        changes |= named
         fields = dict(zip(FIELDS, self._live, strict=True)) | changes
         if "params" in changes:
             self._lease.borrowed |= set(changes["params"])
@@ -124,8 +134,12 @@ class State:
 
     __delattr__ = __setattr__  # type: ignore[assignment]  # it raises whatever it is given
 
-    def __reduce__(self) -> tuple[type[State], tuple[Any, ...]]:
-        return State, self._live  # for deep copies and pickles, which hold tensors of their own
+    def __reduce__(self) -> tuple[Any, ...]:
+        params, buffers, optimizer, step = self._live  # for deep copies and pickles, which hold tensors of their own
+        if not aliases_of(params) and not aliases_of(buffers):
+            return State, self._live
+        names = aliases_of(params), aliases_of(buffers)
+        return _restored, ((dict(params), dict(buffers), optimizer, step), names)
 
     def __copy__(self) -> State:
         return make_state(self._live, self._lease, self._fits)  # a shallow copy holds the same tensors
@@ -134,6 +148,11 @@ class State:
         if self._lease.spent:
             return "State(spent)"
         return f"State(step={int(self.step)}, {len(self.params)} parameters, {len(self.buffers)} buffers)"
+
+
+def _restored(fields: tuple[Any, ...], names: tuple[Mapping[str, str], Mapping[str, str]]) -> State:
+    params, buffers, optimizer, step = fields
+    return State(tied(params, names[0]), tied(buffers, names[1]), optimizer, step)
 
 
 def _fill(state: State, fields: tuple[Any, ...], lease: Lease, fits: object, listed: object = None) -> None:

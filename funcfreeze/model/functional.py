@@ -25,18 +25,14 @@ def mark_of(tensor: Tensor) -> Mark:
     return tensor._version, memory_of(tensor)
 
 
-Held = tuple[list[bool], list[bool], list[nn.Module | None]]
-"""What a module holds at a time: where there are parameters and buffers in its order, and its submodules."""
+Held = tuple[int, int, list[nn.Module | None]]
+"""What a module holds at a time: how many parameters and buffers, None among them, and its submodules."""
 
 
 def held_by(module: nn.Module) -> Held:
     """What the module holds now."""
     own = module.__dict__
-    return (
-        [tensor is not None for tensor in own["_parameters"].values()],
-        [tensor is not None for tensor in own["_buffers"].values()],
-        [*own["_modules"].values()],
-    )
+    return len(own["_parameters"]), len(own["_buffers"]), [*own["_modules"].values()]
 
 
 @dataclass(frozen=True)
@@ -65,6 +61,7 @@ class FunctionalModule:
     buffers: Mapping[str, tuple[Site, ...]]
     modules: tuple[nn.Module, ...]
     held: tuple[Held, ...]
+    empty: tuple[tuple[nn.Module, str, str], ...]
 
     @staticmethod
     def of(module: nn.Module) -> FunctionalModule:
@@ -73,8 +70,15 @@ class FunctionalModule:
             module,
             {names[0]: sites for names, sites in grouped(module, "_parameters")},
             {names[0]: sites for names, sites in grouped(module, "_buffers")},
-            tuple(module.modules()),
-            tuple(map(held_by, module.modules())),
+            modules := tuple(module.modules()),
+            tuple(map(held_by, modules)),
+            tuple(
+                (inner, store, name)
+                for inner in modules
+                for store in ("_parameters", "_buffers")
+                for name, tensor in inner.__dict__[store].items()
+                if tensor is None
+            ),
         )
 
     def present_parameters(self) -> dict[str, Tensor]:
@@ -142,33 +146,50 @@ class FunctionalModule:
     def holding(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Iterator[None]:
         """These tensors are in the module inside the block; afterwards it holds its own again, whatever happens.
 
-        The buffers are written to where a forward updates them in place: pass clones. A backward belongs inside, too:
-        activation checkpointing runs parts of the module once more.
+        The buffers are written to where a forward updates them in place: pass clones.
+        """
+        release = self.hold(parameters, buffers)
+        try:
+            yield
+        finally:
+            release()
+
+    def hold(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Callable[[], None]:
+        """Put these tensors into the module; what is returned puts its own back, and must be called.
 
         The module's own dicts are written, not its attributes: `nn.Module.__setattr__` takes only `nn.Parameter`s where
         a parameter was.
+
+        Raises:
+            RuntimeError: the model has lost a parameter or a buffer since its sites were noted. Nothing has changed.
         """
-        with _EXCHANGING:
+        _EXCHANGING.acquire()
+        try:
             stores = [module.__dict__["_buffers"] for module in self.modules]
-            kept = [dict(store) if store else None for store in stores]
+            kept = [store.copy() if store else None for store in stores]
             taken = [
                 (module.__dict__["_parameters"], name, present((module, name), "_parameters"), parameters[path])
                 for path, module, name in self._places
             ]
-            self.present_buffers()  # all are there
-            try:
-                for store, name, _, given in taken:
-                    store[name] = given
-                for path, sites in self.buffers.items():
-                    _put(sites, "_buffers", buffers[path])
-                yield
-            finally:
-                for store, name, own, _ in taken:
-                    store[name] = own
-                for store, before in zip(stores, kept, strict=True):
-                    if store or before:  # also where a forward adds or removes one
-                        store.clear()
-                        store.update(before or {})
+            if self.buffers:
+                self.present_buffers()  # all are there
+        except BaseException:
+            _EXCHANGING.release()
+            raise
+        for store, name, _, given in taken:
+            store[name] = given
+        self.put_buffers(buffers)
+
+        def release() -> None:
+            for store, name, own, _ in taken:
+                store[name] = own
+            for store, before in zip(stores, kept, strict=True):
+                if store or before:  # also where a forward adds or removes one
+                    store.clear()
+                    store.update(before or {})
+            _EXCHANGING.release()
+
+        return release
 
     def left(self, given: Mapping[str, Tensor], marks: Mapping[str, Mark], may_write: AbstractSet[str]) -> Left:
         """What a call left behind; asked while its tensors are held.
@@ -213,7 +234,7 @@ class FunctionalModule:
         return [(path, module, name) for path, sites in self.parameters.items() for module, name in sites]
 
     def hold_copies(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put copies of these buffers into the module, until the block of `holding` ends."""
+        """Put copies of these buffers into the module, until it gets its own back."""
         self.put_buffers({path: tensor.clone() for path, tensor in tensors.items()})
 
     def put_buffers(self, tensors: Mapping[str, Tensor]) -> None:
@@ -226,7 +247,8 @@ class FunctionalModule:
         for path, held in buffers.items():
             if held is None:
                 yield f"the forward removed buffer {path} or set it to None; give it a value instead, zeros for example"
-        if all(map(eq, map(held_by, self.modules), self.held)):
+        empty = all(module.__dict__[store].get(name) is None for module, store, name in self.empty)
+        if empty and all(map(eq, map(held_by, self.modules), self.held)):
             return
         for noun, store, known in (("parameter", "_parameters", self.parameters), ("buffer", "_buffers", self.buffers)):
             sites = {(id(module), name) for held in known.values() for module, name in held}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from funcfreeze.optim.cast import COUNT, cast, problem
 from funcfreeze.optim.hyperparameters import LearningRate, Rate, rate_at, rate_near
 from funcfreeze.optim.opaque import is_stand_in, is_traced
 from funcfreeze.optim.skip import keep_if, unless
@@ -91,7 +92,7 @@ def leafwise(rule: Rule, lr: LearningRate) -> Transform:
         grads: PyTree, state: OptState, params: PyTree, step: int | Tensor | None, found_inf: Tensor | None
     ) -> Callable[[], None] | None:
         """A run of the fused kernel for all gradients, if these tensors were found fit for one before."""
-        if torch.compiler.is_compiling() or not _all_there(grads, state, params):
+        if not _all_there(grads, state, params) or is_traced(next(iter(grads.values()))):
             return None
         touched, entries = [params[path] for path in grads], [state[path] for path in grads]
         kept = _kept(entries)
@@ -101,7 +102,6 @@ def leafwise(rule: Rule, lr: LearningRate) -> Transform:
         found_inf = None if found_inf is None else found_inf.to(touched[0].device)
         return rule.fused(touched, [*grads.values()], entries, rate, found_inf)
 
-    @torch.no_grad()
     def in_place(
         grads: PyTree,
         state: OptState,
@@ -111,8 +111,14 @@ def leafwise(rule: Rule, lr: LearningRate) -> Transform:
         found_inf: Tensor | None = None,
     ) -> Callable[[], OptState]:
         known = known_to_fuse(grads, state, params, step, found_inf)
-        if known is not None:
-            return lambda: _after(known, state)
+        if known is None:
+            return checked(grads, state, params, step, found_inf)
+        return lambda: _after(known, state)
+
+    @torch.no_grad()
+    def checked(
+        grads: PyTree, state: OptState, params: PyTree, step: int | Tensor | None, found_inf: Tensor | None
+    ) -> Callable[[], OptState]:
         named = by_path(params)
         touched, entries, rate = prepare(grads, state, named, step)
         touched = apart(touched, [named[path] for path in touched])
@@ -168,41 +174,46 @@ def _after(run: Callable[[], None], state: OptState) -> OptState:
 def _fresh(rule: Rule, param: Tensor) -> Entry:
     return {
         slot: torch.zeros((), dtype=torch.float32, device=param.device)
-        if slot == "step"
+        if slot == COUNT
         else torch.zeros_like(param, dtype=rule.dtype_for(param), requires_grad=False)
         for slot in rule.slots
     }
 
 
 def _entries(rule: Rule, state: Mapping[str, Entry], params: Mapping[str, Tensor]) -> dict[str, Entry]:
-    """What the state keeps for the parameters, checked; a parameter the state does not know starts fresh."""
+    """What the state keeps for the parameters, checked, and cast where it is merely in another form.
+
+    A parameter the state does not know starts fresh.
+    """
     if not isinstance(state, Mapping):
         raise ValueError(
             f"{rule.name}: the state is a dict path -> {{{', '.join(rule.slots)}}}, got {type(state).__name__}; "
             "was it made by another transform?"
         )
     entries = {path: state[path] if path in state else _fresh(rule, param) for path, param in params.items()}
-    problems = [
-        f"{path}: {problem}"
-        for path, entry in entries.items()
-        if not _fits(rule, entry, params[path])
-        for problem in _misfits(rule, entry, params[path])
-    ]
+    problems = []
+    for path, param in params.items():
+        if not _fits(rule, entries[path], param):
+            entries[path], found = _cast(rule, entries[path], param)
+            problems += [f"{path}: {problem}" for problem in found]
     if problems:
-        raise ValueError(lines(f"{rule.name}: the state does not fit the parameters:", problems))
+        raise ValueError(
+            lines(f"{rule.name}: the state does not fit the parameters:", problems)
+            + "\nwas it made by another transform? Steps that share a State need optimizers of one structure"
+        )
     return entries
 
 
 def _fits(rule: Rule, entry: Entry, param: Tensor) -> bool:
-    """Whether `_misfits` finds nothing; asked of every parameter at every step, so quick."""
+    """Whether all is as it is to be; asked of every parameter at every step, so quick."""
     if len(entry) != len(rule.slots):
         return False
-    shape, dtype = param.shape, rule.dtype_for(param)
+    shape, dtype, device = param.shape, rule.dtype_for(param), param.device
     for slot in rule.slots:
         kept = entry.get(slot)
-        if kept is None:
+        if not isinstance(kept, Tensor) or kept.device != device:
             return False
-        if slot == "step":
+        if slot == COUNT:
             if kept.dtype != torch.float32 or kept.ndim != 0:
                 return False
         elif kept.dtype != dtype or kept.shape != shape:
@@ -210,16 +221,26 @@ def _fits(rule: Rule, entry: Entry, param: Tensor) -> bool:
     return True
 
 
-def _misfits(rule: Rule, entry: Entry, param: Tensor) -> list[str]:
+def _cast(rule: Rule, entry: Entry, param: Tensor) -> tuple[Entry, list[str]]:
+    """What is kept for a parameter as the rule keeps it, and what in it cannot be that."""
     if entry.keys() != set(rule.slots):
         kept, wanted = (", ".join(names) or "nothing" for names in (entry, rule.slots))
-        return [f"the state has {kept}; {rule.name} with these options keeps {wanted}"]
-    return [
-        f"{slot} has shape {tuple(kept.shape)} and dtype {kept.dtype}, expected {tuple(shape)} and {dtype}"
-        for slot, kept in entry.items()
-        for shape, dtype in [((), torch.float32) if slot == "step" else (param.shape, rule.dtype_for(param))]
-        if kept.shape != shape or kept.dtype != dtype
-    ]
+        return entry, [f"the state has {kept}; {rule.name} with these options keeps {wanted}"]
+    found: Entry = {}
+    problems = []
+    for slot in rule.slots:
+        shape, dtype = _form(rule, slot, param)
+        tensor = cast(entry[slot], slot, shape, dtype, param.device)
+        if tensor is None:
+            problems.append(f"{slot} {problem(entry[slot], shape, dtype)}")
+        else:
+            found[slot] = tensor
+    return found, problems
+
+
+def _form(rule: Rule, slot: str, param: Tensor) -> tuple[torch.Size, torch.dtype]:
+    """The shape and dtype of what is kept."""
+    return (torch.Size(), torch.float32) if slot == COUNT else (param.shape, rule.dtype_for(param))
 
 
 def _check_layouts(rule: Rule, grads: Mapping[str, Tensor]) -> None:
@@ -266,7 +287,7 @@ def _fusable(rule: Rule, param: Tensor, grad: Tensor, entry: Entry) -> bool:
     ):
         return False
     for slot, kept in entry.items():
-        if not _is_ordinary(kept) or kept.device != device or (slot != "step" and kept.stride() != strides):
+        if not _is_ordinary(kept) or kept.device != device or (slot != COUNT and kept.stride() != strides):
             return False
     return True
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from funcfreeze.declare.selectors import Leaf, closest
 from funcfreeze.model.pytree import flatten_by_path
+from funcfreeze.model.ties import Tied
 
 PyTree = Any  # of tensors: a tensor, or nested containers of them that optree knows
 OptState = Any  # a pytree whose structure is the transform's own affair
@@ -103,6 +104,7 @@ def by_path(tree: PyTree) -> Named:
         ...
     ValueError: two leaves of one pytree have the path 'enc.1'; rename a key
     """
+    tree = dict(tree) if type(tree) is Tied else tree
     if type(tree) is dict and all(type(key) is str for key in tree) and all(map(_is_leaf, tree.values())):
         return Named(tree, True, lambda values: {path: values.get(path) for path in tree})
     paths, leaves, structure = flatten_by_path(tree)

@@ -59,7 +59,7 @@ def verify(step: Step, state: State, batch: Any, *, steps: int = 5) -> Report:
     """
     if steps < 1:
         raise ValueError(f"verify takes at least one step, got steps={steps}")
-    check_fits(state, step.specification)
+    state = check_fits(state, step.specification)
     with random_numbers(0):
         touched = step.gradients(state, batch).keys()
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -131,3 +133,28 @@ def test_verify():
     step = ff.Step(network(), losses, ROUTES, optimizer=ff.optim.adam(1e-2))
     report = ff.verify(step, step.init(), batches(1)[0], steps=2)
     assert report.ok, report
+
+
+@pytest.mark.parametrize("compile", [False, {"backend": "aot_eager"}])
+def test_a_state_of_torchs_whose_counts_are_on_the_cpu_goes_on(compile):
+    """Where torch keeps them unless told otherwise; the fused kernel wants them on the device."""
+    model, given = network(), batches(4)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+
+    def train(batch):
+        optimizer.zero_grad()
+        sum(losses(model, batch).values()).backward()
+        optimizer.step()
+
+    train(given[0])
+    step = ff.Step(model, losses, {"cls": "*", "dom": "*"}, optimizer=ff.optim.adam(1e-2), compile=compile)
+    kept = {path: copy.deepcopy(dict(optimizer.state[p])) for path, p in model.named_parameters()}
+    assert {entry["step"].device.type for entry in kept.values()} == {"cpu"}
+    state = step.init().replace(optimizer=kept)
+    for batch in given[1:]:
+        state, _ = step(state, batch)
+        train(batch)
+    for path, parameter in model.named_parameters():
+        torch.testing.assert_close(state.params[path], parameter.detach(), rtol=1e-4, atol=1e-5)
+        assert state.optimizer[path]["step"].device.type == "cuda"
+        assert float(state.optimizer[path]["step"]) == float(optimizer.state[parameter]["step"]) == 4.0

@@ -110,18 +110,14 @@ def test_gradients_may_come_unscaled_in_float32():
         sgd().update({"w": torch.ones(3)}, {}, params)
 
 
-def test_a_state_in_another_precision_is_refused():
+def test_a_state_in_a_wider_precision_is_refused():
     params = {"w": torch.ones(3, dtype=torch.bfloat16)}
     grads = {"w": torch.ones(3, dtype=torch.bfloat16)}
     wide, narrow = adam(state_dtype=torch.float32), adam()
-    for tx, other, seen, wanted in (
-        (wide, narrow, "torch.bfloat16", "torch.float32"),
-        (narrow, wide, "torch.float32", "torch.bfloat16"),
-    ):
-        for form in (tx.update, tx.in_place):
-            text = rf"w: exp_avg has shape \(3,\) and dtype {seen}, expected \(3,\) and {wanted}"
-            with pytest.raises(ValueError, match=text):
-                form(grads, other.init(params), params)
+    text = r"w: exp_avg has shape \(3,\) and dtype torch.float32, expected \(3,\) and torch.bfloat16; if digits may be"
+    for form in (narrow.update, narrow.in_place):
+        with pytest.raises(ValueError, match=text):
+            form(grads, wide.init(params), params)
 
 
 @pytest.mark.parametrize("family", [sgd, adam, adamw])

@@ -263,8 +263,14 @@ def test_trees_that_are_not_of_tensors():
         ),
         (
             adam(),
-            {"a.weight": {"step": torch.tensor(1), "exp_avg": torch.ones(4, 3), "exp_avg_sq": torch.ones(3).double()}},
-            "step has shape () and dtype torch.int64, expected () and torch.float32",
+            {
+                "a.weight": {
+                    "step": torch.tensor([1, 2]),
+                    "exp_avg": torch.ones(4, 3),
+                    "exp_avg_sq": torch.ones(3).double(),
+                }
+            },
+            "step has shape (2,) and dtype torch.int64, expected () and torch.float32",
         ),
         (from_torch(torch.optim.SGD), (), "from_torch(SGD): the state is a dict path -> entry, got tuple"),
         (chain(adam()), {}, "chain: the state is a tuple of 1, one for each transform; got dict"),

@@ -1,0 +1,47 @@
+"""Which optimizer a state looks like it was made by, for messages about two that do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+_KEPT = {
+    frozenset(): "sgd without momentum",
+    frozenset({"momentum_buffer"}): "sgd with momentum",
+    frozenset({"momentum_buffer", "step"}): "sgd with momentum and dampening",
+    frozenset({"step", "exp_avg", "exp_avg_sq"}): "adam",
+    frozenset({"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}): "adam with amsgrad",
+}
+"""By what is kept for a parameter; adamw keeps what adam does."""
+
+
+def looks_like(state: Any, paths: Collection[str]) -> str:
+    """The optimizer that a state of this structure comes from, as far as the structure tells.
+
+    >>> looks_like(((), {"w": {"step": 0, "exp_avg": 0, "exp_avg_sq": 0}}), ["w"])
+    'chain(stateless, adam)'
+    >>> looks_like({"gen": {"w": {"momentum_buffer": 0}}, "disc": {}}, ["w"])
+    "partition({'gen': sgd with momentum, 'disc': nothing})"
+    """
+    if isinstance(state, tuple):
+        return f"chain({', '.join(looks_like(part, paths) for part in state)})" if state else "stateless"
+    if not isinstance(state, Mapping):
+        return f"a transform that keeps a {type(state).__name__}"
+    if state.keys() == {"loss_scale", "optimizer"}:
+        return f"{looks_like(state['optimizer'], paths)} under a loss scale"
+    if not state:
+        return "nothing"
+    if all(_is_entry(key, kept, paths) for key, kept in state.items()):
+        return " and ".join(dict.fromkeys(map(_kept, state.values())))
+    parts = ", ".join(f"{key!r}: {looks_like(part, paths)}" for key, part in state.items())
+    return f"partition({{{parts}}})"
+
+
+def _is_entry(key: object, kept: object, paths: Collection[str]) -> bool:
+    """Whether this is what is kept for one parameter."""
+    return key in paths and isinstance(kept, Mapping) and not any(isinstance(v, Mapping | tuple) for v in kept.values())
+
+
+def _kept(entry: Mapping[str, Any]) -> str:
+    known = _KEPT.get(frozenset(entry))
+    return known if known is not None else f"a transform that keeps {', '.join(map(str, entry))}"
