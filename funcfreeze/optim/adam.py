@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam as torch_adam
 
 from funcfreeze.optim.hyperparameters import LearningRate, Rate, check_number, check_rate, check_state_dtype
+from funcfreeze.optim.kernels import adam_
 from funcfreeze.optim.leafwise import Entry, Rule, leafwise
 from funcfreeze.optim.opaque import is_traced, opaque, readable
 from funcfreeze.optim.transform import Transform
@@ -153,22 +153,19 @@ def _kernel(
     decoupled: bool,
 ) -> None:
     """torch's fused kernel, with every argument as an operator's schema can have it."""
-    torch_adam(
+    adam_(
         params,
         readable(grads, params),
         exp_avgs,
         exp_avg_sqs,
         max_exp_avg_sqs,
         steps,
-        fused=True,
-        foreach=False,
-        decoupled_weight_decay=decoupled,
-        amsgrad=amsgrad,
-        beta1=beta1,
-        beta2=beta2,
+        decoupled=decoupled,
         lr=lr if rate is None else rate,
+        betas=(beta1, beta2),
         weight_decay=weight_decay,
         eps=eps,
+        amsgrad=amsgrad,
         maximize=maximize,
         found_inf=found_inf,
     )

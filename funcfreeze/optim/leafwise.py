@@ -319,13 +319,13 @@ def _fused_runs(
     rate: Rate,
     found_inf: Tensor | None,
 ) -> list[Callable[[], None]]:
-    """Runs of the fused kernel: one for every device, more while a compiler traces."""
-    groups: dict[torch.device, list[str]] = {}
+    """Runs of the fused kernel: one for every device and dtype, more while a compiler traces."""
+    groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for path in paths:
-        groups.setdefault(params[path].device, []).append(path)
+        groups.setdefault((params[path].device, params[path].dtype), []).append(path)
     parts = [
         (device, part)
-        for device, group in groups.items()
+        for (device, _), group in groups.items()
         for part in (_in_parts(group, TOGETHER) if is_traced(params[group[0]]) else [group])
     ]
     return [

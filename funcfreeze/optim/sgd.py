@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.optim.sgd import sgd as torch_sgd
 
 from funcfreeze.optim.hyperparameters import LearningRate, Rate, check_number, check_rate, check_state_dtype
+from funcfreeze.optim.kernels import sgd_
 from funcfreeze.optim.leafwise import Entry, Rule, leafwise
 from funcfreeze.optim.opaque import is_traced, opaque, readable
 from funcfreeze.optim.transform import Transform
@@ -120,16 +120,13 @@ def _kernel(
     maximize: bool,
 ) -> None:
     """torch's fused kernel, with every argument as an operator's schema can have it."""
-    torch_sgd(
+    sgd_(
         params,
         readable(grads, params),
-        [*buffers] if buffers else [None] * len(params),
-        fused=True,
-        foreach=False,
-        weight_decay=weight_decay,
+        buffers,
+        lr=lr if rate is None else rate,
         momentum=momentum,
-        lr=lr if rate is None else rate,  # type: ignore[arg-type] # annotated float, takes 0-d tensors
-        dampening=0,
+        weight_decay=weight_decay,
         nesterov=nesterov,
         maximize=maximize,
         found_inf=found_inf,

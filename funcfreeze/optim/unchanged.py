@@ -8,57 +8,47 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
-from operator import is_
+from operator import attrgetter
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from funcfreeze.model.memory import memory_of
 
-Form = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
-"""Shape, strides, dtype and device."""
+_FORM = attrgetter("shape", "dtype", "device", "layout")
 
 
-def form_of(tensor: Tensor) -> Form:
-    """What a kernel takes for granted."""
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-
-
-@dataclass(frozen=True, eq=False)
 class Checked:
-    """Tensors that were found to fit, by weak reference, and the addresses of their memory.
+    """Tensors that were found to fit: which they are, and the addresses of their memory.
 
-    `.data = ...` exchanges the memory under the same object.
+    `.data = ...` exchanges the memory under the same object. Nothing is kept alive: the first of them that goes ends
+    it, since another may come to be where that was.
     """
 
-    references: list[weakref.ref[Tensor]]
-    addresses: list[int]
-    memories: frozenset[int | None]
-    gradients: list[Form]
+    def __init__(self, params: Sequence[Tensor], kept: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        tensors = [*params, *kept]
+        self._gone: list[object] = []
+        self._references = [weakref.ref(tensor, self._gone.append) for tensor in tensors]
+        self._identities = list(map(id, tensors))
+        self._addresses = list(map(Tensor.data_ptr, tensors))
+        self._memories = frozenset(map(memory_of, params))
+        self._gradients = self._forms(grads)
 
     @staticmethod
-    def of(params: Sequence[Tensor], kept: Sequence[Tensor], grads: Sequence[Tensor]) -> Checked:
-        """What was found to fit: parameters, what is kept for them, and gradients of this form."""
-        tensors = [*params, *kept]
-        return Checked(
-            [weakref.ref(tensor) for tensor in tensors],
-            [tensor.data_ptr() for tensor in tensors],
-            frozenset(map(memory_of, params)),
-            [form_of(grad) for grad in grads],
-        )
+    def _forms(grads: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
+        return list(map(_FORM, grads)), list(map(Tensor.stride, grads))
 
     def holds(self, params: Sequence[Tensor], kept: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
         """Whether these are the same tensors, with gradients of the same form and in a memory of their own."""
         tensors = [*params, *kept]
         memories = [memory_of(grad) for grad in grads]
         return (
-            len(tensors) == len(self.references)
-            and all(map(is_, tensors, [reference() for reference in self.references]))
-            and [tensor.data_ptr() for tensor in tensors] == self.addresses
+            not self._gone
+            and list(map(id, tensors)) == self._identities
+            and list(map(Tensor.data_ptr, tensors)) == self._addresses
             and None not in memories  # a sparse one has no strides to ask for
-            and [form_of(grad) for grad in grads] == self.gradients
-            and self.memories.isdisjoint(memories)
+            and self._memories.isdisjoint(memories)
+            and self._forms(grads) == self._gradients
         )
 
 
@@ -81,4 +71,4 @@ class Checks:
         """Note that all this was found to fit."""
         while len(self._by_paths) >= 8:
             self._by_paths.pop(next(iter(self._by_paths)), None)
-        self._by_paths[paths] = Checked.of(params, kept, grads)
+        self._by_paths[paths] = Checked(params, kept, grads)
