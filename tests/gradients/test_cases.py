@@ -125,7 +125,7 @@ def test_losses_that_meet_at_functions(functions, on_losses):
         both = {"a": (h @ p["a"]).square().sum(), "b": (h @ p["b"]).sin().sum()}
         return {name: layer(loss) for name, loss in both.items()} if on_losses else both
 
-    table = {"a": {"trunk": 1.0, "a": 1.0}, "b": {"trunk": -0.3, "b": 1.0}}
+    table = {"a": {"trunk": 0.5, "a": 1.0}, "b": {"trunk": -0.3, "b": 1.0}}
     assert_law("routed", losses, params(trunk=(4, 4), a=(4, 4), b=(4, 4)), table)
 
 
