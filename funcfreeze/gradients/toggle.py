@@ -11,6 +11,7 @@ from collections.abc import Set as AbstractSet
 from torch import Tensor
 
 from funcfreeze.declare.routes import scalar_like
+from funcfreeze.gradients.explained import explained, walking
 from funcfreeze.gradients.forward import forward
 from funcfreeze.gradients.law import Evaluate, Outcome, Routing, SeparateOutcome
 from funcfreeze.gradients.seed import seed_of
@@ -34,13 +35,14 @@ def accumulate(
         weights: the value of every weight index.
         seed: the cotangent that every loss starts with; None is one.
     """
-    for loss, row in zip(losses, routing.weights, strict=True):
+    for name, loss, row in zip(routing.losses, losses, routing.weights, strict=True):
         if loss is not None and loss.requires_grad:
             weighted = {index: weights[weight] for index, weight in row if weight != UNIT_WEIGHT}
             held = {index: leaves[index].grad for index in weighted}
             for index in weighted:
                 leaves[index].grad = None
-            _backward(loss, leaves, {index for index, _ in row}, seed_of(loss, seed))
+            with explained(walking, [name]):
+                _backward(loss, leaves, {index for index, _ in row}, seed_of(loss, seed))
             for index, weight in weighted.items():
                 gradient = leaves[index].grad
                 scaled = None if gradient is None else gradient * scalar_like(weight, gradient)
