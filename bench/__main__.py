@@ -1,6 +1,7 @@
 """`python -m bench`: workloads x peers x measures; `report FILE.json`: tables and a picture of that.
 
 `check`: whether all peers make the same update, in float64, without measuring; `bars`: the timed bars.
+What is measured is printed as tables; `--out FILE.json` keeps it as JSON besides.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from bench import workloads
-from bench.bars import measure
+from bench.bars import listing, measure
 from bench.machine import describe, settle, versions
 from bench.peers import PEERS
 from bench.plot import draw
@@ -34,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", default="cpu", help="cpu or cuda")
     made.add_argument("--scale", choices=workloads.SCALES, help="small on the CPU, large on CUDA unless told otherwise")
     made.add_argument("--rounds", type=int, default=30, help="rounds in which every contender runs once")
-    made.add_argument("--out", type=Path, help="where to write the measures as JSON; reports are put beside it")
+    made.add_argument("--out", type=Path, help="keep the measures as JSON there, too; tables are printed either way")
     made.add_argument("--readme", type=Path, help="with `report`: a README whose section is replaced")
     for name, chosen in (("workloads", workloads.WORKLOADS), ("peers", PEERS), ("measures", MEASURES)):
         made.add_argument(f"--{name}", nargs="+", choices=list(chosen), default=list(chosen), metavar="NAME")
@@ -53,12 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.command == "check":
         check(options)
         return
+    data: dict[str, Any] = {}
     for data in [bars(options.rounds)] if options.command == "bars" else matrix(options):
-        text = json.dumps(data, indent=1)
         if options.out is not None:  # after every workload: a long run that is stopped leaves what it measured
             options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(text + "\n")
-    print(text)
+            options.out.write_text(json.dumps(data, indent=1) + "\n")
+    print(listing(data) if options.command == "bars" else document(data), end="")
 
 
 def check(options: argparse.Namespace) -> None:

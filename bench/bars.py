@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import funcfreeze as ff
 from bench import recipes, workloads
 from bench.memory import peak_bytes
 from bench.overhead import overhead
+from bench.table import millions, three
 from bench.timing import interleaved, median_ratio, medians
 from bench.workloads import Workload
 
@@ -95,6 +96,29 @@ def memory(workload: Workload) -> Measures:
         "routed / summed": peaks["routed"] / peaks["summed"],
         "recipe / summed": peaks["recipe"] / peaks["summed"],
     }
+
+
+def listing(data: Mapping[str, Any]) -> str:
+    """The bars as lines to read: what was measured, then one line a number or a group of numbers."""
+    machine, versions = data["machine"], data["versions"]
+    parts = [
+        f"{machine['processor']}, {machine['threads']} threads, torch {versions['torch']}; {data['date']}; "
+        f"{data['rounds']} rounds"
+    ]
+    for title, found in data["measures"].items():
+        width = max(map(len, found))
+        parts += ["", title, *(f"  {_unit(name):{width}}  {_shown(name, value)}" for name, value in found.items())]
+    return "\n".join(parts) + "\n"
+
+
+def _unit(name: str) -> str:
+    return "MB" if name == "bytes" else name
+
+
+def _shown(name: str, value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "   ".join(f"{part} {_shown(name, number)}" for part, number in value.items())
+    return millions(value) if name == "bytes" else three(value)
 
 
 def measure(rounds: int) -> dict[str, Measures]:

@@ -26,15 +26,16 @@ def three(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _millions(value: float) -> str:
+def millions(value: float) -> str:
+    """The number in millions, as `three` shows it."""
     return f"{value / 1e6:,.0f}" if value >= 1e8 else f"{value / 1e6:.3g}"
 
 
 COLUMNS: Mapping[str, tuple[str, Callable[[Any], float], Callable[[float], str]]] = {
     "time": ("Step time, ms", milliseconds, three),
     "first-step": ("Time to the first step, s, cold caches", lambda cell: cell["seconds"], three),
-    "memory": ("Peak memory of a step, MB", lambda cell: cell["bytes"], _millions),
-    "multiply-adds": ("Multiply-adds of a step, millions", float, _millions),
+    "memory": ("Peak memory of a step, MB", lambda cell: cell["bytes"], millions),
+    "multiply-adds": ("Multiply-adds of a step, millions", float, millions),
     "matmuls": ("Matrix products of a step", lambda cell: cell["matmuls"], lambda count: f"{count:.0f}"),
 }
 """For each measure a title, the number in a cell, and how it is shown."""
@@ -175,15 +176,15 @@ def _taken_again(commands: Sequence[str]) -> str:
     return f" Some times were taken again when the machine was quieter, by {listed}." if commands else ""
 
 
-def document(data: Mapping[str, Any], picture: str) -> str:
-    """All tables."""
+def document(data: Mapping[str, Any], picture: str | None = None) -> str:
+    """All tables, and the picture if there is one."""
     measured = [
         measure
         for measure in COLUMNS
         if any(value(r, measure) is not None for w in data["workloads"].values() for r in w["results"].values())
     ]
     parts = ["# Measured", setting(data), differences(data)]
-    parts += [f"![Step times]({picture})"] if "time" in measured else []
+    parts += [f"![Step times]({picture})"] if picture is not None and "time" in measured else []
     parts += [table(data, measure) for measure in measured]
     parts += [standings(data)] if "time" in measured else []
     parts += ["Cells without a number:", reasons(data)] if reasons(data) else []

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcfreeze.gradients.explained import MARK
+
 _TAKERS: tuple[CodeType, ...] = (torch.autograd.grad.__code__, torch.autograd.backward.__code__)
 
 
@@ -33,7 +35,7 @@ def refuse_constants(error: RuntimeError, params: Mapping[str, Tensor]) -> None:
     shown = ", ".join(named[:3]) + (", ..." if len(named) > 3 else "")
     chosen = repr(named[0]) if len(named) == 1 else repr(named[:3])
     raise RuntimeError(
-        f"{error}\n`losses` takes a gradient itself, at {shown}, which no loss may update: that is a constant in a "
+        f"{error}{MARK}`losses` takes a gradient itself, at {shown}, which no loss may update: that is a constant in a "
         f"Step's forward, so that freezing it costs nothing. Build the Step with differentiable={chosen} (any "
         "selector), which lets it require grad, or route a loss to it"
     ) from error

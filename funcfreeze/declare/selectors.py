@@ -49,7 +49,7 @@ class _Path:
         return f"path({self.pattern!r})"
 
     def matches(self, leaf: Leaf) -> bool:
-        prefixes = [prefix for name in leaf.names for prefix in _prefixes(name)]
+        prefixes = [prefix for name in leaf.names for spelled in _spellings(name) for prefix in _prefixes(spelled)]
         return self.pattern in prefixes or any(fnmatchcase(prefix, self.pattern) for prefix in prefixes)
 
     @property
@@ -66,7 +66,7 @@ class _Regex:
         return f"regex({self.pattern!r})"
 
     def matches(self, leaf: Leaf) -> bool:
-        return any(re.fullmatch(self.pattern, name) for name in leaf.names)
+        return any(re.fullmatch(self.pattern, spelled) for name in leaf.names for spelled in _spellings(name))
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,8 @@ class Selector:
 def path(pattern: str) -> Selector:
     """Parameters by path: a glob in which `*` spans dots, or the whole subtree of every module so named.
 
+    The `_orig_mod` that `torch.compile` puts into the paths of a module may be left out.
+
     >>> path("encoder")                 # encoder.0.weight, encoder.0.bias, ...; never encoder2.weight
     path('encoder')
     >>> path("*.bias") & "encoder"
@@ -204,7 +206,7 @@ def path(pattern: str) -> Selector:
 
 
 def regex(pattern: str) -> Selector:
-    r"""Parameters whose whole path matches a regular expression (`re.fullmatch`).
+    r"""Parameters whose whole path matches a regular expression (`re.fullmatch`), with or without `_orig_mod` in it.
 
     >>> regex(r"layers\.[0-3]\..*")
     regex('layers\\.[0-3]\\..*')
@@ -314,7 +316,14 @@ def _suggestion(rule: _Rule, leaves: Sequence[Leaf]) -> str:
         seen = sorted({module.__name__ for leaf in leaves for module in leaf.modules})
         return f"; the modules here are {', '.join(seen)}" if seen else "; a bare pytree has no modules"
     if isinstance(rule, _Path | _Regex):
-        return closest(rule.pattern, (prefix for leaf in leaves for name in leaf.names for prefix in _prefixes(name)))
+        names = [_spellings(name)[-1] for leaf in leaves for name in leaf.names]
+        if originals := [
+            name for name in names if rule.matches(Leaf((_before_parametrization(name),), leaves[0].tensor))
+        ]:
+            return (
+                f": a parametrization computes it; name what it is computed from, {' and '.join(map(repr, originals))}"
+            )
+        return closest(rule.pattern, (prefix for name in names for prefix in _prefixes(name)))
     return ""
 
 
@@ -326,6 +335,22 @@ def closest(name: str, known: Iterable[str]) -> str:
         return f"; did you mean {' or '.join(map(repr, near))}?"
     tops = list(dict.fromkeys(path.split(".")[0] for path in names))
     return f"; there are {', '.join(map(repr, tops[:8]))}{', ...' if len(tops) > 8 else ''}" if tops else ""
+
+
+def _spellings(name: str) -> tuple[str, ...]:
+    """A path, and the same without what `torch.compile` adds to it, if it does."""
+    if "_orig_mod" not in name:
+        return (name,)
+    return name, ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _before_parametrization(name: str) -> str:
+    """The path that the tensor had before `torch.nn.utils.parametrize` took its place.
+
+    >>> _before_parametrization("l.parametrizations.weight.original0"), _before_parametrization("l.bias")
+    ('l.weight', 'l.bias')
+    """
+    return re.sub(r"(^|\.)parametrizations\.([^.]+)\.original\d*$", r"\1\2", name)
 
 
 def _prefixes(name: str) -> Iterator[str]:

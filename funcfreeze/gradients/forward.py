@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcfreeze.gradients.explained import explained, inside
 from funcfreeze.gradients.law import Evaluate, Routing
 from funcfreeze.gradients.returned import check_losses, detached
 
@@ -38,7 +39,8 @@ def forward(evaluate: Evaluate, params: Sequence[Tensor], routing: Routing) -> F
             param.detach().requires_grad_(required)
             for param, required in zip(params, routing.requires_grad, strict=True)
         ]
-        returned, rest = evaluate(leaves)
+        with explained(inside, routing.losses):
+            returned, rest = evaluate(leaves)
         losses = check_losses(returned, routing)
     present = {name: loss for name, loss in zip(routing.losses, losses, strict=True) if loss is not None}
     return Forward(leaves, losses, {name: _value(loss) for name, loss in present.items()}, detached(rest))

@@ -87,6 +87,18 @@ def plan_passes(graph: Graph, weights: tuple[LossWeights, ...]) -> tuple[Pass, .
         forbidden |= unsafe  # merges move further down, and may be unsafe there too
 
 
+def losses_walked(passes: Sequence[Pass], turn: int) -> list[int]:
+    """The losses whose cotangents may be in a pass: its own, and those of the passes that lead into it."""
+    left: dict[int, set[int]] = {}
+    walked: set[int] = set()
+    for planned in passes[: turn + 1]:
+        sources = [source for entry in planned.entries for source in entry.sources]
+        walked = {source.loss for source in sources if isinstance(source, Seed)}
+        walked = walked.union(*(left.get(source.slot, ()) for source in sources if isinstance(source, Captured)))
+        left |= {exit.slot: walked for exit in planned.exits}
+    return sorted(walked)
+
+
 def _passes(found: FlowMap, runs: Runs) -> Iterator[Pass]:
     blocked = [blocked_exits(runs, index) for index in range(len(runs.calls))]
     retained = _retained(found, runs, blocked)

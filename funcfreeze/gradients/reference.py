@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.func import vjp
 
 from funcfreeze.declare.routes import scalar_like
+from funcfreeze.gradients.explained import explained, inside, walking
 from funcfreeze.gradients.hooks import noticing_hooks
 from funcfreeze.gradients.law import Evaluate, Outcome, Routing, SeparateOutcome
 from funcfreeze.gradients.returned import check_losses, detached, refuse_constants
@@ -93,28 +94,32 @@ class _Levels:
         """Evaluate the losses with `params`, and differentiate those from `level` on."""
         if level == len(self.routing.losses):
             return self._forward(params)
-        row = self.routing.weights[level]
+        name, row = self.routing.losses[level], self.routing.weights[level]
         touched: set[int] = set()
 
         def alone(own: dict[int, Tensor]) -> tuple[Tensor, _Found]:
             found = self.differentiate(level + 1, {**params, **own})
             self.differentiable |= {self.routing.losses[k] for k, loss in found.losses.items() if loss.requires_grad}
             loss = found.losses.get(level, torch.zeros(()))
-            touched.update(_delivered(loss, own))
+            with explained(walking, [name]):
+                touched.update(_delivered(loss, own))
             return loss, found
 
         own = {leaf: params[leaf] for leaf, _ in row}
         loss, pullback, carried = vjp(alone, own, has_aux=True)  # type: ignore[misc]  # its stub forgets has_aux
         found = _Found(*carried)
         with torch.no_grad():
-            found.gradients[level] = self._pull_back(pullback, loss, row, touched)
+            found.gradients[level] = self._pull_back(name, pullback, loss, row, touched)
         return found
 
-    def _pull_back(self, pullback: Any, loss: Tensor, row: LossWeights, touched: set[int]) -> dict[int, Tensor]:
+    def _pull_back(
+        self, name: str, pullback: Any, loss: Tensor, row: LossWeights, touched: set[int]
+    ) -> dict[int, Tensor]:
         """The loss's gradients where it touches, times their weights."""
         if not touched:
             return {}
-        (every,) = pullback(seed_of(loss, self.seed))
+        with explained(walking, [name]):
+            (every,) = pullback(seed_of(loss, self.seed))
         return {
             leaf: every[leaf] if weight == UNIT_WEIGHT else every[leaf] * scalar_like(self.weights[weight], every[leaf])
             for leaf, weight in row
@@ -122,7 +127,8 @@ class _Levels:
         }
 
     def _forward(self, params: dict[int, Tensor]) -> _Found:
-        returned, rest = self.evaluate(list(params.values()))
+        with explained(inside, self.routing.losses, inside_func=True):
+            returned, rest = self.evaluate(list(params.values()))
         losses = check_losses(returned, self.routing, inside_func=True)
         leaves, self.structure = flatten(detached(rest))
         tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}  # one in two places stays one

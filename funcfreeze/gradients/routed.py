@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from funcfreeze.declare.routes import scalar_like
+from funcfreeze.gradients.explained import explained, walking
 from funcfreeze.gradients.forward import forward
 from funcfreeze.gradients.graph import NO_LEAF, Graph, gradient_edge, losses_at_other_leaves, read_graph
 from funcfreeze.gradients.hooks import noticing_hooks
 from funcfreeze.gradients.law import Evaluate, OtherLeaf, Outcome, Routing, SeparateOutcome
-from funcfreeze.gradients.passes import Captured, Entry, Pass, plan_passes
+from funcfreeze.gradients.passes import Captured, Entry, Pass, losses_walked, plan_passes
 from funcfreeze.gradients.seed import seed_of
 from funcfreeze.gradients.sums import add
 from funcfreeze.gradients.weights import UNIT_WEIGHT
@@ -56,13 +57,14 @@ class Routed:
         weights = routing.weight_values(step)
         with torch.inference_mode(False), torch.no_grad():
             gradients = [
-                _alone(loss, live.leaves, dict(row), weights, seed)
-                for loss, row in zip(live.losses, routing.weights, strict=True)
+                _alone(name, loss, live.leaves, dict(row), weights, seed)
+                for name, loss, row in zip(routing.losses, live.losses, routing.weights, strict=True)
             ]
         return SeparateOutcome(gradients, live.values, live.rest)
 
 
 def _alone(
+    name: str,
     loss: Tensor | None,
     leaves: Sequence[Tensor],
     row: dict[int, int],
@@ -73,7 +75,8 @@ def _alone(
     if loss is None or not loss.requires_grad:
         return found
     inputs = [leaves[index] for index in row]
-    gradients = torch.autograd.grad(loss, inputs, seed_of(loss, seed), retain_graph=True, allow_unused=True)
+    with explained(walking, [name]):
+        gradients = torch.autograd.grad(loss, inputs, seed_of(loss, seed), retain_graph=True, allow_unused=True)
     for (index, weight), gradient in zip(row.items(), gradients, strict=True):
         found[index] = _weighted(gradient, weights, weight)
     return found
@@ -141,7 +144,7 @@ def planned_backward(
     nodes = {node: graph.nodes[node] for planned in passes for node in planned.done}
     graph.nodes.clear()
     with torch.inference_mode(False), torch.no_grad():
-        return _run(passes, nodes, leaves, graph.seeds, weights)
+        return _run(passes, nodes, leaves, graph.seeds, weights, routing.losses)
 
 
 def _run(
@@ -150,15 +153,17 @@ def _run(
     leaves: Sequence[Tensor],
     seeds: Sequence[Tensor | None],
     weights: Sequence[float | Tensor],
+    names: Sequence[str],
 ) -> list[Tensor | None]:
     """Make the engine calls; nodes are let go with the last call that mentions them, and the graph above with them."""
     gradients: list[Tensor | None] = [None] * len(leaves)
     slots: dict[int, Tensor] = {}
-    for planned in passes:
+    for turn, planned in enumerate(passes):
         arriving = [(entry, _sum_up(entry, slots, seeds, weights)) for entry in planned.entries]
         entering = [(entry, cotangent) for entry, cotangent in arriving if cotangent is not None]
         if entering:
-            found = _call(planned, nodes, leaves, entering)
+            with explained(_walking, names, passes, turn):
+                found = _call(planned, nodes, leaves, entering)
             ends = len(planned.leaves)
             for (leaf, _, weight), gradient in zip(planned.leaves, found[:ends], strict=True):
                 gradients[leaf] = add(gradients[leaf], _weighted(gradient, weights, weight))
@@ -168,6 +173,10 @@ def _run(
         for node in planned.done:
             del nodes[node]
     return gradients
+
+
+def _walking(names: Sequence[str], passes: Sequence[Pass], turn: int) -> str:
+    return walking(names[loss] for loss in losses_walked(passes, turn))
 
 
 def _call(

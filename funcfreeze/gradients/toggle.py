@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from funcfreeze.declare.routes import scalar_like
+from funcfreeze.gradients.explained import explained, walking
 from funcfreeze.gradients.forward import forward
 from funcfreeze.gradients.law import Evaluate, Outcome, Routing, SeparateOutcome
 from funcfreeze.gradients.seed import seed_of
@@ -35,14 +36,15 @@ def accumulate(
         weights: the value of every weight index.
         seed: the cotangent that every loss starts with; None is one.
     """
-    for loss, row in zip(losses, routing.weights, strict=True):
+    for name, loss, row in zip(routing.losses, losses, routing.weights, strict=True):
         if loss is not None and loss.requires_grad:
             weighted = {index: weights[weight] for index, weight in row if weight != UNIT_WEIGHT}
             held = {index: leaves[index].grad for index in weighted}
             for index in weighted:
                 leaves[index].grad = None
             allowed = [leaves[index] for index, _ in row]
-            loss.backward(seed_of(loss, seed), retain_graph=True, inputs=allowed)  # type: ignore[no-untyped-call]
+            with explained(walking, [name]):
+                loss.backward(seed_of(loss, seed), retain_graph=True, inputs=allowed)  # type: ignore[no-untyped-call]
             for index, weight in weighted.items():
                 gradient = leaves[index].grad
                 scaled = None if gradient is None else gradient * scalar_like(weight, gradient)

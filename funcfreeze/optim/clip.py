@@ -13,7 +13,7 @@ def clip_by_global_norm(max_norm: float) -> Transform:
     """Gradients scaled down so that their common norm is at most `max_norm`; the formula of `clip_grad_norm_`.
 
     Only touched parameters count. There is no state, and no in-place form: put it into a `chain`. Nothing waits for
-    the device, and the norm of sparse gradients is that of their coalesced values.
+    the device, and the norm of sparse gradients, of whichever layout, is that of their coalesced values.
 
     >>> tx = clip_by_global_norm(1.0)
     >>> params = [torch.zeros(1), torch.zeros(1), torch.zeros(1)]
@@ -36,7 +36,8 @@ def clip_by_global_norm(max_norm: float) -> Transform:
         touched = match(grads, named)
         if not touched:
             return named.rebuild({}), state
-        values = [grad.coalesce().values() if grad.is_sparse else grad for grad in touched.values()]
+        touched = {path: grad.coalesce() if grad.is_sparse else grad for path, grad in touched.items()}
+        values = [grad if grad.layout is torch.strided else grad.values() for grad in touched.values()]
         norm = torch.nn.utils.get_total_norm(values)
         factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
         return named.rebuild({path: _scaled(grad, factor) for path, grad in touched.items()}), state
@@ -45,5 +46,12 @@ def clip_by_global_norm(max_norm: float) -> Transform:
 
 
 def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    if grad.layout in _COMPRESSED:  # torch multiplies these by no tensor
+        scaled = grad.clone()
+        scaled.values().mul_(factor.to(grad.device))
+        return scaled
     # `to` both ways: gradients may live on several devices, and a float64 factor would promote a 0-d gradient.
     return (grad * factor.to(grad.device)).to(grad.dtype)
+
+
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import pathlib
 import re
@@ -68,6 +69,66 @@ def test_a_check_fails_when_a_contender_does(small, capsys, monkeypatch, chosen,
         main(["check", "--workloads", "tiny", "--peers", "recipe", chosen])
     assert exited.value.code == code
     assert f"tiny           {chosen}" in capsys.readouterr().out
+
+
+@pytest.fixture
+def choices(monkeypatch, small):
+    """The command as if there were only the small workload and its peers."""
+    command = importlib.import_module("bench.__main__")
+    monkeypatch.setattr(command, "PEERS", dict.fromkeys(small.peers))
+    return ["--rounds", "2", "--workloads", "tiny", "--peers", *small.peers, "--measures", *small.measures]
+
+
+def test_what_is_measured_is_printed_as_tables_and_kept_as_json_where_that_is_wanted(choices, capsys, tmp_path):
+    main(choices)
+    printed = capsys.readouterr().out
+    assert printed.startswith("# Measured\n")
+    for title in ("| Step time, ms |", "| Multiply-adds of a step, millions |", "| Matrix products of a step |"):
+        assert title in printed
+    assert "| actor-critic |" in printed
+    assert "![" not in printed
+    assert "{" not in printed
+    file = tmp_path / "new" / "found.json"
+    main([*choices, "--out", str(file)])
+    data = json.loads(file.read_text())
+    assert capsys.readouterr().out == table.document(data)
+    assert set(data["workloads"]) == {"tiny"}
+
+
+def test_bars_are_printed_as_lines_and_kept_as_json_where_that_is_wanted(monkeypatch, capsys, tmp_path):
+    measures = {
+        "whole step": {"ms": {"recipe": 12.345, "routed": 1234.5}, "recipe / routed": 0.01},
+        "memory": {"bytes": {"summed": 123_456_789, "routed": 2_500_000}, "routed / summed": 0.0203},
+        "overhead": {"microseconds, sgd": 123.4},
+    }
+    monkeypatch.setattr(importlib.import_module("bench.__main__"), "measure", lambda rounds: measures)
+    main(["bars", "--rounds", "7"])
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert f"torch {torch.__version__}" in head
+    assert "7 rounds" in head
+    assert [line for line in lines if line] == [
+        "whole step",
+        "  ms               recipe 12.3   routed 1,234",
+        "  recipe / routed  0.01",
+        "memory",
+        "  MB               summed 123   routed 2.5",
+        "  routed / summed  0.0203",
+        "overhead",
+        "  microseconds, sgd  123",
+    ]
+    file = tmp_path / "bars.json"
+    main(["bars", "--rounds", "7", "--out", str(file)])
+    data = json.loads(file.read_text())
+    assert data["measures"] == measures
+    assert capsys.readouterr().out == bars.listing(data)
+
+
+def test_the_help_says_what_is_printed(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "What is measured is printed as tables; `--out FILE.json` keeps it as JSON besides." in text
+    assert "tables are printed either way" in text
 
 
 def test_the_command_repeats_the_run():

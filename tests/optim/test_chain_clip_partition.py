@@ -52,6 +52,51 @@ def test_clip_counts_sparse_gradients_coalesced():
     assert_close({"t": seen["table"].to_dense(), "b": seen["b"]}, {"t": dense["table"], "b": dense["b"]}, 1e-6)
 
 
+LAYOUTS = {
+    "coo": lambda dense: dense.to_sparse(),
+    "csr": lambda dense: dense.to_sparse_csr(),
+    "csc": lambda dense: dense.to_sparse_csc(),
+    "bsr": lambda dense: dense.to_sparse_bsr((2, 2)),
+    "bsc": lambda dense: dense.to_sparse_bsc((2, 2)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta state:UserWarning")  # torch says so once
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.complex128])
+@pytest.mark.parametrize("max_norm", [0.1, 1e9])
+def test_clip_takes_every_sparse_layout_beside_dense_gradients(layout, dtype, max_norm):
+    dense = {"w": torch.randn(4, 4, dtype=dtype).relu() if not dtype.is_complex else torch.randn(4, 4, dtype=dtype)}
+    dense["b"] = torch.randn(3)
+    params = {name: torch.zeros_like(grad) for name, grad in dense.items()}
+    given = {"w": layout(dense["w"]), "b": dense["b"]}
+    before = given["w"].to_dense()
+    updates, _ = clip_by_global_norm(max_norm).update(given, (), params)
+    assert updates["w"].layout == given["w"].layout
+    assert updates["w"].dtype == dtype
+    size = sum(float(grad.abs().double().square().sum()) for grad in dense.values()) ** 0.5
+    for name, grad in dense.items():
+        wanted = grad * min(1.0, max_norm / (size + 1e-6))
+        torch.testing.assert_close(updates[name].to_dense(), wanted, check_dtype=False, rtol=1e-5, atol=1e-6)
+    assert torch.equal(given["w"].to_dense(), before), "what was given is not written to"
+
+
+@pytest.mark.parametrize("finish", [sgd(1.0), sgd(1.0, momentum=0.9), from_torch(torch.optim.SGD, lr=1.0)])
+def test_clipped_sparse_gradients_move_a_parameter_as_dense_ones(finish):
+    params = {"table": torch.randn(6, 2), "w": torch.randn(2)}
+    rows = torch.tensor([1, 4, 4])
+    values = torch.randn(3, 2)
+    sparse = torch.sparse_coo_tensor(rows[None], values, (6, 2), check_invariants=True)
+    tx = chain(clip_by_global_norm(0.1), finish)
+    moved = []
+    for grad in (sparse, sparse.to_dense()):
+        written = {path: p.clone() for path, p in params.items()}
+        tx.in_place({"table": grad, "w": params["w"]}, tx.init(params), written)()
+        moved.append(written)
+    assert_close(*moved)
+
+
 def test_chain_passes_updates_on():
     tx = chain(sgd(0.5), sgd(linear_schedule(0.0, 1.0, 2)))
     params = {"w": torch.zeros(1)}
