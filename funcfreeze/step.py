@@ -177,12 +177,16 @@ class Step:
 
         Returns:
             The new state, and the metrics: every present loss by name (detached, 0-d, unweighted), and what `losses`
-            returned beside them (detached).
+            returned beside them: detached and apart from the state, in containers of the same types (dicts, lists,
+            tuples, dataclasses, mappings of any kind). An object that is no container is returned as it is.
 
         Raises:
             RuntimeError: the state is spent, or the forward changed a parameter.
-            ValueError: the state is of another model.
+            ValueError: the state is of another model or optimizer. Several Steps may share a State if their optimizers
+                are of one structure; rates and other numbers may differ.
             RouteError: what `losses` returned does not fit the declaration.
+            TypeError: a metric is an object that is no container and holds a tensor of the graph, or a parameter's
+                memory.
 
             Whatever is raised, module and state are as they were.
         """

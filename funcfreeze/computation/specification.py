@@ -83,13 +83,17 @@ def check_fits(state: object, wanted: Specification) -> State:
     params = state.params  # raises if the state is spent
     if known_to_fit(state) is wanted:
         return state
-    optimizer = _cast(wanted.optimizer, state.optimizer, params, None, "")
+    optimizer = state.optimizer
+    as_ours = _is_as_wanted(wanted.optimizer, optimizer, params, None)
+    if not as_ours:
+        optimizer = _cast(wanted.optimizer, optimizer, params, None, "")
     problems = [
         *_tensor_problems("parameter", wanted.params, params, wanted.tied_params),
         # a forward may change the shapes of buffers
         *_path_problems("buffer", wanted.buffers, state.buffers, wanted.tied_buffers),
-        *_optimizer_problems(wanted.optimizer, optimizer, wanted.params.keys(), "optimizer"),
     ]
+    if not as_ours:
+        problems += _optimizer_problems(wanted.optimizer, optimizer, wanted.params.keys(), "optimizer")
     if not isinstance(state.step, Tensor) or state.step.ndim != 0 or state.step.dtype != torch.int64:
         problems.append(f"state.step is a 0-d int64 tensor, got {state.step!r}")
     if problems:
@@ -113,6 +117,24 @@ def _about_optimizers(wanted: Any, given: Any, paths: Any) -> Iterator[str]:
         )
 
 
+def _is_as_wanted(wanted: Any, given: Any, params: Mapping[str, Tensor], device: torch.device | None) -> bool:
+    """Whether there is nothing to cast and no problem; asked at every step where Steps share a state, so quick."""
+    if isinstance(wanted, Tensor):
+        return _alike(wanted, given, device)
+    if isinstance(wanted, dict) and isinstance(given, dict):
+        for key, target in wanted.items():
+            if key in given:
+                place = params[key].device if key in params else device
+                if not _is_as_wanted(target, given[key], params, place):
+                    return False
+            elif key not in params:
+                return False
+        return not wanted or all(key in wanted or key in params for key in given)
+    if isinstance(wanted, tuple) and isinstance(given, tuple) and len(wanted) == len(given):
+        return all(_is_as_wanted(one, other, params, device) for one, other in zip(wanted, given, strict=True))
+    return type(wanted) is type(given) and not isinstance(wanted, tuple)
+
+
 def _cast(wanted: Any, given: Any, params: Mapping[str, Tensor], device: torch.device | None, slot: str) -> Any:
     """An optimizer's state with what can be cast cast; the very same objects where there is nothing to do.
 
@@ -133,12 +155,20 @@ def _cast(wanted: Any, given: Any, params: Mapping[str, Tensor], device: torch.d
     if type(wanted) is type(given) is tuple and len(wanted) == len(given):
         parts = tuple(_cast(one, other, params, device, slot) for one, other in zip(wanted, given, strict=True))
         return parts if any(one is not other for one, other in zip(parts, given, strict=True)) else given
-    if not isinstance(wanted, Tensor):
+    if not isinstance(wanted, Tensor) or _alike(wanted, given, device):
         return given
-    if isinstance(given, Tensor) and (given.shape, given.dtype) == (wanted.shape, wanted.dtype):
-        return given if device is None else given.to(device)
     tensor = cast(given, slot, wanted.shape, wanted.dtype, device)
     return given if tensor is None else tensor
+
+
+def _alike(wanted: Tensor, given: Any, device: torch.device | None) -> bool:
+    """Whether there is nothing to cast: the same form on the right device."""
+    return (
+        isinstance(given, Tensor)
+        and given.dtype == wanted.dtype
+        and given.shape == wanted.shape
+        and (device is None or given.device == device)
+    )
 
 
 def _path_problems(

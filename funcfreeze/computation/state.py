@@ -42,6 +42,9 @@ class State:
     and is spent with it. One made in any other way (the constructor, `optree.tree_map`, a deep copy) is independent:
     the first step that takes it copies what it would overwrite.
 
+    What torch.optim keeps for a parameter is taken for `optimizer` in any form that means the same: counts of any dtype
+    or as numbers, tensors in a narrower precision or on another device.
+
     Attributes:
         params: path -> tensor, all of the model's parameters, also those that no loss may update. A tied parameter is
             there once, by its first path, and any of its names is accepted as a key; so are tied buffers.

@@ -29,7 +29,8 @@ def grad_and_value(
         routes: loss name -> which parameters it may update (see `Route`), or a `Plan`. The paths of a pytree are its
             keys joined by dots: `{"enc": [w]}` has `enc.0`.
         engine: "routed", "reference" or "toggle".
-        has_aux: whether `losses` returns something beside the losses.
+        has_aux: whether `losses` returns something beside the losses. Tensors in it come out detached, in containers of
+            the same types (dataclasses and mappings of any kind among them).
 
     Returns:
         `f(params, *args) -> (grads, losses)`, or `(grads, (losses, aux))`; also inside `torch.compile`. There `aux`
