@@ -41,11 +41,6 @@ def with_adv(make):
     return lambda m, batch: losses(m, batch) | {"adv": make(m, batch)}
 
 
-def pure(m, make):
-    """As a function of parameters, for `ff.grad`."""
-    return lambda params, batch: torch.func.functional_call(_Calls(m, make), params, (batch,))
-
-
 class _Calls(nn.Module):
     def __init__(self, m, make):
         super().__init__()
@@ -121,7 +116,7 @@ ALL_ROUTED = pytest.mark.parametrize(
 )
 
 
-@EVERY_FORM
+@pytest.mark.parametrize("form", [form for name, form in FORMS.items() if name != "compiled Step"])
 @ALL_ROUTED
 @pytest.mark.parametrize("absent", [*NUMBERS, *NOT_FLOATING, *CONSTANTS], ids=repr)
 def test_a_number_or_a_constant_is_an_error_that_says_return_none(form, routes, absent):
@@ -129,6 +124,12 @@ def test_a_number_or_a_constant_is_an_error_that_says_return_none(form, routes, 
         form(lambda m, batch: absent, routes)
     assert str(caught.value).startswith("loss 'adv' ")
     assert RETURN_NONE in str(caught.value)
+
+
+@pytest.mark.parametrize("absent", [0, 0.0, False, torch.tensor(0), torch.tensor(0.0)], ids=repr)
+def test_a_compiled_step_says_so_too(absent):
+    """A trace each, which fails."""
+    test_a_number_or_a_constant_is_an_error_that_says_return_none(by_compiled_step, ROUTES, absent)
 
 
 @EVERY_FORM
