@@ -67,7 +67,7 @@ class Computation:
         Raises:
             RouteError: a loss and a metric have one name, or what `losses` returned does not fit the declaration.
         """
-        with ExitStack() as holding:
+        with ExitStack() as holding, torch.no_grad():  # whatever requires grad around a step, it carries no graph
             evaluate = self._evaluate(buffers, batch, holding)
             leaves = [params[path] for path in self.plan.paths]
             outcome = self.engine.merged(evaluate, leaves, self.routing, step, self._seed(optimizer))
@@ -80,7 +80,7 @@ class Computation:
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Any, step: Tensor, batch: Any
     ) -> dict[str, dict[str, Tensor]]:
         """Each loss's weighted gradients by path, touched parameters only."""
-        with ExitStack() as holding:
+        with ExitStack() as holding, torch.no_grad():
             evaluate = self._evaluate(buffers, batch, holding)
             leaves = [params[path] for path in self.plan.paths]
             outcome = self.engine.separate(evaluate, leaves, self.routing, step, self._seed(optimizer))

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.func import vjp
 
 from funcfreeze.declare.routes import scalar_like
+from funcfreeze.gradients.functorch import beneath, is_transforming
 from funcfreeze.gradients.hooks import noticing_hooks
 from funcfreeze.gradients.law import Evaluate, Outcome, Routing, SeparateOutcome
 from funcfreeze.gradients.returned import check_differentiable, check_losses
@@ -36,7 +37,7 @@ class Reference:
         seed: Tensor | None = None,
     ) -> Outcome:
         """The sum of every loss's gradients."""
-        apart = self.separate(evaluate, params, routing, step, seed)
+        apart = self._apart(evaluate, params, routing, step, seed)
         return Outcome([_sum(column) for column in zip(*apart.gradients, strict=True)], apart.losses, apart.rest)
 
     def separate(
@@ -48,13 +49,26 @@ class Reference:
         seed: Tensor | None = None,
     ) -> SeparateOutcome:
         """Every loss's gradients over the parameters it may update, times their weights."""
+        with torch.no_grad():
+            return self._apart(evaluate, params, routing, step, seed)
+
+    def _apart(
+        self,
+        evaluate: Evaluate,
+        params: Sequence[Tensor],
+        routing: Routing,
+        step: Tensor | None,
+        seed: Tensor | None,
+    ) -> SeparateOutcome:
+        """The same, by torch.func's rule: with a graph where grad mode is on and something outside requires grad."""
         levels = _Levels(evaluate, routing, routing.weight_values(step), seed)
-        with noticing_hooks() as noticed, torch.inference_mode(False), torch.enable_grad():
-            found = levels.differentiate(0, dict(enumerate(param.detach() for param in params)))
+        # `vjp` turns grad mode on for itself; that of outside decides about what is outside
+        with noticing_hooks() as noticed, torch.inference_mode(False), torch.set_grad_enabled(levels.grad_mode):
+            found = levels.differentiate(0, dict(enumerate(params)))
         if noticed.nodes or not noticed.all_known:
             raise RuntimeError(
                 "a hook was registered during the forward, and torch.func does not run hooks on activations; use "
-                "engine='routed', which does"
+                "engine='routed' outside of its transforms, which does"
             )
         # clones: a loss that is a parameter, or a view of one, would change when a step overwrites that
         losses = {
@@ -84,6 +98,8 @@ class _Levels:
         self.weights = weights
         self.seed = seed
         self.differentiable: set[str] = set()
+        self.grad_mode = torch.is_grad_enabled()
+        self.carried = self.grad_mode and is_transforming()
 
     def differentiate(self, level: int, params: dict[int, Tensor]) -> _Found:
         """Evaluate the losses with `params`, and differentiate those from `level` on."""
@@ -102,7 +118,7 @@ class _Levels:
         own = {leaf: params[leaf] for leaf, _ in row}
         loss, pullback, carried = vjp(alone, own, has_aux=True)  # type: ignore[misc]  # its stub forgets has_aux
         found = _Found(*carried)
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.carried):
             found.gradients[level] = self._pull_back(pullback, loss, row, touched)
         return found
 
@@ -123,6 +139,7 @@ class _Levels:
         leaves, self.treespec = optree.tree_flatten(rest, none_is_leaf=True)
         self.skeleton = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+        self.carried |= self.grad_mode and any(loss is not None and beneath(loss).requires_grad for loss in losses)
         present = {index: loss for index, loss in enumerate(losses) if loss is not None}
         return _Found(present, {}, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
 

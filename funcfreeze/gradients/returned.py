@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import optree
@@ -93,6 +93,8 @@ def _described(value: Any) -> str:
     return f"{type(value).__name__}: {value!r}"[:120]
 
 
-def detached(tree: Any) -> Any:
-    """The same pytree with every tensor detached."""
-    return optree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree, none_is_leaf=True)
+def detached(tree: Any, keep: Callable[[Tensor], bool]) -> Any:
+    """The same pytree with every tensor detached that is not to be kept as it is."""
+    return optree.tree_map(
+        lambda leaf: leaf.detach() if isinstance(leaf, Tensor) and not keep(leaf) else leaf, tree, none_is_leaf=True
+    )

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 
+import torch
 from torch import Tensor
 
 from funcfreeze.declare.routes import scalar_like
-from funcfreeze.gradients.forward import forward
+from funcfreeze.gradients.forward import forward, nothing
 from funcfreeze.gradients.law import Evaluate, Outcome, Routing, SeparateOutcome
+from funcfreeze.gradients.outside import Outside
 from funcfreeze.gradients.seed import seed_of
 from funcfreeze.gradients.weights import UNIT_WEIGHT
 
@@ -67,6 +69,12 @@ def _toggle(leaves: Sequence[Tensor], required: Sequence[bool]) -> None:
         leaf.requires_grad_(value)
 
 
+_REFUSAL = (
+    "engine='toggle' computes gradients that carry no graph, and grad mode is on while this requires grad: {}; use "
+    "engine='routed' or 'reference', whose gradients can be differentiated, or call it under torch.no_grad()"
+)
+
+
 class Toggle:
     """The recipe as an engine, on leaf copies of the parameters."""
 
@@ -79,9 +87,21 @@ class Toggle:
         seed: Tensor | None = None,
     ) -> Outcome:
         """Every leaf's gradient, as it stands in `.grad` after all backwards."""
-        live = forward(evaluate, params, routing)
+        grad_mode = torch.is_grad_enabled()
+        paths = [path for path, param in zip(routing.paths, params, strict=True) if grad_mode and param.requires_grad]
+        if paths:
+            raise RuntimeError(_REFUSAL.format(", ".join(paths)))
+        with torch.no_grad():
+            live = forward(evaluate, params, routing)
         accumulate(live.losses, live.leaves, routing, routing.weight_values(step), seed)
-        return Outcome([leaf.grad for leaf in live.leaves], live.values, live.rest)
+        outside = Outside(live.leaves)
+
+        def refuse(tensor: Tensor) -> bool:
+            if grad_mode and outside.reached_from(tensor):
+                raise RuntimeError(_REFUSAL.format("a tensor that `losses` uses beside the parameters"))
+            return False
+
+        return Outcome([leaf.grad for leaf in live.leaves], *live.let_go(routing, refuse))
 
     def separate(
         self,
@@ -92,7 +112,8 @@ class Toggle:
         seed: Tensor | None = None,
     ) -> SeparateOutcome:
         """What each loss's backwards alone leave in `.grad`."""
-        live = forward(evaluate, params, routing)
+        with torch.no_grad():
+            live = forward(evaluate, params, routing)
         weights = routing.weight_values(step)
         gradients = []
         for index in range(len(live.losses)):
@@ -101,4 +122,4 @@ class Toggle:
             gradients.append([leaf.grad for leaf in live.leaves])
             for leaf in live.leaves:
                 leaf.grad = None
-        return SeparateOutcome(gradients, live.values, live.rest)
+        return SeparateOutcome(gradients, *live.let_go(routing, nothing))
