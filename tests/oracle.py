@@ -30,6 +30,24 @@ def oracle(
     return apart
 
 
+def carrying(
+    losses: Callable[[dict[str, Tensor]], Mapping[str, Tensor | None]], params: Mapping[str, Tensor], table: Table
+) -> tuple[dict[str, Tensor], Mapping[str, Tensor | None]]:
+    """The merged gradients and the losses, with a graph to every parameter that requires grad."""
+    given = {path: param if param.requires_grad else param.clone().requires_grad_() for path, param in params.items()}
+    values = losses(given)
+    merged: dict[str, Tensor] = {}
+    for name, row in table.items():
+        value = values[name]
+        if value is None or not value.requires_grad:
+            continue
+        found = torch.autograd.grad(value, [given[path] for path in row], create_graph=True, allow_unused=True)
+        for (path, weight), gradient in zip(row.items(), found, strict=True):
+            if gradient is not None:
+                merged[path] = merged[path] + weight * gradient if path in merged else weight * gradient
+    return merged, values
+
+
 def summed(apart: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The merged gradients: the sum over the losses."""
     merged: dict[str, Tensor] = {}

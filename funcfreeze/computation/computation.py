@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funcfreeze.computation.back_door import form_of, form_problem, parameter_problem, raise_misuse
-from funcfreeze.computation.evaluation import Beside, Evaluation
+from funcfreeze.computation.evaluation import NOTHING, Beside, Evaluation
 from funcfreeze.computation.loss_scale import LossScale, scale_in, unscale
 from funcfreeze.declare.selectors import RouteError
 from funcfreeze.gradients import Engine, Routing
@@ -93,13 +93,14 @@ class Computation:
         watch = self.evaluation.watch(params)
         finally_do: list[Callable[[], None]] = []
         try:
-            outcome = self.engine.separate(
-                lambda leaves: self.evaluation.call(leaves, buffers, batch, finally_do, watch),
-                self.evaluation.leaves(params),
-                self.routing,
-                step,
-                self._seed(optimizer),
-            )
+            with torch.no_grad():  # whatever requires grad around a step, it carries no graph
+                outcome = self.engine.separate(
+                    lambda leaves: self.evaluation.call(leaves, buffers, batch, finally_do, watch),
+                    self.evaluation.leaves(params),
+                    self.routing,
+                    step,
+                    self._seed(optimizer),
+                )
         finally:
             for end in finally_do:
                 end()
@@ -117,17 +118,18 @@ class Computation:
     ) -> Computed:
         finally_do: list[Callable[[], None]] = []
         try:
-            outcome = self.engine.merged(
-                lambda leaves: self.evaluation.call(leaves, buffers, batch, finally_do, watch),
-                self.evaluation.leaves(params),
-                self.routing,
-                step,
-                self._seed(optimizer),
-            )
+            with torch.no_grad():  # whatever requires grad around a step, it carries no graph
+                outcome = self.engine.merged(
+                    lambda leaves: self.evaluation.call(leaves, buffers, batch, finally_do, watch),
+                    self.evaluation.leaves(params),
+                    self.routing,
+                    step,
+                    self._seed(optimizer),
+                )
         finally:
             for end in finally_do:
                 end()
-        beside: Beside = outcome.rest
+        beside: Beside = outcome.rest or NOTHING
         self._refuse_other_leaves(outcome.other_leaves, params)
         raise_misuse(
             form_problem(path, params[path], value)

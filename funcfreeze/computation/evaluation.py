@@ -50,6 +50,9 @@ class Beside(NamedTuple):
     written: dict[str, Tensor]
 
 
+NOTHING = Beside({}, {}, {})
+
+
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     """The user's losses over a model.
@@ -93,8 +96,8 @@ class Evaluation:
         batch: Any,
         finally_do: list[Callable[[], None]],
         watch: Watch | None = None,
-    ) -> tuple[Any, Beside]:
-        """Call `losses` once.
+    ) -> tuple[Any, Beside | None]:
+        """Call `losses` once; returns the losses, and what comes beside them, if anything does.
 
         Buffers are cloned, so that an exception leaves the given ones as they were. The module holds all tensors until
         after the backward. What that runs of the module once more (activation checkpointing) finds
@@ -131,7 +134,7 @@ class Evaluation:
             self.seen.watched = True
         self.seen.written.update(written)
         self.functional.hold_copies(left.buffers)
-        return losses, Beside(metrics, left.buffers, written)
+        return losses, Beside(metrics, left.buffers, written) if metrics or buffers or written else None
 
     def _held(
         self, given: Mapping[str, Tensor], buffers: Mapping[str, Tensor], watch: Watch | None

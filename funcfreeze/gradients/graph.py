@@ -23,7 +23,7 @@ class Graph(NamedTuple):
         kinds: the class of each node.
         degrees: how many edges leave each node.
         edges: all edges, node after node: (node it leads to, or -1; which of that node's inputs), flattened.
-        leaves: for each node that accumulates a gradient: (node, leaf index or NO_LEAF), flattened.
+        leaves: for each node that the walk ended in: (node, leaf index or NO_LEAF), flattened.
         roots: for each loss: the node it comes from and which of its outputs it is, or None for an absent loss.
         hooked: the nodes that carry hooks; None if any may.
     """
@@ -43,13 +43,14 @@ def read_graph(
 
     Args:
         losses: where each loss comes from; None for a loss that is absent.
-        leaves: leaf tensors whose gradient may be wanted; others that the graph ends in get `NO_LEAF`.
+        leaves: tensors whose gradient may be wanted, where the walk ends; others that the graph ends in get `NO_LEAF`.
         hooked: the nodes known to carry hooks; None if any may.
 
     Returns:
         The structure, and the nodes its indices stand for.
     """
     leaf_index: Mapping[int, int] = {id(leaf): index for index, leaf in enumerate(leaves)}
+    ways_out = {leaf.grad_fn: index for index, leaf in enumerate(leaves) if leaf.grad_fn is not None}
     position: dict[Node, int] = {}
     nodes: list[Node] = []
     roots: list[tuple[int, int] | None] = []
@@ -67,7 +68,7 @@ def read_graph(
     ends: list[int] = []
     for index, node in enumerate(nodes):  # grows while it is walked
         kinds.append(type(node))
-        following = node.next_functions
+        following = () if node in ways_out else node.next_functions
         degrees.append(len(following))
         for child, output_nr in following:
             if child is None:
@@ -81,7 +82,7 @@ def read_graph(
             edges.append(output_nr)
         if not following:
             leaf = getattr(node, "variable", None)  # only the nodes that accumulate a gradient have one
-            ends += (index, leaf_index.get(id(leaf), NO_LEAF))
+            ends += (index, leaf_index.get(id(leaf), ways_out.get(node, NO_LEAF)))
     known = None if hooked is None else tuple(sorted({position[node] for node in hooked if node in position}))
     return Graph(tuple(kinds), tuple(degrees), tuple(edges), tuple(ends), tuple(roots), known), nodes
 

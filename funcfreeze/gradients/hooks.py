@@ -51,6 +51,8 @@ _noticed: ContextVar[Noticed | None] = ContextVar("noticed", default=None)
 def noticing_hooks() -> Iterator[Noticed]:
     """Notice the hooks registered inside the block, by this thread. `all_known` is set when it ends.
 
+    Blocks may be nested: what is noticed in one is then known in the one around it, too.
+
     `torch.Tensor.register_hook` is exchanged for the duration; nodes' own hooks, and those of other threads, are not
     seen, but they do make handles.
     """
@@ -63,6 +65,17 @@ def noticing_hooks() -> Iterator[Noticed]:
         _Exchange.leave()
         _noticed.reset(token)
         noticed.all_known = handles_made() - before == noticed.registrations
+        around = _noticed.get()
+        if around is not None:
+            around.nodes += noticed.nodes
+            around.registrations += noticed.registrations
+
+
+def note_temporary_hooks(count: int) -> None:
+    """Tell the block around, if there is one, of hooks that will be gone when it ends: they keep no losses apart."""
+    noticed = _noticed.get()
+    if noticed is not None:
+        noticed.registrations += count
 
 
 class _Exchange:

@@ -95,10 +95,13 @@ class OtherLeaf(NamedTuple):
 class Outcome:
     """What one forward and its backward gave.
 
+    All of it is detached, but where grad mode was on: there it follows torch.func's rule, and what depends on a tensor
+    outside the forward that requires grad carries a graph to it.
+
     Attributes:
         gradients: for each leaf its merged gradient, or None where it is untouched.
-        losses: every present loss, detached and unweighted, by name.
-        rest: what the forward returned beside the losses, detached.
+        losses: every present loss, unweighted, by name.
+        rest: what the forward returned beside the losses.
         other_leaves: where else the losses' graph ends, if the engine looks.
     """
 
@@ -110,7 +113,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class SeparateOutcome:
-    """As `Outcome`, with the weighted gradients of each loss apart: for each loss, for each leaf."""
+    """As `Outcome`, with the weighted gradients of each loss apart: for each loss, for each leaf. Always detached."""
 
     gradients: Sequence[Sequence[Tensor | None]]
     losses: Mapping[str, Tensor]

@@ -17,8 +17,10 @@ from torch.func import vjp
 
 from funcfreeze.declare.routes import scalar_like
 from funcfreeze.gradients.explained import explained, inside, walking
+from funcfreeze.gradients.functorch import beneath, is_transforming
 from funcfreeze.gradients.hooks import noticing_hooks
 from funcfreeze.gradients.law import Evaluate, Outcome, Routing, SeparateOutcome
+from funcfreeze.gradients.modes import grad_mode
 from funcfreeze.gradients.returned import check_losses, detached, refuse_constants
 from funcfreeze.gradients.seed import seed_of
 from funcfreeze.gradients.sums import add
@@ -40,7 +42,7 @@ class Reference:
         seed: Tensor | None = None,
     ) -> Outcome:
         """The sum of every loss's gradients."""
-        apart = self.separate(evaluate, params, routing, step, seed)
+        apart = self._apart(evaluate, params, routing, step, seed)
         return Outcome([reduce(add, column) for column in zip(*apart.gradients, strict=True)], apart.losses, apart.rest)
 
     def separate(
@@ -52,20 +54,34 @@ class Reference:
         seed: Tensor | None = None,
     ) -> SeparateOutcome:
         """Every loss's gradients over the parameters it may update, times their weights."""
+        with torch.no_grad():
+            return self._apart(evaluate, params, routing, step, seed)
+
+    def _apart(
+        self,
+        evaluate: Evaluate,
+        params: Sequence[Tensor],
+        routing: Routing,
+        step: Tensor | None,
+        seed: Tensor | None,
+    ) -> SeparateOutcome:
+        """The same, by torch.func's rule: with a graph where grad mode is on and something outside requires grad."""
         levels = _Levels(evaluate, routing, routing.weight_values(step), seed)
-        with noticing_hooks() as noticed, torch.inference_mode(False), torch.enable_grad():
-            found = levels.differentiate(0, dict(enumerate(param.detach() for param in params)))
+        # outside of the levels a graph is made in any case, to tell constants from what depends on something outside
+        given = params if levels.grad_mode else [param.detach() for param in params]
+        with noticing_hooks() as noticed, grad_mode(True):
+            found = levels.differentiate(0, dict(enumerate(given)))
         if noticed.nodes or not noticed.all_known:
             raise RuntimeError(
                 "a hook was registered during the forward, and torch.func does not run hooks on activations; use "
-                "engine='routed', which does"
+                "engine='routed' outside of its transforms, which does"
             )
         present = {name: found.losses[index] for index, name in enumerate(routing.losses) if index in found.losses}
         refuse_constants(
             [name for name, loss in present.items() if name not in levels.differentiable and not loss.requires_grad]
         )
         # clones: a loss that is a parameter, or a view of one, would change when a step overwrites that
-        losses = {name: loss.detach().clone() for name, loss in present.items()}
+        losses = {name: (loss if levels.carried else loss.detach()).clone() for name, loss in present.items()}
         gradients = [[found.gradients[index].get(leaf) for leaf in range(len(params))] for index in found.gradients]
         return SeparateOutcome(gradients[::-1], losses, levels.rebuild(found.rest))
 
@@ -89,6 +105,8 @@ class _Levels:
         self.weights = weights
         self.seed = seed
         self.differentiable: set[str] = set()
+        self.grad_mode = torch.is_grad_enabled()
+        self.carried = self.grad_mode and is_transforming()
 
     def differentiate(self, level: int, params: dict[int, Tensor]) -> _Found:
         """Evaluate the losses with `params`, and differentiate those from `level` on."""
@@ -108,7 +126,7 @@ class _Levels:
         own = {leaf: params[leaf] for leaf, _ in row}
         loss, pullback, carried = vjp(alone, own, has_aux=True)  # type: ignore[misc]  # its stub forgets has_aux
         found = _Found(*carried)
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.carried):
             found.gradients[level] = self._pull_back(name, pullback, loss, row, touched)
         return found
 
@@ -130,7 +148,8 @@ class _Levels:
         with explained(inside, self.routing.losses, inside_func=True):
             returned, rest = self.evaluate(list(params.values()))
         losses = check_losses(returned, self.routing, inside_func=True)
-        leaves, self.structure = flatten(detached(rest))
+        self.carried |= self.grad_mode and any(loss is not None and beneath(loss).requires_grad for loss in losses)
+        leaves, self.structure = flatten(detached(rest, lambda tensor: self.carried))
         tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}  # one in two places stays one
         places = {key: place for place, key in enumerate(tensors)}
         self.skeleton = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -140,7 +159,7 @@ class _Levels:
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
         """What came beside the losses, put together again from its tensors."""
-        plain = [tensor.detach() for tensor in tensors]  # an input that requires grad has left its mark
+        plain = tensors if self.carried else [tensor.detach() for tensor in tensors]
         return self.structure.unflatten(
             leaf if place is None else plain[place] for leaf, place in zip(self.skeleton, self.places, strict=True)
         )

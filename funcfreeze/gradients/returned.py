@@ -108,9 +108,19 @@ def _described(value: Any) -> str:
     return f"{type(value).__name__}: {value!r}"[:120]
 
 
-def detached(tree: Any) -> Any:
-    """The same tree with every tensor detached, in new containers (see `exchanged`)."""
-    return exchanged(tree, Tensor.detach, lambda tensor: tensor.grad_fn is not None, "a tensor of the autograd graph")
+def nothing(_: Tensor) -> bool:
+    """Keep nothing."""
+    return False
+
+
+def detached(tree: Any, keep: Callable[[Tensor], bool] = nothing) -> Any:
+    """The same tree with every tensor detached that is not to be kept as it is, in new containers (see `exchanged`)."""
+    return exchanged(
+        tree,
+        lambda tensor: tensor if keep(tensor) else tensor.detach(),
+        lambda tensor: tensor.grad_fn is not None and not keep(tensor),
+        "a tensor of the autograd graph",
+    )
 
 
 def exchanged(tree: Any, f: Callable[[Tensor], Tensor], must_go: Callable[[Tensor], bool], what: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,11 +11,14 @@ from torch.autograd.graph import GradientEdge, Node
 
 from funcfreeze.declare.routes import scalar_like
 from funcfreeze.gradients.explained import explained, walking
-from funcfreeze.gradients.forward import forward
+from funcfreeze.gradients.forward import Forward, forward
 from funcfreeze.gradients.graph import NO_LEAF, Graph, gradient_edge, losses_at_other_leaves, read_graph
-from funcfreeze.gradients.hooks import noticing_hooks
+from funcfreeze.gradients.hooks import note_temporary_hooks, noticing_hooks
 from funcfreeze.gradients.law import Evaluate, OtherLeaf, Outcome, Routing, SeparateOutcome
+from funcfreeze.gradients.modes import grad_mode
+from funcfreeze.gradients.outside import Outside, ends_outside
 from funcfreeze.gradients.passes import Captured, Entry, Pass, losses_walked, plan_passes
+from funcfreeze.gradients.returned import nothing
 from funcfreeze.gradients.seed import seed_of
 from funcfreeze.gradients.sums import add
 from funcfreeze.gradients.weights import UNIT_WEIGHT
@@ -40,9 +43,13 @@ class Routed:
         weights = routing.weight_values(step)
         graph = read_losses(live.losses, live.leaves, noticed.nodes if noticed.all_known else None, seed)
         others = other_leaves(graph, routing.losses)
-        live.losses.clear()  # nothing but `graph` holds the autograd graph now, and lets it go as it is used up
         noticed.nodes.clear()
-        return Outcome(planned_backward(graph, live.leaves, routing, weights), live.values, live.rest, others)
+        carries = torch.is_grad_enabled() and ends_outside(graph.structure, live.connected)
+        values, rest = live.let_go(routing, _kept(live, graph, carries))
+        # nothing but `graph` holds what it need not hold now, and lets it go as it is used up
+        with grad_mode(carries):
+            gradients = planned_backward(graph, live.leaves, routing, weights)
+        return Outcome(_cut(gradients, live.leaves) if carries else gradients, values, rest, others)
 
     def separate(
         self,
@@ -53,14 +60,28 @@ class Routed:
         seed: Tensor | None = None,
     ) -> SeparateOutcome:
         """Every loss's gradients apart, one engine call each, over the leaves that loss may update."""
-        live = forward(evaluate, params, routing)
+        with torch.no_grad():
+            live = forward(evaluate, params, routing)
         weights = routing.weight_values(step)
-        with torch.inference_mode(False), torch.no_grad():
+        with grad_mode(False):
             gradients = [
                 _alone(name, loss, live.leaves, dict(row), weights, seed)
                 for name, loss, row in zip(routing.losses, live.losses, routing.weights, strict=True)
             ]
-        return SeparateOutcome(gradients, live.values, live.rest)
+        return SeparateOutcome(gradients, *live.let_go(routing, nothing))
+
+
+def _kept(live: Forward, graph: LiveGraph, carries: bool) -> Callable[[Tensor], bool]:
+    """What keeps its graph of all that a forward returned: where grad mode is on, what depends on the outside."""
+    if torch.is_grad_enabled() and (carries or live.rest is not None):
+        return Outside(live.leaves, () if carries else graph.nodes).reached_from
+    return nothing
+
+
+def _cut(gradients: Sequence[Tensor | None], leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients, detached where they depend on nothing outside."""
+    reached = Outside(leaves).reached_from
+    return [gradient if gradient is None or reached(gradient) else gradient.detach() for gradient in gradients]
 
 
 def _alone(
@@ -134,6 +155,8 @@ def planned_backward(
 ) -> list[Tensor | None]:
     """Every leaf's merged gradient. The graph is used up: its list of nodes is emptied, so that memory goes as it can.
 
+    But where grad mode is on, it is kept, and gradients carry a graph of their own.
+
     Args:
         graph: the losses' graph, in the routing's order.
         leaves: its leaf tensors, in the routing's order.
@@ -143,8 +166,7 @@ def planned_backward(
     passes = plan_passes(graph.structure, routing.weights)
     nodes = {node: graph.nodes[node] for planned in passes for node in planned.done}
     graph.nodes.clear()
-    with torch.inference_mode(False), torch.no_grad():
-        return _run(passes, nodes, leaves, graph.seeds, weights, routing.losses)
+    return _run(passes, nodes, leaves, graph.seeds, weights, routing.losses)
 
 
 def _run(
@@ -166,7 +188,8 @@ def _run(
                 found = _call(planned, nodes, leaves, entering)
             ends = len(planned.leaves)
             for (leaf, _, weight), gradient in zip(planned.leaves, found[:ends], strict=True):
-                gradients[leaf] = add(gradients[leaf], _weighted(gradient, weights, weight))
+                gradient = gradient if weight == UNIT_WEIGHT else _weighted(gradient, weights, weight)
+                gradients[leaf] = gradient if gradients[leaf] is None else add(gradients[leaf], gradient)
             for exit, cotangent in zip(planned.exits, found[ends:], strict=True):
                 if cotangent is not None:
                     slots[exit.slot] = cotangent
@@ -186,12 +209,16 @@ def _call(
     inputs: list[Tensor | GradientEdge] = [leaves[leaf] for leaf, _, _ in planned.leaves]
     inputs += (GradientEdge(nodes[exit.node], exit.input_nr) for exit in planned.exits)
     handles = [nodes[node].register_prehook(_pass_nothing_on) for node in planned.blocked]
+    if handles:
+        note_temporary_hooks(len(handles))
+    create_graph = torch.is_grad_enabled()
     try:
         return torch.autograd.grad(
             [GradientEdge(nodes[entry.node], entry.input_nr) for entry, _ in entering],
             inputs,  # type: ignore[arg-type]  # its stub takes tensors or edges, the engine takes both together
             [cotangent for _, cotangent in entering],
-            retain_graph=planned.retain,
+            retain_graph=planned.retain or create_graph,
+            create_graph=create_graph,
             allow_unused=True,
         )
     except NotImplementedError as error:

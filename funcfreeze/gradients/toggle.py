@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from funcfreeze.declare.routes import scalar_like
 from funcfreeze.gradients.explained import explained, walking
 from funcfreeze.gradients.forward import forward
 from funcfreeze.gradients.law import Evaluate, Outcome, Routing, SeparateOutcome
+from funcfreeze.gradients.outside import Outside
+from funcfreeze.gradients.returned import nothing
 from funcfreeze.gradients.seed import seed_of
 from funcfreeze.gradients.sums import add
 from funcfreeze.gradients.weights import UNIT_WEIGHT
@@ -51,6 +54,12 @@ def accumulate(
                 leaves[index].grad = add(held[index], scaled)
 
 
+_REFUSAL = (
+    "engine='toggle' computes gradients that carry no graph, and grad mode is on while this requires grad: {}; use "
+    "engine='routed' or 'reference', whose gradients can be differentiated, or call it under torch.no_grad()"
+)
+
+
 class Toggle:
     """The recipe as an engine, on leaf copies of the parameters."""
 
@@ -65,9 +74,21 @@ class Toggle:
         seed: Tensor | None = None,
     ) -> Outcome:
         """Every leaf's gradient, as it stands in `.grad` after all backwards."""
-        live = forward(evaluate, params, routing)
+        grad_mode = torch.is_grad_enabled()
+        paths = [path for path, param in zip(routing.paths, params, strict=True) if grad_mode and param.requires_grad]
+        if paths:
+            raise RuntimeError(_REFUSAL.format(", ".join(paths)))
+        with torch.no_grad():
+            live = forward(evaluate, params, routing)
         accumulate(live.losses, live.leaves, routing, routing.weight_values(step), seed)
-        return Outcome([leaf.grad for leaf in live.leaves], live.values, live.rest)
+        outside = Outside(live.leaves)
+
+        def refuse(tensor: Tensor) -> bool:
+            if grad_mode and outside.reached_from(tensor):
+                raise RuntimeError(_REFUSAL.format("a tensor that `losses` uses beside the parameters"))
+            return False
+
+        return Outcome([leaf.grad for leaf in live.leaves], *live.let_go(routing, refuse))
 
     def separate(
         self,
@@ -78,7 +99,8 @@ class Toggle:
         seed: Tensor | None = None,
     ) -> SeparateOutcome:
         """What each loss's backwards alone leave in `.grad`."""
-        live = forward(evaluate, params, routing)
+        with torch.no_grad():
+            live = forward(evaluate, params, routing)
         weights = routing.weight_values(step)
         gradients = []
         for index in range(len(live.losses)):
@@ -87,4 +109,4 @@ class Toggle:
             gradients.append([leaf.grad for leaf in live.leaves])
             for leaf in live.leaves:
                 leaf.grad = None
-        return SeparateOutcome(gradients, live.values, live.rest)
+        return SeparateOutcome(gradients, *live.let_go(routing, nothing))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import optree
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from funcfreeze.declare.plan import resolve_plan
 from funcfreeze.declare.selectors import Leaf
-from funcfreeze.gradients import Routing, find_engine
+from funcfreeze.gradients import Engine, Routing, find_engine
+from funcfreeze.gradients.functorch import is_transforming, refuse_constants
 from funcfreeze.model.pytree import flatten_by_path
 
 Losses = Callable[..., Any]
@@ -33,13 +34,27 @@ def grad_and_value(
             the same types (dataclasses and mappings of any kind among them).
 
     Returns:
-        `f(params, *args) -> (grads, losses)`, or `(grads, (losses, aux))`; also inside `torch.compile`. There `aux`
-        holds tensors and numbers in dicts, lists and tuples, and what `losses` reads from closures and globals stays as
-        it was when it was compiled: pass what changes in `*args`. `grads` has the structure of `params`, with
-        None where a parameter is untouched. Losses are detached, by name.
+        `f(params, *args) -> (grads, losses)`, or `(grads, (losses, aux))`. `grads` has the structure of `params`, with
+        None where a parameter is untouched; losses are by name.
+
+        All of it can be differentiated, by torch.func's rule: where grad mode is on, what depends on a tensor that
+        requires grad (a parameter, another argument, one that `losses` reads from a closure or makes itself) carries a
+        graph to it. So MAML, Hessian-vector products, `grad` over `grad` and gradients of hyperparameters are as
+        autograd has them. Elsewhere, and always under `torch.no_grad()`, everything is detached and memory is freed as
+        it goes. So a training loop over `nn.Parameter`s belongs under `torch.no_grad()`: outside of it, parameters that
+        are moved by such gradients hold the graph of every step so far.
+
+        Under transforms of `torch.func` (and in a dual level of forward-mode differentiation), too, where "routed"
+        computes as "reference" does; `losses` must be what torch.func accepts there.
+
+        Inside `torch.compile`, too. There `aux` holds tensors and numbers in dicts, lists and tuples, and what `losses`
+        reads from closures and globals stays as it was when it was compiled: pass what changes in `*args`.
 
     Raises:
         RouteError: from `f`, everything that is wrong with the declaration.
+        RuntimeError: from `f`, where it would have to cut off a graph: engine "toggle" where something requires grad
+            or under a transform; inside `torch.compile`, where `losses` reads a tensor that requires grad and is none
+            of its arguments; where `losses` writes to a parameter that requires grad.
 
     >>> import torch
     >>> def losses(params, x):
@@ -52,39 +67,54 @@ def grad_and_value(
     {'enc': tensor(1.), 'head': tensor(2.), 'unused': None}
     >>> values
     {'task': tensor(6.), 'adv': tensor(4.)}
+
+    A step of MAML: the gradient of a loss after a step, and it reaches through that step's gradient.
+
+    >>> w = torch.tensor(1.0, requires_grad=True)
+    >>> inner = grad(lambda p: {"task": p ** 3}, {"task": "*"})
+    >>> adapted = w - 0.1 * inner(w)
+    >>> torch.autograd.grad(adapted ** 2, w)  # 2 (w - 0.3 w²) (1 - 0.6 w)
+    (tensor(0.5600),)
+    >>> with torch.no_grad():
+    ...     inner(w).requires_grad
+    False
     """
     chosen = find_engine(engine)
     known: dict[tuple[Any, ...], Routing] = {}
 
-    def touched(params: Any, *args: Any) -> tuple[dict[int, Tensor], Any]:
-        """The gradients by the leaf's place, where there are any, and what else is returned."""
+    def computed(losses: Losses, params: Any, args: tuple[Any, ...]) -> tuple[list[Tensor | None], Any, Any]:
+        """The gradient or None for every leaf of the pytree, the pytree's structure, and what else is returned."""
         paths, leaves, structure = flatten_by_path(params)
-        named = {path: leaf for path, leaf in zip(paths, leaves, strict=True) if isinstance(leaf, Tensor)}
-        key = tuple((path, tuple(tensor.shape), tensor.dtype) for path, tensor in named.items())
+        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        key = tuple((paths[place], leaves[place].shape, leaves[place].dtype) for place in places)
         if key not in known:
             known.clear()  # a loop has one structure
-            known[key] = Routing.of(resolve_plan(routes, [_leaf(path, tensor) for path, tensor in named.items()]))
+            known[key] = Routing.of(resolve_plan(routes, [_leaf(paths[place], leaves[place]) for place in places]))
 
         def evaluate(given: list[Tensor]) -> tuple[Any, Any]:
-            replaced = dict(zip(named, given, strict=True))
-            exchanged = [replaced.get(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
-            returned = losses(optree.tree_unflatten(structure, exchanged), *args)
+            returned = losses(optree.tree_unflatten(structure, _with(leaves, places, given)), *args)
             return _pair(returned) if has_aux else (returned, None)
 
-        outcome = chosen.merged(evaluate, list(named.values()), known[key], None)
-        pairs = zip(named, outcome.gradients, strict=True)
+        able = _under_transforms(engine) if is_transforming() else chosen
+        outcome = able.merged(evaluate, [leaves[place] for place in places], known[key], None)
         values = dict(outcome.losses)
-        found = {path: gradient for path, gradient in pairs if gradient is not None}
-        gradients = {place: found[path] for place, path in enumerate(paths) if path in found}
-        return gradients, (values, outcome.rest) if has_aux else values
+        gradients = _with([None] * len(leaves), places, outcome.gradients)
+        return gradients, structure, (values, outcome.rest) if has_aux else values
 
-    # in a graph of torch.compile this is one opaque call for Dynamo; what compiles the graph looks into it
-    opaque = torch._dynamo.nonstrict_trace(touched)
+    @torch._dynamo.nonstrict_trace
+    def traced(params: Any, *args: Any) -> tuple[dict[int, Tensor], Any]:
+        """In a graph of torch.compile one opaque call for Dynamo; what compiles the graph looks into it."""
+        gradients, _, beside = computed(_followed(losses) if torch.is_grad_enabled() else losses, params, args)
+        return {place: gradient for place, gradient in enumerate(gradients) if gradient is not None}, beside
 
     def transformed(params: Any, *args: Any) -> tuple[Any, Any]:
-        gradients, beside = opaque(params, *args)
-        leaves, structure = optree.tree_flatten(params, none_is_leaf=True)
-        return optree.tree_unflatten(structure, [gradients.get(place) for place in range(len(leaves))]), beside
+        if torch.compiler.is_compiling():
+            touched, beside = traced(params, *args)
+            leaves, structure = optree.tree_flatten(params, none_is_leaf=True)
+            gradients = [touched.get(place) for place in range(len(leaves))]
+        else:
+            gradients, structure, beside = computed(losses, params, args)
+        return optree.tree_unflatten(structure, gradients), beside
 
     return transformed
 
@@ -106,9 +136,39 @@ def grad(losses: Losses, routes: object, *, engine: str = "routed", has_aux: boo
     return transformed
 
 
+def _with(values: Sequence[Any], places: Sequence[int], given: Sequence[Any]) -> list[Any]:
+    """The values with those given at their places."""
+    exchanged = list(values)
+    for place, value in zip(places, given, strict=True):
+        exchanged[place] = value
+    return exchanged
+
+
 def _leaf(path: str, tensor: Tensor) -> Leaf:
     """In a pytree every tensor that can have a gradient is a parameter, whatever its `requires_grad` says."""
     return Leaf((path,), tensor, trainable=tensor.is_floating_point() or tensor.is_complex())
+
+
+def _under_transforms(engine: str) -> Engine:
+    """The engine that transforms can be nested around: the one that is made of transforms itself."""
+    if engine == "toggle":
+        raise RuntimeError(
+            "engine='toggle' sets requires_grad, which transforms of torch.func and forward-mode differentiation do "
+            "not see; use engine='reference' under them, or 'routed', which then computes as that does"
+        )
+    return find_engine("reference")
+
+
+def _followed(losses: Losses) -> Losses:
+    """The same, for a compiler that follows gradients to the arguments of a graph only: refused where they go on."""
+
+    def followed(*args: Any) -> Any:
+        returned = losses(*args)
+        tensors = optree.tree_leaves(returned, none_is_leaf=True)
+        refuse_constants(tensor for tensor in tensors if isinstance(tensor, Tensor))
+        return returned
+
+    return followed
 
 
 def _pair(returned: Any) -> tuple[Any, Any]:
