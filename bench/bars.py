@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 import funcfreeze as ff
 from bench import recipes, workloads
 from bench.memory import peak_bytes
@@ -17,6 +15,7 @@ from bench.overhead import overhead
 from bench.table import millions, three
 from bench.timing import interleaved, median_ratio, medians
 from bench.workloads import Workload
+from funcfreeze.gradients import routed
 
 Measures = dict[str, Any]
 
@@ -64,9 +63,9 @@ def outside_the_engine(workload: Workload, rounds: int) -> Measures:
         return run
 
     step = ff.Step(workload.model, timed("forward", workload.losses), workload.routes, optimizer=ff.optim.adam(1e-3))
-    state, original = step.init(), torch.autograd.grad
+    state, original = step.init(), routed.walk
     parts, totals = [], []
-    torch.autograd.grad = timed("engine", original)
+    routed.walk = timed("engine", original)
     try:
         for turn in range(rounds + 2):
             batch = workload.batch()
@@ -78,7 +77,7 @@ def outside_the_engine(workload: Workload, rounds: int) -> Measures:
                 totals.append(total)
                 parts.append(1 - (spent["forward"] + spent["engine"]) / total)
     finally:
-        torch.autograd.grad = original
+        routed.walk = original
     return {"ms": statistics.median(totals) * 1e3, "part outside": statistics.median(parts)}
 
 

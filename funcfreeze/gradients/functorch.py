@@ -16,18 +16,12 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from funcfreeze.gradients.graph import gradient_edge, read_graph
+from funcfreeze.model.wrappers import beneath
 
 
 def is_transforming() -> bool:
     """Whether a transform of `torch.func` is under way, or forward-mode differentiation."""
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
-
-
-def beneath(tensor: Tensor) -> Tensor:
-    """The tensor under all the wrappers that transforms put around it."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    return tensor
 
 
 def refuse_constants(returned: Iterable[Tensor]) -> None:

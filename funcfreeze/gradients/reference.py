@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.func import vjp
+from torch.overrides import TorchFunctionMode
 
 from funcfreeze.declare.routes import scalar_like
 from funcfreeze.gradients.explained import explained, inside, walking
-from funcfreeze.gradients.functorch import beneath, is_transforming
+from funcfreeze.gradients.functorch import is_transforming
 from funcfreeze.gradients.hooks import noticing_hooks
 from funcfreeze.gradients.law import Evaluate, Outcome, Routing, SeparateOutcome
 from funcfreeze.gradients.modes import grad_mode
@@ -26,6 +27,7 @@ from funcfreeze.gradients.seed import seed_of
 from funcfreeze.gradients.sums import add
 from funcfreeze.gradients.weights import UNIT_WEIGHT, LossWeights
 from funcfreeze.model.containers import flatten
+from funcfreeze.model.wrappers import beneath
 
 
 class Reference:
@@ -145,7 +147,7 @@ class _Levels:
         }
 
     def _forward(self, params: dict[int, Tensor]) -> _Found:
-        with explained(inside, self.routing.losses, inside_func=True):
+        with explained(inside, self.routing.losses, inside_func=True), _NoExchange():
             returned, rest = self.evaluate(list(params.values()))
         losses = check_losses(returned, self.routing, inside_func=True)
         self.carried |= self.grad_mode and any(loss is not None and beneath(loss).requires_grad for loss in losses)
@@ -163,6 +165,15 @@ class _Levels:
         return self.structure.unflatten(
             leaf if place is None else plain[place] for leaf, place in zip(self.skeleton, self.places, strict=True)
         )
+
+
+class _NoExchange(TorchFunctionMode):
+    """Refuses `tensor.data = ...` inside: torch.func's wrappers do not survive it, and the process may not either."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == Tensor.data.__set__:  # type: ignore[attr-defined]  # a property written in C
+            raise RuntimeError("torch.func does not follow an assignment to .data of a tensor")
+        return func(*args, **(kwargs or {}))
 
 
 def _delivered(loss: Tensor, own: dict[int, Tensor]) -> set[int]:

@@ -21,6 +21,7 @@ from funcfreeze.gradients.passes import Captured, Entry, Pass, losses_walked, pl
 from funcfreeze.gradients.returned import nothing
 from funcfreeze.gradients.seed import seed_of
 from funcfreeze.gradients.sums import add
+from funcfreeze.gradients.walk import walk
 from funcfreeze.gradients.weights import UNIT_WEIGHT
 
 
@@ -213,13 +214,12 @@ def _call(
         note_temporary_hooks(len(handles))
     create_graph = torch.is_grad_enabled()
     try:
-        return torch.autograd.grad(
+        return walk(
             [GradientEdge(nodes[entry.node], entry.input_nr) for entry, _ in entering],
-            inputs,  # type: ignore[arg-type]  # its stub takes tensors or edges, the engine takes both together
+            inputs,
             [cotangent for _, cotangent in entering],
             retain_graph=planned.retain or create_graph,
             create_graph=create_graph,
-            allow_unused=True,
         )
     except NotImplementedError as error:
         if "NestedTensor" not in str(error):

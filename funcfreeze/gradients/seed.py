@@ -8,5 +8,4 @@ from torch import Tensor
 
 def seed_of(loss: Tensor, seed: Tensor | None) -> Tensor:
     """One, or the seed in the loss's dtype and on its device, in a memory of its own: hooks may write to it."""
-    loss = loss.detach()
     return torch.ones_like(loss) if seed is None else seed.to(loss.device, loss.dtype, copy=True)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from funcfreeze.model.wrappers import beneath
+
 _OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
 """Parameters, buffers, submodules, hooks: what every module has."""
 
@@ -44,7 +46,8 @@ def let_go_of_graphs(modules: Iterable[nn.Module]) -> None:
 def _detached(value: Any) -> Any:
     """The value, detached where it is a tensor with a graph; containers keep their identity, tuples cannot."""
     if isinstance(value, Tensor):
-        return value if value.is_leaf else value.detach()
+        plain = beneath(value)  # what was computed inside of torch.func is still wrapped
+        return plain if plain.is_leaf else plain.detach()
     kind = type(value)
     if kind is tuple:
         parts = [_detached(part) for part in value]

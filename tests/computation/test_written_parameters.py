@@ -256,6 +256,13 @@ def test_gradients_flow_through_what_was_written_to():
                     p -= 0.1 * g
 
 
+@pytest.mark.parametrize("write", [assign_data, in_place])
+def test_in_torch_func_it_is_refused_and_says_what_to_use(write):
+    step = step_of(MoCo(write), engine="reference")
+    with pytest.raises(RuntimeError, match="use engine='routed', which does"):
+        step(step.init(), batches(1)[0])
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 

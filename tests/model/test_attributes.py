@@ -100,7 +100,8 @@ def test_nothing_of_the_graph_is_alive_after_a_step():
     assert [ref() for ref in alive] == [None] * 3
 
 
-def test_an_undetached_hidden_state_is_truncated_backpropagation():
+@pytest.mark.parametrize("engine", ["routed", "reference", "toggle"])
+def test_an_undetached_hidden_state_is_truncated_backpropagation(engine):
     class Recurrent(nn.Module):
         def __init__(self):
             super().__init__()
@@ -112,7 +113,8 @@ def test_an_undetached_hidden_state_is_truncated_backpropagation():
 
     model, xs = Recurrent(), torch.randn(3, 5, 1, 2)
     eager = copy.deepcopy(model)
-    step = ff.Step(model, lambda m, x: {"a": m(x).square().mean()}, {"a": "*"}, optimizer=ff.optim.sgd(0.1))
+    losses = lambda m, x: {"a": m(x).square().mean()}  # noqa: E731
+    step = ff.Step(model, losses, {"a": "*"}, optimizer=ff.optim.sgd(0.1), engine=engine)
     state = step.init()
     for x in xs:
         eager.hidden = None if eager.hidden is None else eager.hidden.detach()
