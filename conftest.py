@@ -15,8 +15,9 @@ from deprecations import ours_only
 SEED = "FUNCFREEZE_TEST_SEED"
 os.environ.setdefault(SEED, str(random.SystemRandom().randrange(2**31)))  # workers inherit it: one seed for all
 
-if "PYTEST_XDIST_WORKER" in os.environ:
+if "PYTEST_XDIST_WORKER" in os.environ:  # there are as many as there are cores; what they start inherits it too
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 with warnings.catch_warnings(action="ignore"):  # what torch 2.11 says once in a process, also to those who opt out
     torch.sparse_coo_tensor(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1), (1,), check_invariants=False)

@@ -194,17 +194,18 @@ class Everything(nn.Module):
         return h * h[h > 0].mean()
 
 
-@pytest.mark.parametrize("optimizer", ["few", "fused"])
-def test_inductor_equals_plain_pytorch(optimizer):
+@pytest.mark.parametrize(
+    ("make", "dynamic", "traces"), [(PlainTensor, None, 2), (Everything, True, 1)], ids=["few", "fused"]
+)
+def test_inductor_equals_plain_pytorch(make, dynamic, traces):
     """`few` parameters get code from the optimizer's formula, many the fused kernel."""
-    encoder = {"few": PlainTensor, "fused": Everything}[optimizer]()
-    model, given = Net(encoder), batches(6, 6, 8, 10)
-    step = ff.Step(model, losses, ROUTES, optimizer=ff.optim.adam(1e-2), compile=INDUCTOR)
+    model, given = Net(make()), batches(6, 6, 8, 10)
+    step = ff.Step(model, losses, ROUTES, optimizer=ff.optim.adam(1e-2), compile={**INDUCTOR, "dynamic": dynamic})
     start = {path: parameter.detach().clone() for path, parameter in model.named_parameters()}
     wanted, _ = recipe_run(model, losses, WEIGHTS, given, lambda parameters: torch.optim.Adam(parameters, 1e-2))
     state, _ = step_run(step, given)
     assert_same_displacement(state, start, wanted, rtol=1e-6)  # Adam divides by the root of tiny squares
-    assert step.traces == 2
+    assert step.traces == traces
 
 
 OPTIMIZERS = {

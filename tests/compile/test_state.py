@@ -146,10 +146,10 @@ def test_metrics_and_states_outlive_the_next_step():
 def test_no_second_copy_of_parameters_or_optimizer_state():
     """The peak of a compiled step, in bytes allocated, is at most that of an eager loop over the summed loss."""
     width = 256
-    model = nn.Sequential(*[nn.Linear(width, width) for _ in range(6)])
+    model = nn.Sequential(*[nn.Linear(width, width) for _ in range(4)])
     step = ff.Step(
         model.float(),
-        lambda model, x: {"a": model(x).square().mean(), "b": model[:3](x).mean()},
+        lambda model, x: {"a": model(x).square().mean(), "b": model[:2](x).mean()},
         {"a": "*", "b": {"0": -0.1, "1": -0.1}},
         optimizer=ff.optim.adam(1e-3),
         compile=True,
@@ -159,7 +159,7 @@ def test_no_second_copy_of_parameters_or_optimizer_state():
 
     def plain():
         optimizer.zero_grad()
-        (model(x).square().mean() + model[:3](x).mean()).backward()
+        (model(x).square().mean() + model[:2](x).mean()).backward()
         optimizer.step()
 
     def compiled():
