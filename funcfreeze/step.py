@@ -204,14 +204,14 @@ class Step:
         ones would be lost. Always computed eagerly, also by a compiled step.
         """
         state = check_fits(state, self.specification)
-        with attributes_kept(self.module):
+        with self.functional.alone, attributes_kept(self.module):
             gradients = self.computation.gradients(*state.fields, batch).gradients
         return tied(gradients, self.specification.tied_params)
 
     def per_loss_gradients(self, state: State, batch: Any) -> dict[str, dict[str, Tensor]]:
         """Each loss's gradients by path, weights applied; summed over the losses they are `gradients`."""
         state = check_fits(state, self.specification)
-        with attributes_kept(self.module):
+        with self.functional.alone, attributes_kept(self.module):
             apart = self.computation.per_loss_gradients(*state.fields, batch)
         return {loss: tied(row, self.specification.tied_params) for loss, row in apart.items()}
 
@@ -224,7 +224,7 @@ class Step:
         check_fits(state, self.specification)
         buffers = {path: tensor.clone() for path, tensor in state.buffers.items()}
         params = dict(zip(self.plan.paths, self.computation.evaluation.leaves(state.params), strict=True))
-        with torch.no_grad(), _flags_kept(self.module), self.functional.holding(params, buffers):
+        with torch.no_grad(), self.functional.holding(params, buffers), _flags_kept(self.module):
             marks = {path: mark_of(tensor) for path, tensor in params.items()}
             result = f(self.module, *args)
             self.functional.left(params, marks, self.computation.evaluation.seen.written)
@@ -314,7 +314,8 @@ class Step:
 
     def _eager_step(self, state: State, computed: Computed) -> tuple[State, dict[str, Any]]:
         with torch.inference_mode(False), torch.no_grad():
-            metrics = {**computed.losses, **not_sharing(computed.metrics, list(state.params.values()))}
+            held = (*state.params.values(), *computed.buffers.values(), *computed.written.values())
+            metrics = {**computed.losses, **not_sharing(computed.metrics, held)}
             return self._update(state, computed), metrics
 
     def _update(self, state: State, computed: Computed) -> State:
@@ -324,7 +325,10 @@ class Step:
         if not self.donate:
             _refuse_late_writes(state, computed.written)
         copied = lease.borrowed & gradients.keys() if self.donate else routed
-        params = {path: p.clone() if path in copied else p for path, p in state.params.items()} | computed.written
+        params = {
+            path: p.clone() if path in copied else p.detach() if p.requires_grad else p
+            for path, p in state.params.items()
+        } | computed.written
         owned = self.donate and not lease.borrowed_optimizer
         optimizer = state.optimizer if owned else optree.tree_map(_copy, state.optimizer)
         step = state.step + 1
@@ -376,11 +380,11 @@ def _refuse_late_writes(state: State, written: Mapping[str, Tensor]) -> None:
 
 def _apart(optimizer: Any, params: Mapping[str, Tensor]) -> Any:
     """The optimizer's state, with copies of what shares memory with parameters, which steps overwrite."""
-    memories = {param.untyped_storage().data_ptr() for param in params.values() if param.layout is torch.strided}
+    memories = {memory_of(param) for param in params.values()} - {None}
 
     def apart(leaf: Any) -> Any:
-        shares = isinstance(leaf, Tensor) and leaf.layout is torch.strided and leaf.numel() > 0
-        return leaf.clone() if shares and leaf.untyped_storage().data_ptr() in memories else leaf
+        shares = isinstance(leaf, Tensor) and leaf.numel() > 0 and memory_of(leaf) in memories
+        return leaf.clone() if shares else leaf
 
     return optree.tree_map(apart, optimizer)
 

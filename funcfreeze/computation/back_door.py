@@ -31,7 +31,8 @@ def parameter_problem(path: str, losses: Sequence[str]) -> str:
         f"{where} parameter {path} by another way than the model that `losses` is given (a list of parameters, a "
         "closure, an optimizer's param_groups, an alias made by .data or .detach()): that is the module's own tensor "
         "and not the state's, so its value is old and no gradient arrives. Reach it through the model, as in "
-        f"model.get_parameter({path!r}), or keep your loop and call funcfreeze.backward"
+        f"model.get_parameter({path!r}); clone what is to stay as it is now (an anchor); or keep your loop and call "
+        "funcfreeze.backward"
     )
 
 

@@ -195,10 +195,10 @@ def not_sharing(metrics: Mapping[str, Any], params: Sequence[Tensor]) -> dict[st
     """The metrics, with those that share memory with a parameter copied: the step is about to overwrite parameters."""
     if not metrics:
         return {}
-    memories = {param.untyped_storage().data_ptr() for param in params}
+    memories = {memory_of(param) for param in params} - {None}
 
     def shares(metric: Tensor) -> bool:
-        return metric.layout == torch.strided and metric.untyped_storage().data_ptr() in memories
+        return memory_of(metric) in memories
 
     def copied(metric: Tensor) -> Tensor:
         return metric.clone() if shares(metric) else metric

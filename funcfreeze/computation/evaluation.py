@@ -14,7 +14,7 @@ from funcfreeze.computation.back_door import buffer_problem, parameter_problem, 
 from funcfreeze.computation.inner_gradients import refuse_constants
 from funcfreeze.declare.plan import Plan
 from funcfreeze.gradients.graph import leaves_below
-from funcfreeze.model.attributes import let_go_of_graphs
+from funcfreeze.model.attributes import let_go_of_graphs, nodes_made
 from funcfreeze.model.functional import FunctionalModule, mark_of
 from funcfreeze.model.memory import memory_of
 from funcfreeze.model.watching import Watch, by_memory
@@ -126,9 +126,11 @@ class Evaluation:
         left = self.functional.left(given, marks, self.unrouted)
         undone = self.unrouted & watch.written if watch is not None else frozenset()
         written = {path: given[path] for path in undone | self.seen.written} | left.written
+        # what is undone later, what may share another tensor's memory, what a recomputation may write to once more:
+        # but a write that nobody expected is in the state's own memory already
+        late = {path for path in left.written if path not in undone | self.seen.written}
         for path, value in written.items():
-            # what is undone later is copied, and what is in another memory now, which may be another tensor's
-            apart = path in undone or memory_of(value) != marks[path][1]
+            apart = path not in late or memory_of(value) != marks[path][1]
             written[path] = value.detach().clone() if apart else value.detach()
         if watch is not None:
             self.seen.watched = True
@@ -140,13 +142,13 @@ class Evaluation:
         self, given: Mapping[str, Tensor], buffers: Mapping[str, Tensor], watch: Watch | None
     ) -> Callable[[], None]:
         """Put tensors into the module; what is returned ends that, and lets nothing stay there of a graph."""
-        release = self.functional.hold(given, buffers)
+        release, since = self.functional.hold(given, buffers), nodes_made()
 
         def end() -> None:
             try:
                 if watch is not None:
                     watch.undo()
-                let_go_of_graphs(self.functional.modules)
+                let_go_of_graphs(self.functional.modules, since)
             finally:
                 release()
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from funcfreeze.declare.routes import scalar_like
 from funcfreeze.gradients.explained import explained, walking
-from funcfreeze.gradients.forward import forward
+from funcfreeze.gradients.forward import Forward, forward
 from funcfreeze.gradients.law import Evaluate, Outcome, Routing, SeparateOutcome
 from funcfreeze.gradients.outside import Outside
 from funcfreeze.gradients.returned import nothing
@@ -78,8 +78,7 @@ class Toggle:
         paths = [path for path, param in zip(routing.paths, params, strict=True) if grad_mode and param.requires_grad]
         if paths:
             raise RuntimeError(_REFUSAL.format(", ".join(paths)))
-        with torch.no_grad():
-            live = forward(evaluate, params, routing)
+        live = _forward(evaluate, params, routing)
         accumulate(live.losses, live.leaves, routing, routing.weight_values(step), seed)
         outside = Outside(live.leaves)
 
@@ -99,8 +98,7 @@ class Toggle:
         seed: Tensor | None = None,
     ) -> SeparateOutcome:
         """What each loss's backwards alone leave in `.grad`."""
-        with torch.no_grad():
-            live = forward(evaluate, params, routing)
+        live = _forward(evaluate, params, routing)
         weights = routing.weight_values(step)
         gradients = []
         for index in range(len(live.losses)):
@@ -110,3 +108,12 @@ class Toggle:
             for leaf in live.leaves:
                 leaf.grad = None
         return SeparateOutcome(gradients, *live.let_go(routing, nothing))
+
+
+def _forward(evaluate: Evaluate, params: Sequence[Tensor], routing: Routing) -> Forward:
+    """The forward; what a backward inside of `losses` has left in `.grad` is none of the losses' gradients."""
+    with torch.no_grad():
+        live = forward(evaluate, params, routing)
+    for leaf in live.leaves:
+        leaf.grad = None
+    return live

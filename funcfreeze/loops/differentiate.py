@@ -153,7 +153,7 @@ def _under_transforms(engine: str) -> Engine:
     """The engine that transforms can be nested around: the one that is made of transforms itself."""
     if engine == "toggle":
         raise RuntimeError(
-            "engine='toggle' sets requires_grad, which transforms of torch.func and forward-mode differentiation do "
+            "engine='toggle' calls backward(), which transforms of torch.func and forward-mode differentiation do "
             "not see; use engine='reference' under them, or 'routed', which then computes as that does"
         )
     return find_engine("reference")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -17,9 +18,13 @@ _OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
 
 _SEQUENCES = (list, deque)
 _MAPPINGS = (dict, OrderedDict, defaultdict)
+_CONTAINERS = (tuple, *_SEQUENCES, *_MAPPINGS)
 
 
 _HOLDS_NOTHING = frozenset({bool, int, float, str, type(None)})
+
+MANY = 1_000
+"""Containers of more entries than this are not looked into: a vocabulary or a replay memory, at every step."""
 
 
 def attributes(module: nn.Module) -> dict[str, Any]:
@@ -28,42 +33,49 @@ def attributes(module: nn.Module) -> dict[str, Any]:
     return {name: own[name] for name in own.keys() - _OF_TORCH}
 
 
-def let_go_of_graphs(modules: Iterable[nn.Module]) -> None:
-    """Detach the tensors that modules keep of a graph: it has been used up, and would be kept alive.
+def nodes_made() -> int:
+    """How many nodes of autograd graphs this thread has made so far; private to torch, which has no public count."""
+    return int(torch._C._autograd._get_sequence_nr())
 
-    Lists and dicts of Python's own are looked into and stay the same objects.
+
+def let_go_of_graphs(modules: Iterable[nn.Module], since: int) -> None:
+    """Detach the tensors that modules keep of a graph made since then: it has been used up, and would be kept alive.
+
+    Lists and dicts of Python's own are looked into, up to `MANY` entries, and stay the same objects.
+
+    Args:
+        modules: whose attributes to look at.
+        since: what `nodes_made` said before the graph was made; what hangs on older nodes is not a step's to cut off.
     """
+    seen: set[int] = set()
     for module in modules:
         own = vars(module)
         for name in own.keys() - _OF_TORCH:
             value = own[name]
             if type(value) not in _HOLDS_NOTHING:
-                kept = _detached(value)
+                kept = _detached(value, since, seen)
                 if kept is not value:
                     own[name] = kept
 
 
-def _detached(value: Any) -> Any:
-    """The value, detached where it is a tensor with a graph; containers keep their identity, tuples cannot."""
+def _detached(value: Any, since: int, seen: set[int]) -> Any:
+    """The value, detached where it is a tensor with such a graph; containers keep their identity, tuples cannot."""
     if isinstance(value, Tensor):
         plain = beneath(value)  # what was computed inside of torch.func is still wrapped
-        return plain if plain.is_leaf else plain.detach()
+        node = plain.grad_fn
+        return plain if node is None or node._sequence_nr() < since else plain.detach()
     kind = type(value)
+    if kind not in _CONTAINERS or not 0 < len(value) <= MANY or id(value) in seen:
+        return value
     if kind is tuple:
-        parts = [_detached(part) for part in value]
-        return value if all(new is old for new, old in zip(parts, value, strict=True)) else tuple(parts)
-    if kind in _MAPPINGS:
-        _replace(value, value.items())
-    elif kind in _SEQUENCES:
-        _replace(value, enumerate(value))
+        parts = [_detached(part, since, seen) for part in value]
+        return value if all(map(is_, parts, value)) else tuple(parts)
+    seen.add(id(value))
+    for key, part in list(value.items() if kind in _MAPPINGS else enumerate(value)):
+        kept = part if type(part) in _HOLDS_NOTHING else _detached(part, since, seen)
+        if kept is not part:
+            value[key] = kept
     return value
-
-
-def _replace(container: Any, items: Any) -> None:
-    for key, value in list(items):
-        kept = _detached(value)
-        if kept is not value:
-            container[key] = kept
 
 
 @contextmanager

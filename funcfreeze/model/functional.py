@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from operator import eq, is_
@@ -164,32 +164,42 @@ class FunctionalModule:
             RuntimeError: the model has lost a parameter or a buffer since its sites were noted. Nothing has changed.
         """
         _EXCHANGING.acquire()
-        try:
-            stores = [module.__dict__["_buffers"] for module in self.modules]
-            kept = [store.copy() if store else None for store in stores]
-            taken = [
-                (module.__dict__["_parameters"], name, present((module, name), "_parameters"), parameters[path])
-                for path, module, name in self._places
-            ]
-            if self.buffers:
-                self.present_buffers()  # all are there
-        except BaseException:
-            _EXCHANGING.release()
-            raise
-        for store, name, _, given in taken:
-            store[name] = given
-        self.put_buffers(buffers)
+        taken: list[tuple[dict[str, Tensor | None], str, Tensor, Tensor]] = []
+        stores: list[dict[str, Tensor | None]] = []
+        kept: list[dict[str, Tensor | None] | None] = []
 
         def release() -> None:
-            for store, name, own, _ in taken:
-                store[name] = own
-            for store, before in zip(stores, kept, strict=True):
-                if store or before:  # also where a forward adds or removes one
-                    store.clear()
-                    store.update(before or {})
-            _EXCHANGING.release()
+            try:
+                for store, name, own, _ in taken:
+                    store[name] = own
+                for store, before in zip(stores, kept, strict=True):
+                    if store or before:  # also where a forward adds or removes one
+                        store.clear()
+                        store.update(before or {})
+            finally:
+                _EXCHANGING.release()
 
+        try:
+            if self.buffers:
+                self.present_buffers()  # all are there
+            taken += (
+                (module.__dict__["_parameters"], name, present((module, name), "_parameters"), parameters[path])
+                for path, module, name in self._places
+            )
+            stores += (module.__dict__["_buffers"] for module in self.modules)
+            kept += (store.copy() if store else None for store in stores)
+            for store, name, _, given in taken:
+                store[name] = given
+            self.put_buffers(buffers)
+        except BaseException:
+            release()
+            raise
         return release
+
+    @property
+    def alone(self) -> AbstractContextManager[bool]:
+        """Inside, no other thread has its tensors in a module."""
+        return _EXCHANGING
 
     def left(self, given: Mapping[str, Tensor], marks: Mapping[str, Mark], may_write: AbstractSet[str]) -> Left:
         """What a call left behind; asked while its tensors are held.

@@ -33,22 +33,26 @@ def adam_(
     """Overwrite parameters and their state by Adam, or AdamW if `decoupled`; nothing where `found_inf` is 1."""
     update = torch._fused_adamw_ if decoupled else torch._fused_adam_
     torch._foreach_add_(steps, 1)
-    update(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        max_exp_avg_sqs,
-        steps,
-        lr=lr,
-        beta1=betas[0],
-        beta2=betas[1],
-        weight_decay=weight_decay,
-        eps=eps,
-        amsgrad=amsgrad,
-        maximize=maximize,
-        found_inf=found_inf,
-    )
+    try:
+        update(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            max_exp_avg_sqs,
+            steps,
+            lr=lr,
+            beta1=betas[0],
+            beta2=betas[1],
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=amsgrad,
+            maximize=maximize,
+            found_inf=found_inf,
+        )
+    except BaseException:
+        torch._foreach_sub_(steps, 1)  # the kernel looks at all of its arguments before it writes
+        raise
     if found_inf is not None:
         torch._foreach_sub_(steps, [found_inf] * len(steps))
 

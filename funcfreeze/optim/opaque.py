@@ -62,7 +62,7 @@ def readable(grads: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
     """The gradients in the parameters' memory order and dtype: they come in any (expanded after a sum, transposed)."""
     return [
         grad
-        if grad.stride() == param.stride() and grad.dtype == param.dtype
+        if grad.stride() == param.stride() and grad.dtype == param.dtype and not grad.is_neg()
         else torch.empty_like(param, requires_grad=False).copy_(grad)
         for grad, param in zip(grads, params, strict=True)
     ]

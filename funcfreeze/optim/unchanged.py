@@ -15,13 +15,14 @@ from torch import Tensor
 
 from funcfreeze.model.memory import memory_of
 
+_DTYPE = attrgetter("dtype")
 _FORM = attrgetter("shape", "dtype", "device", "layout")
 
 
 class Checked:
-    """Tensors that were found to fit: which they are, and the addresses of their memory.
+    """Tensors that were found to fit: which they are, where their memory is and how it is laid out.
 
-    `.data = ...` exchanges the memory under the same object. Nothing is kept alive: the first of them that goes ends
+    `.data = ...` and `t_()` exchange that under the same object. Nothing is kept alive: the first that goes ends
     it, since another may come to be where that was.
     """
 
@@ -31,12 +32,17 @@ class Checked:
         self._references = [weakref.ref(tensor, self._gone.append) for tensor in tensors]
         self._identities = list(map(id, tensors))
         self._addresses = list(map(Tensor.data_ptr, tensors))
+        self._layouts = self._laid_out(tensors)
         self._memories = frozenset(map(memory_of, params))
         self._gradients = self._forms(grads)
 
     @staticmethod
     def _forms(grads: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
         return list(map(_FORM, grads)), list(map(Tensor.stride, grads))
+
+    @staticmethod
+    def _laid_out(tensors: Sequence[Tensor]) -> tuple[list[Any], list[Any], list[Any]]:
+        return list(map(Tensor.stride, tensors)), list(map(Tensor.size, tensors)), list(map(_DTYPE, tensors))
 
     def holds(self, params: Sequence[Tensor], kept: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
         """Whether these are the same tensors, with gradients of the same form and in a memory of their own."""
@@ -46,6 +52,7 @@ class Checked:
             not self._gone
             and list(map(id, tensors)) == self._identities
             and list(map(Tensor.data_ptr, tensors)) == self._addresses
+            and self._laid_out(tensors) == self._layouts
             and None not in memories  # a sparse one has no strides to ask for
             and self._memories.isdisjoint(memories)
             and self._forms(grads) == self._gradients

@@ -16,7 +16,7 @@ from funcfreeze.computation.loss_scale import scale_in, unscale
 from funcfreeze.computation.state import State
 from funcfreeze.gradients.returned import check_losses
 from funcfreeze.gradients.toggle import accumulate
-from funcfreeze.model.attributes import let_go_of_graphs
+from funcfreeze.model.attributes import let_go_of_graphs, nodes_made
 from funcfreeze.model.functional import FunctionalModule
 from funcfreeze.step import Step
 
@@ -37,9 +37,11 @@ class Recipe:
 
     def gradients(self, batch: Any, number: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Losses and gradients by name, from one forward; parameters that no loss touches have none."""
-        parameters = self.functional.present_parameters()
+        parameters, since = self.functional.present_parameters(), nodes_made()
         with torch.enable_grad():
             returned = self.losses(self.module, batch)
+            for parameter in parameters.values():
+                parameter.grad = None  # of a backward of the losses' own
             left = self.functional.present_buffers()
             self.functional.hold_copies(left)  # activation checkpointing would update them again, once for every loss
             losses = returned[0] if isinstance(returned, tuple) else returned
@@ -52,7 +54,7 @@ class Recipe:
         for parameter in parameters.values():
             parameter.grad = None
         self.functional.put_buffers(left)
-        let_go_of_graphs(self.module.modules())
+        let_go_of_graphs(self.module.modules(), since)
         return {name: loss.detach() for name, loss in losses.items() if loss is not None}, found
 
     def update(self, gradients: Mapping[str, Tensor], number: Tensor) -> None:

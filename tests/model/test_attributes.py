@@ -174,6 +174,6 @@ def test_what_has_no_graph_is_left_alone():
     model = nn.Linear(2, 2)
     model.plain, model.pair = torch.ones(2), (torch.ones(2), [3])
     plain, pair = model.plain, model.pair
-    let_go_of_graphs([model])
+    let_go_of_graphs([model], 0)
     assert model.plain is plain
     assert model.pair is pair

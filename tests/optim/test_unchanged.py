@@ -84,6 +84,20 @@ def test_a_parameter_whose_memory_was_exchanged(pair):
         pair.step()
 
 
+def test_a_parameter_and_moments_laid_out_anew_in_the_same_memory():
+    for exchange in (lambda p: p.t_(), lambda p: setattr(p, "data", p.data.t())):
+        pair = Pair(lambda: ff.optim.adam(0.1))
+        pair.params["c"] = torch.randn(3, 3)
+        pair.copies["c"] = pair.params["c"].clone()
+        pair.state, pair.kept = pair.tx.init(pair.params), pair.pure.init(pair.copies)
+        pair.step()
+        pair.step()
+        exchange(pair.params["c"])
+        pair.copies["c"] = pair.params["c"].clone()
+        pair.step()
+        pair.step()
+
+
 def test_other_tensors_under_the_same_paths(pair):
     for _ in range(3):
         pair.params = {path: p.clone() for path, p in pair.params.items()}
