@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,18 +12,17 @@ from torch import Tensor, nn
 
 from funcfreeze.compile import CompiledStep, resolve
 from funcfreeze.compile.layout import Listed
+from funcfreeze.computation.back_door import refuse_late_writes, refuse_writes
 from funcfreeze.computation.computation import Computation, Computed, not_sharing
 from funcfreeze.computation.evaluation import Evaluation, Losses
 from funcfreeze.computation.loss_scale import LossScale
 from funcfreeze.computation.specification import Specification, check_fits
 from funcfreeze.computation.state import Lease, State, lease_of, listing_of, make_state
-from funcfreeze.declare.plan import Plan, raise_problems, resolve_plan
+from funcfreeze.declare.plan import Plan, chosen, resolve_plan
 from funcfreeze.declare.routes import Selection
-from funcfreeze.declare.selectors import Leaf, to_selector
-from funcfreeze.declare.selectors import resolve as resolve_selector
 from funcfreeze.gradients import Routing, find_engine
 from funcfreeze.model.acceptance import as_module, refuse_unusable
-from funcfreeze.model.attributes import attributes_kept
+from funcfreeze.model.attributes import attributes_kept, flags_kept
 from funcfreeze.model.functional import FunctionalModule, mark_of
 from funcfreeze.model.memory import memory_of
 from funcfreeze.model.sites import module_leaves
@@ -105,13 +103,14 @@ class Step:
         loss_scale: LossScale | None = None,
         differentiable: Selection | None = None,
     ) -> None:
-        chosen = find_engine(engine)
+        computing = find_engine(engine)
         if not callable(losses):
             raise TypeError(f"losses is a function losses(model, batch), got {type(losses).__name__}")
         if not isinstance(optimizer, Transform):
             raise TypeError(
-                f"optimizer is a Transform such as funcfreeze.optim.adamw(1e-3), got {type(optimizer).__name__}; a "
-                "torch optimizer class goes through funcfreeze.optim.from_torch"
+                f"optimizer is a Transform such as funcfreeze.optim.adamw(1e-3) (called), got "
+                f"{type(optimizer).__name__}; a torch optimizer class goes through funcfreeze.optim.from_torch, as in "
+                "from_torch(torch.optim.RMSprop, lr=1e-3)"
             )
         if loss_scale is not None and not isinstance(loss_scale, LossScale):
             raise TypeError(
@@ -124,13 +123,13 @@ class Step:
         transform = optimizer if optimizer.bind is None else optimizer.bind(leaves)
         if loss_scale is not None:
             transform = loss_scale.around(transform)
-        routing = Routing.of(plan, _chosen(differentiable, leaves))
+        routing = Routing.of(plan, chosen(differentiable, leaves, "differentiable"))
         functional = FunctionalModule.of(module)
         functional.refuse_accumulation_hooks()
         options = resolve(compile if engine == "routed" or compile is not None else False, module.parameters())
         if options is not None and engine != "routed":
             raise ValueError(f"only the routed engine is compiled; use compile=False with engine={engine!r}")
-        computation = Computation(Evaluation(functional, losses, plan), routing, chosen, transform, loss_scale)
+        computation = Computation(Evaluation(functional, losses, plan), routing, computing, transform, loss_scale)
         values = {
             "model": model,
             "losses": losses,
@@ -154,11 +153,16 @@ class Step:
     def init(self, copy: bool = True) -> State:
         """A fresh state from the module's present values, with a new optimizer state and step 0.
 
-        Parameters that no loss may update are shared with the module, never copied, and never written to.
+        Parameters that no loss may update are shared with the module, not copied. A step writes to them only if
+        `losses` does: to copies, unless that begins after the step's first call (see `__call__`).
 
         Args:
             copy: False adopts the module's storage for all the rest too, which steps then overwrite.
         """
+        if not isinstance(copy, bool):
+            raise TypeError(
+                f"init(copy=...) is True or False, got {type(copy).__name__}; a batch is for the step itself"
+            )
         with torch.inference_mode(False):
             params = {path: tensor.detach() for path, tensor in self.functional.present_parameters().items()}
             buffers = {path: tensor.detach() for path, tensor in self.functional.present_buffers().items()}
@@ -188,7 +192,9 @@ class Step:
             TypeError: a metric is an object that is no container and holds a tensor of the graph, or a parameter's
                 memory.
 
-            Whatever is raised, module and state are as they were.
+            Whatever is raised, the tensors of module and state are as they were, but for one case: what `losses` writes
+            to a parameter for the first time after the step's first call is in the memory of the state already, which
+            frozen parameters share with the module and other states.
         """
         state = check_fits(state, self.specification)
         lease_of(state).gradients = {}
@@ -218,15 +224,17 @@ class Step:
     def call(self, state: State, f: Callable[..., Any], *args: Any) -> Any:
         """`f(model, *args)` with the state's tensors in the model: evaluation, acting, sampling.
 
-        No gradients are recorded. Nothing changes: buffers and train/eval flags are as before afterwards. What `f`
-        returns may share memory with the state, which a later donating step overwrites: clone what must last.
+        No gradients are recorded. Nothing changes: buffers and train/eval flags are as before afterwards, and `f` may
+        only read parameters (an error, where torch counts the write; one through `.data` goes unseen). What `f` returns
+        may share memory with the state, which a later donating step overwrites: clone what must last.
         """
         check_fits(state, self.specification)
         buffers = {path: tensor.clone() for path, tensor in state.buffers.items()}
         params = dict(zip(self.plan.paths, self.computation.evaluation.leaves(state.params), strict=True))
-        with torch.no_grad(), self.functional.holding(params, buffers), _flags_kept(self.module):
+        with torch.no_grad(), self.functional.holding(params, buffers), flags_kept(self.module):
             marks = {path: mark_of(tensor) for path, tensor in params.items()}
             result = f(self.module, *args)
+            refuse_writes(params, marks, self.computation.evaluation.seen.written)
             self.functional.left(params, marks, self.computation.evaluation.seen.written)
         return result
 
@@ -323,7 +331,7 @@ class Step:
         gradients = computed.gradients
         lease, routed = lease_of(state), set(self.plan.routed)
         if not self.donate:
-            _refuse_late_writes(state, computed.written)
+            refuse_late_writes(state.params, computed.written)
         copied = lease.borrowed & gradients.keys() if self.donate else routed
         params = {
             path: p.clone() if path in copied else p.detach() if p.requires_grad else p
@@ -357,27 +365,6 @@ def take_with_gradients(step: Step, state: State, batch: Any) -> tuple[State, di
     return (*step._eager_step(state, computed), gradients)
 
 
-def _chosen(selection: Selection | None, leaves: Sequence[Leaf]) -> frozenset[int]:
-    """The leaves that `differentiable` selects."""
-    if selection is None:
-        return frozenset()
-    selectors: Sequence[Any] = selection if isinstance(selection, list | tuple) else [selection]
-    resolved = [resolve_selector(to_selector(selector), leaves) for selector in selectors]
-    raise_problems([f"differentiable: {problem}" for _, problems in resolved for problem in problems])
-    return frozenset(index for chosen, _ in resolved for index in chosen)
-
-
-def _refuse_late_writes(state: State, written: Mapping[str, Tensor]) -> None:
-    """Refuse a step that left the state alone, but for parameters that `losses` wrote to for the first time."""
-    late = [path for path, value in written.items() if memory_of(value) == memory_of(state.params[path])]
-    if late:
-        raise RuntimeError(
-            f"`losses` has written to {', '.join(late)} now and not at the first step, so that the state that was "
-            "passed holds the new value, which donate=False promises it does not; it is known from now on. Let the "
-            "first step write to it too, or build the Step with donate=True"
-        )
-
-
 def _apart(optimizer: Any, params: Mapping[str, Tensor]) -> Any:
     """The optimizer's state, with copies of what shares memory with parameters, which steps overwrite."""
     memories = {memory_of(param) for param in params.values()} - {None}
@@ -391,14 +378,3 @@ def _apart(optimizer: Any, params: Mapping[str, Tensor]) -> Any:
 
 def _copy(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
-
-
-@contextmanager
-def _flags_kept(module: nn.Module) -> Iterator[None]:
-    """Leave every module in train or eval mode as it was."""
-    flags = [(inner, inner.training) for inner in module.modules()]
-    try:
-        yield
-    finally:
-        for inner, training in flags:
-            inner.training = training

@@ -537,3 +537,43 @@ def test_a_model_that_changed_after_the_step_was_built():
     nn.utils.parametrizations.weight_norm(step.module["cls"])
     with pytest.raises(RuntimeError, match=r"Linear.weight is gone: the model has changed since the Step was built"):
         step(state, torch.randn(5, 4))
+
+
+def test_metrics_that_are_buffers_are_apart_from_the_state():
+    model = nn.BatchNorm1d(3)
+    step = ff.Step(
+        model,
+        lambda m, x: ({"a": m(x).square().mean() + m.weight.sum()}, {"mean": m.running_mean}),
+        {"a": "*"},
+        optimizer=ff.optim.sgd(0.1),
+    )
+    state, metrics = step(step.init(), torch.randn(5, 3))
+    held = state.buffers["running_mean"].clone()
+    metrics["mean"].zero_()
+    assert torch.equal(state.buffers["running_mean"], held)
+
+
+def test_a_state_does_not_hold_graphs_or_parameters_of_others():
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    step = ff.Step(model, lambda m, x: {"l": m["a"](x).mean()}, {"l": "a"}, optimizer=ff.optim.sgd(0.1))
+    state = step.init()
+    given = {**state.params, "b.weight": torch.randn(2, 2, requires_grad=True) * 2, "b.bias": model["b"].bias}
+    state, _ = step(state.replace(params=given), torch.randn(3, 2))
+    assert not any(tensor.requires_grad for tensor in state.params.values())
+    copy.deepcopy(state)
+
+
+def test_call_refuses_writes_and_init_refuses_batches():
+    step = make()
+    state = step.init()
+
+    def halve(model):
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+
+    with pytest.raises(RuntimeError, match=r"given to `call` wrote to .*whose memory is the state's: it may only read"):
+        step.call(state, halve)
+    with pytest.raises(TypeError, match=r"init\(copy=...\) is True or False, got Tensor; a batch is for the step"):
+        step.init(torch.randn(3, 4))
+    with pytest.raises(TypeError, match=r"got tuple; a step returns a pair: state, metrics = step\(state, batch\)"):
+        step(step(step.init(), torch.randn(5, 4)), torch.randn(5, 4))

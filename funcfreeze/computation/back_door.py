@@ -6,10 +6,14 @@ by another way than the module it is given.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
 import torch
 from torch import Tensor
+
+from funcfreeze.model.functional import Mark, mark_of
+from funcfreeze.model.memory import memory_of
 
 
 def raise_misuse(problems: Iterable[str]) -> None:
@@ -33,6 +37,15 @@ def parameter_problem(path: str, losses: Sequence[str]) -> str:
         "and not the state's, so its value is old and no gradient arrives. Reach it through the model, as in "
         f"model.get_parameter({path!r}); clone what is to stay as it is now (an anchor); or keep your loop and call "
         "funcfreeze.backward"
+    )
+
+
+def earlier_step_problem(path: str, losses: Sequence[str]) -> str:
+    """A loss hangs on the graph of an earlier step, down to what stood for a parameter there."""
+    return (
+        f"loss {', '.join(map(repr, losses))} hangs on the graph of an earlier step, which used parameter {path}: a "
+        "tensor that you keep between steps (a hidden state, say) was not detached, and the graph grows from step to "
+        "step; keep h.detach()"
     )
 
 
@@ -65,3 +78,24 @@ def write_problem(path: str) -> str:
         f"`losses` writes to parameter {path}, which a loss may update: its gradient would belong to neither value. "
         "`losses` may only read such parameters; change them between steps, with state.replace(params=...)"
     )
+
+
+def refuse_late_writes(params: Mapping[str, Tensor], written: Mapping[str, Tensor]) -> None:
+    """Refuse a step that left the state alone, but for parameters that `losses` wrote to for the first time."""
+    late = [path for path, value in written.items() if memory_of(value) == memory_of(params[path])]
+    if late:
+        raise RuntimeError(
+            f"`losses` has written to {', '.join(late)} now and not at the first step, so that the state that was "
+            "passed holds the new value, which donate=False promises it does not; it is known from now on. Let the "
+            "first step write to it too, or build the Step with donate=True"
+        )
+
+
+def refuse_writes(params: Mapping[str, Tensor], marks: Mapping[str, Mark], may_write: AbstractSet[str]) -> None:
+    """Refuse a function that wrote to the state's parameters, as far as torch counts it."""
+    written = [path for path, tensor in params.items() if path not in may_write and mark_of(tensor) != marks[path]]
+    if written:
+        raise RuntimeError(
+            f"the function given to `call` wrote to {', '.join(written)}, whose memory is the state's: it may only "
+            "read parameters. Change them with state.replace(params=...), or work on copy.deepcopy(step.export(state))"
+        )

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcfreeze.computation.back_door import form_of, form_problem, parameter_problem, raise_misuse
+from funcfreeze.computation.back_door import (
+    earlier_step_problem,
+    form_of,
+    form_problem,
+    parameter_problem,
+    raise_misuse,
+)
 from funcfreeze.computation.evaluation import NOTHING, Beside, Evaluation
 from funcfreeze.computation.loss_scale import LossScale, scale_in, unscale
 from funcfreeze.declare.selectors import RouteError
@@ -17,7 +23,7 @@ from funcfreeze.gradients import Engine, Routing
 from funcfreeze.gradients.law import OtherLeaf
 from funcfreeze.gradients.returned import exchanged
 from funcfreeze.model.memory import memory_of
-from funcfreeze.model.watching import Watch
+from funcfreeze.model.watching import Watch, by_memory
 from funcfreeze.optim import Transform
 from funcfreeze.optim.transform import apart
 
@@ -188,6 +194,12 @@ class Computation:
             parameter_problem(path, leaf.losses)
             for path, leaf in named
             if path not in self.evaluation.unrouted or memory_of(params[path]) != memory_of(leaf.tensor)
+        )
+        stale = by_memory(params)  # what stood for a parameter in an earlier step is in its memory still
+        raise_misuse(
+            earlier_step_problem(stale[memory], leaf.losses)
+            for leaf in found
+            if id(leaf.tensor) not in own and (memory := memory_of(leaf.tensor) or 0) in stale
         )
 
 

@@ -79,7 +79,8 @@ def check_fits(state: object, wanted: Specification) -> State:
         ValueError: every path, shape, dtype or optimizer entry that does not fit.
     """
     if not isinstance(state, State):
-        raise TypeError(f"expected a State such as step.init() gives, got {type(state).__name__}")
+        pair = "; a step returns a pair: state, metrics = step(state, batch)" if isinstance(state, tuple) else ""
+        raise TypeError(f"expected a State such as step.init() gives, got {type(state).__name__}{pair}")
     params = state.params  # raises if the state is spent
     if known_to_fit(state) is wanted:
         return state

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from funcfreeze.declare.plan_table import format_plan
-from funcfreeze.declare.routes import Declaration, Route, Weight, declare
+from funcfreeze.declare.routes import Declaration, Route, Selection, Weight, declare
 from funcfreeze.declare.schedules import Schedule
-from funcfreeze.declare.selectors import Leaf, RouteError, label, resolve
+from funcfreeze.declare.selectors import Leaf, RouteError, label, resolve, to_selector
 
 
 @dataclass(frozen=True)
@@ -251,3 +251,17 @@ def _weight_from_data(data: Any) -> Weight:
         f"the weight {data['function']} was a function, which plain data cannot hold; use a schedule of "
         "funcfreeze.optim, or resolve the plan anew"
     )
+
+
+def chosen(selection: Selection | None, leaves: Sequence[Leaf], noun: str) -> frozenset[int]:
+    """The indices of the leaves that a selector, or a list of them, stands for; none for None.
+
+    Raises:
+        RouteError: everything that is wrong with the selectors, each told as the noun's.
+    """
+    if selection is None:
+        return frozenset()
+    selectors: Sequence[Any] = selection if isinstance(selection, list | tuple) else [selection]
+    resolved = [resolve(to_selector(selector), leaves) for selector in selectors]
+    raise_problems([f"{noun}: {problem}" for _, problems in resolved for problem in problems])
+    return frozenset(index for found, _ in resolved for index in found)

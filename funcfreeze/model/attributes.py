@@ -149,3 +149,14 @@ def _restorer_of_tensor(tensor: Tensor) -> Callable[[], None]:
                 tensor.detach().copy_(copy)
 
     return restore
+
+
+@contextmanager
+def flags_kept(module: nn.Module) -> Iterator[None]:
+    """Leave every module in train or eval mode as it was."""
+    flags = [(inner, inner.training) for inner in module.modules()]
+    try:
+        yield
+    finally:
+        for inner, training in flags:
+            inner.training = training

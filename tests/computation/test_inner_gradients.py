@@ -133,3 +133,50 @@ def test_freezing_by_having_no_route_costs_nothing():
             step.gradients(state, x)
     assert counts[0] == counts[1] == 8 * 16 * 16 * (7 + 6 + 1)  # forward, through the body, the head's own
     assert saved[1] - saved[0] == 6 * 8 * 16  # the inputs of the body's layers, of which the plain step keeps none
+
+
+@pytest.mark.parametrize("engine", ["routed", "toggle"])
+def test_a_whole_backward_inside_leaves_no_trace(engine):
+    model, x = vqgan(), torch.randn(4, 3)
+
+    def losses(m, x):
+        y = m["last"](m["enc"](x))
+        loss = (y - x).square().mean()
+        loss.backward(retain_graph=True)
+        return {"a": loss, "b": y.mean()}
+
+    step = ff.Step(model, losses, {"a": "*", "b": "enc"}, optimizer=ff.optim.sgd(0.1), engine=engine)
+    got = step.gradients(step.init(), x)
+    eager = copy.deepcopy(model)
+    y = eager["last"](eager["enc"](x))
+    total = (y - x).square().mean()
+    for path, parameter in eager.named_parameters():
+        if path.startswith("disc"):
+            continue
+        wanted = torch.autograd.grad(total + (y.mean() if path.startswith("enc") else 0), parameter, retain_graph=True)
+        torch.testing.assert_close(got[path], wanted[0], rtol=1e-10, atol=1e-12)
+    assert ff.verify(step, step.init(), x).ok
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("compile", [False, {"backend": "aot_eager"}])
+def test_a_merge_rule_of_ones_own_by_gradients_inside(compile):
+    model, x = vqgan(), torch.randn(4, 3)
+
+    def merged(m, x):
+        h = m["enc"](x)
+        losses = {"one": m["last"](h).square().mean(), "two": m["disc"](h).mean()}
+        trunk = list(m["enc"].parameters())
+        one, two = (torch.autograd.grad(loss, trunk, retain_graph=True) for loss in losses.values())
+        chosen = [a + torch.where((a * b).sum() >= 0, 1.0, 0.0) * b for a, b in zip(one, two, strict=True)]
+        return {**losses, "trunk": sum((g.detach() * p).sum() for g, p in zip(chosen, trunk, strict=True))}
+
+    routes = {"one": "last", "two": "disc", "trunk": "enc"}
+    step = ff.Step(model, merged, routes, optimizer=ff.optim.sgd(0.1), compile=compile)
+    state, _ = step(step.init(), x)
+    h = model["enc"](x)
+    trunk, found = list(model["enc"].parameters()), (model["last"](h).square().mean(), model["disc"](h).mean())
+    one, two = (torch.autograd.grad(loss, trunk, retain_graph=True) for loss in found)
+    for (path, parameter), a, b in zip(model["enc"].named_parameters(prefix="enc"), one, two, strict=True):
+        wanted = parameter.detach() - 0.1 * (a + b if (a * b).sum() >= 0 else a)
+        torch.testing.assert_close(state.params[path], wanted, rtol=1e-10, atol=1e-12)

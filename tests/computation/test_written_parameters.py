@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import funcfreeze as ff
 
@@ -323,3 +324,22 @@ def test_a_write_that_begins_later_and_a_state_that_must_stay():
     after, _ = step(state, given[1])  # known from now on
     assert torch.equal(held, state.params["encoder_k.3.weight"])
     assert not torch.equal(held, after.params["encoder_k.3.weight"])
+
+
+def test_a_write_in_checkpointed_code_is_the_same_at_every_step():
+    model = nn.ModuleDict({"body": nn.Linear(3, 3), "slow": nn.Linear(3, 3, bias=False).requires_grad_(False)})
+
+    def block(x):
+        with torch.no_grad():
+            model["slow"].weight.mul_(0.5)
+        return torch.tanh(model["body"](x))
+
+    def losses(m, x):
+        return {"a": checkpoint(block, x, use_reentrant=False).square().mean()}
+
+    step = ff.Step(model, losses, {"a": "body"}, optimizer=ff.optim.sgd(0.1))
+    state, start = step.init(), model["slow"].weight.detach().clone()
+    for turn in range(1, 4):
+        state, _ = step(state, torch.randn(4, 3))
+        torch.testing.assert_close(state.params["slow.weight"], start * 0.5**turn)
+    assert torch.equal(model["slow"].weight, start)

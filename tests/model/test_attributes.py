@@ -177,3 +177,39 @@ def test_what_has_no_graph_is_left_alone():
     let_go_of_graphs([model], 0)
     assert model.plain is plain
     assert model.pair is pair
+
+
+def test_a_large_container_and_one_that_holds_itself_are_left_alone():
+    model, graph = nn.Linear(2, 2), torch.ones(2, requires_grad=True) * 2
+    model.vocabulary = {str(index): index for index in range(5000)} | {"graph": graph}
+    model.loop = [graph]
+    model.loop.append(model.loop)
+    let_go_of_graphs([model], 0)
+    assert model.vocabulary["graph"] is graph
+    assert model.loop[0].grad_fn is None
+    assert model.loop[1] is model.loop
+
+
+def test_a_graph_that_was_made_outside_of_the_step_is_not_cut_off():
+    model, outer = nn.Linear(3, 3), torch.randn(3, 3, requires_grad=True)
+    model.adapted = outer * 2
+    step = ff.Step(model, lambda m, x: {"a": (m(x) @ m.adapted).mean()}, {"a": "*"}, optimizer=ff.optim.sgd(0.1))
+    state = step.init()
+    for _ in range(2):
+        state, _ = step(state, torch.randn(4, 3))
+    assert model.adapted.requires_grad
+    model.adapted.sum().backward()
+    assert torch.equal(outer.grad, torch.full((3, 3), 2.0))
+
+
+def test_a_hidden_state_kept_elsewhere_without_detaching_is_an_error():
+    model, hidden = nn.ModuleDict({"cell": nn.GRUCell(4, 5), "out": nn.Linear(5, 1)}), [torch.zeros(6, 5)]
+
+    def forgetting(m, x):
+        hidden[0] = m["cell"](x, hidden[0])
+        return {"a": m["out"](hidden[0]).square().mean()}
+
+    step = ff.Step(model, forgetting, {"a": "*"}, optimizer=ff.optim.sgd(0.1))
+    state, _ = step(step.init(), torch.randn(6, 4))
+    with pytest.raises(RuntimeError, match=r"loss 'a' hangs on the graph of an earlier step, .*keep h.detach\(\)"):
+        step(state, torch.randn(6, 4))
