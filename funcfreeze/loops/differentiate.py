@@ -105,7 +105,7 @@ def grad_and_value(
         gradients, _, beside = computed(_followed(losses) if torch.is_grad_enabled() else losses, params, args)
         return {place: gradient for place, gradient in enumerate(gradients) if gradient is not None}, beside
 
-    # In a graph of torch.compile this is one opaque call for Dynamo; what compiles the graph looks into it. Where Dynamo
+    # In a graph of torch.compile this is one opaque call for Dynamo; what compiles it looks inside. Where Dynamo
     # breaks its graph instead, it is not to take the engine apart frame by frame, which comes out wrong.
     opaque = torch._dynamo.nonstrict_trace(torch.compiler.disable(traced))  # type: ignore[no-untyped-call]
     eager = torch.compiler.disable(computed)  # type: ignore[no-untyped-call]
