@@ -30,8 +30,10 @@ def refuse_constants(returned: Iterable[Tensor]) -> None:
     Raises:
         RuntimeError: with the shapes of those.
     """
-    traced = [tensor for tensor in map(beneath, returned) if isinstance(tensor, FunctionalTensor)]
-    graph, nodes = read_graph([gradient_edge(tensor) for tensor in traced if tensor.requires_grad], (), None)
+    tensors = list(map(beneath, returned))
+    if not any(isinstance(tensor, FunctionalTensor) for tensor in tensors):
+        return
+    graph, nodes = read_graph([gradient_edge(tensor) for tensor in tensors if tensor.requires_grad], (), None)
     ends = (getattr(nodes[index], "variable", None) for index in graph.leaves[::2])
     constants = [end for end in ends if isinstance(end, Tensor) and not isinstance(end, FunctionalTensor)]
     if constants:

@@ -69,9 +69,10 @@ class Reference:
     ) -> SeparateOutcome:
         """The same, by torch.func's rule: with a graph where grad mode is on and something outside requires grad."""
         levels = _Levels(evaluate, routing, routing.weight_values(step), seed)
-        # outside of the levels a graph is made in any case, to tell constants from what depends on something outside
-        given = params if levels.grad_mode else [param.detach() for param in params]
-        with noticing_hooks() as noticed, grad_mode(True):
+        # `vjp` turns grad mode on for itself; that of outside decides about what is outside. Without transforms around,
+        # a graph is made there in any case, to tell constants from what depends on something outside
+        given = params if levels.kept else [param.detach() for param in params]
+        with noticing_hooks() as noticed, grad_mode(levels.grad_mode or not levels.kept):
             found = levels.differentiate(0, dict(enumerate(given)))
         if noticed.nodes or not noticed.all_known:
             raise RuntimeError(
@@ -83,7 +84,7 @@ class Reference:
             [name for name, loss in present.items() if name not in levels.differentiable and not loss.requires_grad]
         )
         # clones: a loss that is a parameter, or a view of one, would change when a step overwrites that
-        losses = {name: (loss if levels.carried else loss.detach()).clone() for name, loss in present.items()}
+        losses = {name: (loss if levels.kept else loss.detach()).clone() for name, loss in present.items()}
         gradients = [[found.gradients[index].get(leaf) for leaf in range(len(params))] for index in found.gradients]
         return SeparateOutcome(gradients[::-1], losses, levels.rebuild(found.rest))
 
@@ -109,6 +110,7 @@ class _Levels:
         self.differentiable: set[str] = set()
         self.grad_mode = torch.is_grad_enabled()
         self.carried = self.grad_mode and is_transforming()
+        self.kept = self.grad_mode or is_transforming()  # forward mode goes on where reverse mode is off
 
     def differentiate(self, level: int, params: dict[int, Tensor]) -> _Found:
         """Evaluate the losses with `params`, and differentiate those from `level` on."""
@@ -151,7 +153,7 @@ class _Levels:
             returned, rest = self.evaluate(list(params.values()))
         losses = check_losses(returned, self.routing, inside_func=True)
         self.carried |= self.grad_mode and any(loss is not None and beneath(loss).requires_grad for loss in losses)
-        leaves, self.structure = flatten(detached(rest, lambda tensor: self.carried))
+        leaves, self.structure = flatten(detached(rest, lambda tensor: self.kept))
         tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}  # one in two places stays one
         places = {key: place for place, key in enumerate(tensors)}
         self.skeleton = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -161,7 +163,7 @@ class _Levels:
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
         """What came beside the losses, put together again from its tensors."""
-        plain = tensors if self.carried else [tensor.detach() for tensor in tensors]
+        plain = tensors if self.kept else [tensor.detach() for tensor in tensors]
         return self.structure.unflatten(
             leaf if place is None else plain[place] for leaf, place in zip(self.skeleton, self.places, strict=True)
         )

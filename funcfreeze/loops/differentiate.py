@@ -101,19 +101,25 @@ def grad_and_value(
         gradients = _with([None] * len(leaves), places, outcome.gradients)
         return gradients, structure, (values, outcome.rest) if has_aux else values
 
-    @torch._dynamo.nonstrict_trace
     def traced(params: Any, *args: Any) -> tuple[dict[int, Tensor], Any]:
-        """In a graph of torch.compile one opaque call for Dynamo; what compiles the graph looks into it."""
+        """The same for a graph, which returns no None: the gradients there are, by the leaf's place."""
         gradients, _, beside = computed(_followed(losses) if torch.is_grad_enabled() else losses, params, args)
         return {place: gradient for place, gradient in enumerate(gradients) if gradient is not None}, beside
 
+    # In a graph of torch.compile this is one opaque call for Dynamo; what compiles it looks inside. Where Dynamo
+    # breaks its graph instead, it is not to take the engine apart frame by frame, which comes out wrong.
+    opaque = torch._dynamo.nonstrict_trace(torch.compiler.disable(traced))  # type: ignore[no-untyped-call]
+    eager = torch.compiler.disable(computed)  # type: ignore[no-untyped-call]
+
     def transformed(params: Any, *args: Any) -> tuple[Any, Any]:
         if torch.compiler.is_compiling():
-            touched, beside = traced(params, *args)
+            if engine == "toggle" and torch.is_grad_enabled():
+                _refuse_in_a_graph([params, args])
+            touched, beside = opaque(params, *args)
             leaves, structure = optree.tree_flatten(params, none_is_leaf=True)
             gradients = [touched.get(place) for place in range(len(leaves))]
         else:
-            gradients, structure, beside = computed(losses, params, args)
+            gradients, structure, beside = eager(losses, params, args)
         return optree.tree_unflatten(structure, gradients), beside
 
     return transformed
@@ -147,6 +153,15 @@ def _with(values: Sequence[Any], places: Sequence[int], given: Sequence[Any]) ->
 def _leaf(path: str, tensor: Tensor) -> Leaf:
     """In a pytree every tensor that can have a gradient is a parameter, whatever its `requires_grad` says."""
     return Leaf((path,), tensor, trainable=tensor.is_floating_point() or tensor.is_complex())
+
+
+def _refuse_in_a_graph(given: Any) -> None:
+    """What the engine would refuse by itself, said where Dynamo passes it on: it hides errors of an opaque call."""
+    if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in optree.tree_leaves(given)):
+        raise RuntimeError(
+            "engine='toggle' inside torch.compile computes gradients that carry no graph, and grad mode is on while an "
+            "argument requires grad; use engine='routed' or 'reference', or call it under torch.no_grad()"
+        )
 
 
 def _under_transforms(engine: str) -> Engine:

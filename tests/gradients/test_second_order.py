@@ -1,4 +1,4 @@
-"""Gradients that carry a graph are exact, on random graphs; and only those do that somebody can differentiate."""
+"""Gradients that carry a graph are exact, on random graphs; and a graph is made only where something requires grad."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from graphs import random_graph
 from laws import without_none
 from oracle import carrying
 
-GRAPHS = {"routed": 200, "reference": 60}
+GRAPHS = {"routed": 150, "reference": 40}
 
 
 def second_derivatives(first, params, required, cotangents):
@@ -67,7 +67,7 @@ def test_second_derivatives_on_random_graphs(engine, seed, monkeypatch):
 def test_second_derivatives_through_hooks(seed):
     """They run as for each loss alone, and once more in the backward of the backward."""
     rng = random.Random(seed)
-    for offset in range(100):
+    for offset in range(60):
         assert_second_order("routed", random_graph(seed + offset, hooks=True), rng)
 
 
@@ -75,11 +75,11 @@ def test_second_derivatives_through_hooks(seed):
 @pytest.mark.parametrize(("inner", "outer"), [("routed", "routed"), ("reference", "routed"), ("routed", "reference")])
 def test_gradients_of_gradients_of_gradients(depth, inner, outer, seed):
     """`ff.grad` over `ff.grad`, with overlapping signed routes at every level, of plain tensors."""
-    for offset in range(10):
+    for offset in range(6):
         graph = random_graph(seed + offset)
 
         def above(gradients, table=graph.table):
-            """Losses of the same names, made of gradients."""
+            """Losses of the same names, made of gradients, and of a parameter where there are none."""
 
             def losses(params):
                 found = without_none(gradients(params)).values()
@@ -172,7 +172,7 @@ def test_backward_never_makes_a_graph(calls):
 def test_the_outer_plan_knows_the_hooks_of_an_inner_gradient(calls):
     """Those that the inner forward registered keep apart what meets above them; those at blocked exits are gone."""
 
-    def inner(p):
+    def inner(p, hook):
         trunk = torch.tanh(torch.eye(4) @ p["trunk"])
         middle = torch.tanh(trunk @ p["middle"])
         if hook:
@@ -182,18 +182,18 @@ def test_the_outer_plan_knows_the_hooks_of_an_inner_gradient(calls):
 
     gradients = ff.grad(inner, {"a": "*", "b": ["trunk", "middle"]})
 
-    def through_all(p):
-        found = gradients(p)
+    def through_all(p, hook):
+        found = gradients(p, hook)
         return {"one": found["trunk"].sum(), "two": found["middle"].sin().sum(), "three": found["head"].sum()}
 
-    def through_one(p):
+    def through_one(p, hook):
         h = torch.tanh(p["head"] @ p["head"])
-        return {"one": gradients(p)["trunk"].sum(), "two": h.sum(), "three": h.square().sum()}
+        return {"one": gradients(p, hook)["trunk"].sum(), "two": h.sum(), "three": h.square().sum()}
 
     params = {name: torch.randn(4, 4) for name in ("trunk", "middle", "head")}
     made = []
-    for hook, outer in [(False, through_all), (True, through_all), (True, through_one)]:  # noqa: B007  # `inner` asks
+    for hook, outer in [(False, through_all), (True, through_all), (True, through_one)]:
         calls.clear()
-        ff.grad(outer, {"one": "*", "two": "*", "three": "*"})(params)
+        ff.grad(outer, {"one": "*", "two": "*", "three": "*"})(params, hook)
         made.append(sum(not call["create_graph"] for call in calls))
     assert made == [1, 3, 2], "walks over the outer graph: all in one, each alone, those apart from the hook in one"
