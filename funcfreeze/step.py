@@ -352,13 +352,7 @@ class Step:
 
 
 def take_with_gradients(step: Step, state: State, batch: Any) -> tuple[State, dict[str, Any], dict[str, Tensor]]:
-    """What the step returns, and the gradients that it took, for those who compare.
-
-    `losses` is called once, but for a compiled step: the gradients of that are computed eagerly, beside it.
-    """
-    if step.compiled is not None:
-        gradients = step.gradients(state, batch)
-        return (*step(state, batch), gradients)
+    """What an eager step returns, and the gradients that it took, for those who compare; `losses` is called once."""
     state = check_fits(state, step.specification)
     computed = step.computation.gradients(*state.fields, batch)
     gradients = {path: gradient.clone() for path, gradient in computed.gradients.items()}

@@ -102,8 +102,7 @@ def _compare(
         number = now.step
         with random_numbers(turn), original if turn == 0 else nullcontext():
             losses, gradients = _in_float64_or_not(recipe, batch, number, dtype)
-        with random_numbers(turn):
-            now, metrics, own = take_with_gradients(mine, now, batch)
+        now, metrics, own = _taken(mine, now, batch, turn)
         seen.compare(mine, turn, (losses, gradients), (metrics, own))
         if turn == 0:
             seen.compare_buffers(now.buffers, recipe.functional.present_buffers())
@@ -118,6 +117,18 @@ def _compare(
         tuple(checks(mine, seen, recipe, start, now, TOLERANCES.get(kind, COARSE_TOLERANCE))),
         {"dtype": str(kind).removeprefix("torch."), "steps": steps, **facts},
     )
+
+
+def _taken(step: Step, state: State, batch: Any, turn: int) -> tuple[State, Mapping[str, Any], Mapping[str, Tensor]]:
+    """A step and its gradients, with the random numbers of the turn: those of a compiled step are computed eagerly."""
+    if step.compiled is None:
+        with random_numbers(turn):
+            return take_with_gradients(step, state, batch)
+    with random_numbers(turn):
+        gradients = step.gradients(state, batch)
+    with random_numbers(turn):
+        after, metrics = step(state, batch)
+    return after, metrics, gradients
 
 
 def _own(step: Step) -> dict[str, Tensor]:
