@@ -82,7 +82,7 @@ def read_graph(
             edges.append(output_nr)
         if not following:
             leaf = getattr(node, "variable", None)  # only the nodes that accumulate a gradient have one
-            ends += (index, leaf_index.get(id(leaf), ways_out.get(node, NO_LEAF)))
+            ends += (index, ways_out.get(node, NO_LEAF) if leaf is None else leaf_index.get(id(leaf), NO_LEAF))
     known = None if hooked is None else tuple(sorted({position[node] for node in hooked if node in position}))
     return Graph(tuple(kinds), tuple(degrees), tuple(edges), tuple(ends), tuple(roots), known), nodes
 

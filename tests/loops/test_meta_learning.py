@@ -200,7 +200,7 @@ def test_a_step_whose_loss_adapts_first(engine):
     assert_equal([p.grad for p in task.params.values()], expected)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch.func.jvp itself calls it
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")  # torch.func.jvp itself calls it
 @pytest.mark.parametrize("engine", ENGINES)
 def test_products_with_the_derivative_of_the_merged_gradient(engine):
     """From the left, reverse over reverse; from the right, forward over reverse. It need not be symmetric."""

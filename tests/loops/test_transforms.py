@@ -13,7 +13,7 @@ ROUTES = {"task": "*", "adv": {"body": -0.3, "head": 1.0}, "size": {"head": 0.5}
 WEIGHTS = {"body": {"task": 1.0, "adv": -0.3}, "head": {"task": 1.0, "adv": 1.0, "size": 0.5}}
 
 pytestmark = [  # torch.func's own: of jvp, of linearize
-    pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script`"),
     pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning"),
 ]
 
