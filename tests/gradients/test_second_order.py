@@ -98,7 +98,8 @@ def test_gradients_of_gradients_of_gradients(depth, inner, outer, seed):
             assert not gradient.requires_grad
             # what the oracle leaves out is zero: of a gradient that does not depend on it, or only through zeros
             wanted = expected.get(path, torch.zeros_like(gradient)).detach()
-            torch.testing.assert_close(gradient, wanted, rtol=1e-11, atol=1e-11 * (1 + float(wanted.abs().max())))
+            # sines of numbers in the thousands: rounding grows from level to level, a term left out is far larger
+            torch.testing.assert_close(gradient, wanted, rtol=1e-7, atol=1e-7 * (1 + float(wanted.abs().max())))
         assert all(expected[path].abs().max() < 1e-12 for path in expected.keys() - found.keys())
 
 
