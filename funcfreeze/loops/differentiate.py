@@ -30,8 +30,8 @@ def grad_and_value(
         routes: loss name -> which parameters it may update (see `Route`), or a `Plan`. The paths of a pytree are its
             keys joined by dots: `{"enc": [w]}` has `enc.0`.
         engine: "routed", "reference" or "toggle".
-        has_aux: whether `losses` returns something beside the losses. Tensors in it come out detached, in containers of
-            the same types (dataclasses and mappings of any kind among them).
+        has_aux: whether `losses` returns something beside the losses. Its tensors follow the rule below, in containers
+            of the same types (dataclasses and mappings of any kind among them).
 
     Returns:
         `f(params, *args) -> (grads, losses)`, or `(grads, (losses, aux))`. `grads` has the structure of `params`, with

@@ -68,6 +68,29 @@ def assert_equal(found, expected):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_two_numbers_whose_meta_gradient_is_known(engine):
+    """First order would be 1.3656, 0.4097: what was returned before gradients carried a graph."""
+
+    def net(p, x):
+        return torch.tanh(x * p["body"]) * p["head"]
+
+    inner = ff.grad(lambda p: {"task": (net(p, 1.0) - 0.3) ** 2}, {"task": "head"}, engine=engine)
+
+    def outer(p):
+        return (net({**p, "head": p["head"] - 0.5 * inner(p)["head"]}, -0.4) - 0.7) ** 2
+
+    params = {"body": torch.tensor(0.5), "head": torch.tensor(2.0)}
+    leaves = [value.clone().requires_grad_() for value in params.values()]
+    found = [
+        torch.autograd.grad(outer(dict(zip(params, leaves, strict=True))), leaves),
+        ff.grad(lambda p: {"meta": outer(p)}, {"meta": "*"}, engine=engine)(params).values(),
+        torch.func.grad(outer)(params).values(),
+    ]
+    for gradients in found:
+        assert_equal(list(gradients), [torch.tensor(0.8667410194534424), torch.tensor(0.3221901006237627)])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_maml_with_learned_rates(engine, steps):
     task = Task()
