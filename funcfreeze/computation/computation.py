@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,12 +20,14 @@ from funcfreeze.computation.evaluation import NOTHING, Beside, Evaluation
 from funcfreeze.computation.loss_scale import LossScale, scale_in, unscale
 from funcfreeze.declare.selectors import RouteError
 from funcfreeze.gradients import Engine, Routing
-from funcfreeze.gradients.law import OtherLeaf
+from funcfreeze.gradients.law import OtherLeaf, Outcome, SeparateOutcome
 from funcfreeze.gradients.returned import exchanged
 from funcfreeze.model.memory import memory_of
 from funcfreeze.model.watching import Watch, by_memory
 from funcfreeze.optim import Transform
 from funcfreeze.optim.transform import apart
+
+Gave = TypeVar("Gave", Outcome, SeparateOutcome)
 
 
 @dataclass(frozen=True)
@@ -97,19 +99,7 @@ class Computation:
     ) -> dict[str, dict[str, Tensor]]:
         """Each loss's weighted gradients by path, touched parameters only."""
         watch = self.evaluation.watch(params)
-        finally_do: list[Callable[[], None]] = []
-        try:
-            with torch.no_grad():  # whatever requires grad around a step, it carries no graph
-                outcome = self.engine.separate(
-                    lambda leaves: self.evaluation.call(leaves, buffers, batch, finally_do, watch),
-                    self.evaluation.leaves(params),
-                    self.routing,
-                    step,
-                    self._seed(optimizer),
-                )
-        finally:
-            for end in finally_do:
-                end()
+        outcome = self._run(self.engine.separate, params, buffers, optimizer, step, batch, watch)
         rows = zip(self.routing.losses, outcome.gradients, strict=True)
         return {loss: self._unscaled(_touched(self.routing.paths, row), optimizer) for loss, row in rows}
 
@@ -122,19 +112,7 @@ class Computation:
         batch: Any,
         watch: Watch | None,
     ) -> Computed:
-        finally_do: list[Callable[[], None]] = []
-        try:
-            with torch.no_grad():  # whatever requires grad around a step, it carries no graph
-                outcome = self.engine.merged(
-                    lambda leaves: self.evaluation.call(leaves, buffers, batch, finally_do, watch),
-                    self.evaluation.leaves(params),
-                    self.routing,
-                    step,
-                    self._seed(optimizer),
-                )
-        finally:
-            for end in finally_do:
-                end()
+        outcome = self._run(self.engine.merged, params, buffers, optimizer, step, batch, watch)
         beside: Beside = outcome.rest or NOTHING
         self._refuse_other_leaves(outcome.other_leaves, params)
         raise_misuse(
@@ -145,6 +123,31 @@ class Computation:
         _check_names(outcome.losses, beside.metrics)
         gradients = self._unscaled(_touched(self.routing.paths, outcome.gradients), optimizer)
         return Computed(gradients, outcome.losses, beside.metrics, beside.buffers, beside.written)
+
+    def _run(
+        self,
+        differentiate: Callable[..., Gave],
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        optimizer: Any,
+        step: Tensor,
+        batch: Any,
+        watch: Watch | None,
+    ) -> Gave:
+        """What an engine gives, with the state's tensors in the module until it is done."""
+        finally_do: list[Callable[[], None]] = []
+        try:
+            with torch.no_grad():  # whatever requires grad around a step, it carries no graph
+                return differentiate(
+                    lambda leaves: self.evaluation.call(leaves, buffers, batch, finally_do, watch),
+                    self.evaluation.leaves(params),
+                    self.routing,
+                    step,
+                    self._seed(optimizer),
+                )
+        finally:
+            for end in finally_do:
+                end()
 
     def optimize(
         self, gradients: Mapping[str, Tensor], optimizer: Any, params: Mapping[str, Tensor], step: Tensor
@@ -199,7 +202,7 @@ class Computation:
         raise_misuse(
             earlier_step_problem(stale[memory], leaf.losses)
             for leaf in found
-            if id(leaf.tensor) not in own and (memory := memory_of(leaf.tensor) or 0) in stale
+            if leaf.is_old and id(leaf.tensor) not in own and (memory := memory_of(leaf.tensor) or 0) in stale
         )
 
 

@@ -85,10 +85,17 @@ def _same(one: Weight, other: Weight) -> bool:
 
 
 class OtherLeaf(NamedTuple):
-    """A leaf of the losses' graph that is none of the parameters, and the losses that end in it."""
+    """A leaf of the losses' graph that is none of the parameters, and the losses that end in it.
+
+    Attributes:
+        tensor: the leaf.
+        losses: the names of the losses.
+        is_old: whether a node that leads to it was made before the forward began.
+    """
 
     tensor: Tensor
     losses: tuple[str, ...]
+    is_old: bool
 
 
 @dataclass(frozen=True)

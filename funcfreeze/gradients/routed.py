@@ -23,6 +23,7 @@ from funcfreeze.gradients.seed import seed_of
 from funcfreeze.gradients.sums import add
 from funcfreeze.gradients.walk import walk
 from funcfreeze.gradients.weights import UNIT_WEIGHT
+from funcfreeze.model.attributes import nodes_made
 
 
 class Routed:
@@ -39,11 +40,12 @@ class Routed:
         seed: Tensor | None = None,
     ) -> Outcome:
         """Every leaf's gradient, one engine call for every set of losses that travels together."""
+        since = nodes_made()
         with noticing_hooks() as noticed:
             live = forward(evaluate, params, routing)
         weights = routing.weight_values(step)
         graph = read_losses(live.losses, live.leaves, noticed.nodes if noticed.all_known else None, seed)
-        others = other_leaves(graph, routing.losses)
+        others = other_leaves(graph, routing.losses, since)
         noticed.nodes.clear()
         carries = torch.is_grad_enabled() and ends_outside(graph.structure, live.connected)
         values, rest = live.let_go(routing, _kept(live, graph, carries))
@@ -139,13 +141,24 @@ def read_losses(
     return LiveGraph(structure, nodes, [None if loss is None else seed_of(loss, seed) for loss in losses])
 
 
-def other_leaves(graph: LiveGraph, losses: Sequence[str]) -> list[OtherLeaf]:
-    """Where the losses' graph ends beside the leaves, and which of the losses do."""
+def other_leaves(graph: LiveGraph, losses: Sequence[str], since: int) -> list[OtherLeaf]:
+    """Where the losses' graph ends beside the leaves, and which of the losses do.
+
+    Args:
+        graph: the losses' graph.
+        losses: their names.
+        since: what `nodes_made` said before the forward.
+    """
     if NO_LEAF not in graph.structure.leaves[1::2]:
         return []
     found = losses_at_other_leaves(graph.structure).items()
-    ends = ((getattr(graph.nodes[node], "variable", None), above) for node, above in found)
-    return [OtherLeaf(leaf, tuple(losses[loss] for loss in above)) for leaf, above in ends if leaf is not None]
+    old = {child for node in graph.nodes if node._sequence_nr() < since for child, _ in node.next_functions}
+    ends = ((graph.nodes[node], getattr(graph.nodes[node], "variable", None), above) for node, above in found)
+    return [
+        OtherLeaf(leaf, tuple(losses[loss] for loss in above), node in old)
+        for node, leaf, above in ends
+        if leaf is not None
+    ]
 
 
 def planned_backward(

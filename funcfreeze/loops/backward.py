@@ -19,6 +19,7 @@ from funcfreeze.gradients.returned import check_losses
 from funcfreeze.gradients.routed import LiveGraph, planned_backward, read_losses
 from funcfreeze.gradients.sums import plus
 from funcfreeze.model.acceptance import as_module, refuse_unusable
+from funcfreeze.model.attributes import nodes_made
 from funcfreeze.model.sites import module_leaves
 
 
@@ -83,7 +84,7 @@ class _Moment(NamedTuple):
 
     @staticmethod
     def now() -> _Moment:
-        return _Moment(handles_made(), torch._C._autograd._get_sequence_nr(), threading.get_ident())
+        return _Moment(handles_made(), nodes_made(), threading.get_ident())
 
 
 _LAST_CALL: ContextVar[_Moment | None] = ContextVar("last_call", default=None)

@@ -26,7 +26,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         guarded: memory -> name of those whose writes are noted and undone.
 
     Attributes:
-        seen: name -> the first operator that came across one of `own`.
+        seen: the names in `own` that an operator came across, in order.
         written: the names whose memory an operator wrote to.
     """
 
@@ -37,7 +37,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
         self._own = own
         self._guarded = guarded
         self._before: list[tuple[UntypedStorage, UntypedStorage]] = []
-        self.seen: dict[str, str] = {}
+        self.seen: dict[str, None] = {}
         self.written: set[str] = set()
 
     @classmethod
@@ -52,7 +52,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             memory = memory_of(tensor) or 0
             own = self._own.get(memory)
             if own is not None:
-                self.seen.setdefault(own, str(func))
+                self.seen[own] = None
             name = own or self._guarded.get(memory)
             if is_written and name is not None:
                 self._note_write(tensor, name)

@@ -151,5 +151,9 @@ def _in_float64_or_not(recipe: Recipe, batch: Any, number: Tensor, dtype: torch.
         return recipe.gradients(batch, number)
     except (RuntimeError, TypeError, ValueError) as error:
         if dtype is None:
-            raise
+            raise RuntimeError(
+                f"verify runs `losses` on a copy of the model, and that fails, though the step runs: {error}\nDoes a "
+                "hook, a closure or an attribute hold the model itself (`lambda module, args, out: self...`)? Let it "
+                "use the module that it is given"
+            ) from error
         raise _NotInFloat64(f"{type(error).__name__}, {str(error).splitlines()[0] if str(error) else ''}") from error

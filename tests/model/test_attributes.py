@@ -213,3 +213,19 @@ def test_a_hidden_state_kept_elsewhere_without_detaching_is_an_error():
     state, _ = step(step.init(), torch.randn(6, 4))
     with pytest.raises(RuntimeError, match=r"loss 'a' hangs on the graph of an earlier step, .*keep h.detach\(\)"):
         step(state, torch.randn(6, 4))
+
+
+def test_leaves_made_of_the_parameters_in_this_forward_are_no_earlier_step():
+    model, x = nn.Linear(3, 1), torch.randn(5, 3)
+
+    def first_order(m, x):
+        w = m.weight.detach().requires_grad_()
+        (g,) = torch.autograd.grad((x @ w.T).square().mean(), w, create_graph=True)
+        return {"a": (x @ (w - 0.1 * g).T).square().mean() + m(x).mean()}
+
+    step = ff.Step(model, first_order, {"a": "*"}, optimizer=ff.optim.sgd(0.1))
+    state = step.init()
+    for _ in range(2):
+        got = step.gradients(state, x)
+        torch.testing.assert_close(got["weight"], x.mean(0, keepdim=True))
+        state, _ = step(state, x)

@@ -173,3 +173,23 @@ def test_the_module_in_a_closure_is_right_in_the_step_and_not_followed_by_verify
     report = ff.verify(step, state, x)
     assert not report.ok
     assert "is used in a forward on a copy of it; does `losses` use the model it is given?" in str(report)
+
+
+def test_a_hook_that_holds_the_model_itself_is_named_as_the_cause():
+    class Hooked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.acts = nn.Linear(3, 2), {}
+            self.lin.register_forward_hook(lambda module, args, out: self.acts.update(h=out))
+
+        def forward(self, x):
+            return self.lin(x)
+
+    def losses(m, x):
+        y = m(x)
+        return {"a": y.square().mean(), "b": m.acts["h"].abs().mean()}
+
+    step = ff.Step(Hooked(), losses, {"a": "*", "b": "*"}, optimizer=ff.optim.sgd(0.1))
+    state, _ = step(step.init(), torch.randn(4, 3))
+    with pytest.raises(RuntimeError, match=r"though the step runs: .*\n?Does a hook, a closure or an attribute hold"):
+        ff.verify(step, state, torch.randn(4, 3))
