@@ -23,8 +23,8 @@ from vision import torchvision
 
 CPU = torch.device("cpu")
 TINY = {
-    "adversarial": partial(adversarial, width=12, size=6),
-    "confusion": partial(confusion, width=12, size=6),
+    "adversarial": partial(adversarial, width=24, size=6),
+    "confusion": partial(confusion, width=24, size=6),
     "vit": partial(vit, 3, width=12, depth=1, heads=2, size=3, image=8),
     "gpt": partial(gpt, width=12, depth=2, heads=2, size=3, length=6, vocabulary=16, bottleneck=3),
     "gan": partial(gan, width=12, noise=4, pixels=9, size=6),
