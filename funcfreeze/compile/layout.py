@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -46,11 +46,11 @@ class Layout:
         buffers = {path: next(rest) for path in self.buffers}
         return params, buffers, optree.tree_unflatten(self.optimizer, leaves), step
 
-    def written(self, before: Any, after: Any, output: Callable[[Tensor], Any]) -> Any:
-        """Write the optimizer's new state over the old one where it fits; what else there is becomes an output.
+    def written(self, before: Any, after: Any) -> tuple[optree.PyTreeSpec, list[Any]] | None:
+        """Write the optimizer's new state over the old one where it fits.
 
         Returns:
-            None if everything fitted, else the new state, with an output for every tensor.
+            None if everything fitted, else the new state's structure and leaves.
 
         Raises:
             TypeError: something in the state that is no tensor changes from step to step.
@@ -58,7 +58,7 @@ class Layout:
         old, structure = optree.tree_flatten(before, none_is_leaf=True)
         new, renewed = optree.tree_flatten(after, none_is_leaf=True)
         if structure != renewed or any(_misfits(one, other) for one, other in zip(old, new, strict=True)):
-            return optree.tree_map(output, after, none_is_leaf=True)
+            return renewed, [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in new]
         # all are copied before the first is overwritten: a new one may be an old one in another place, or a view of it
         values = [
             other.clone() if isinstance(other, Tensor) and one is not other else None
@@ -76,6 +76,16 @@ class Listed:
 
     layout: Layout
     tensors: list[Tensor]
+
+    @property
+    def step(self) -> Tensor:
+        """The count of steps."""
+        return self.tensors[-1 - len(self.layout.buffers)]
+
+    @property
+    def own(self) -> list[Tensor]:
+        """The parameters and the buffers."""
+        return self.tensors[: len(self.layout.params)] + self.tensors[len(self.tensors) - len(self.layout.buffers) :]
 
     @cached_property
     def memories(self) -> frozenset[int]:
@@ -106,6 +116,17 @@ class Listed:
             )
         kinds = tuple(map(_kind, tensors))
         return Listed(Layout(tuple(params), tuple(buffers), structure, constants, kinds), tensors)
+
+    def overwritten(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Write these buffers over those of the state; returns the ones that do not fit."""
+        held = dict(zip(self.layout.buffers, self.tensors[len(self.tensors) - len(self.layout.buffers) :], strict=True))
+        rest = {}
+        for path, buffer in buffers.items():
+            if (held[path].shape, held[path].dtype) == (buffer.shape, buffer.dtype):
+                held[path].copy_(buffer)
+            else:
+                rest[path] = buffer
+        return rest
 
     def with_buffers(self, changed: Mapping[str, Tensor]) -> Listed | None:
         """The same with other buffers in the place of some; None if they are of another kind."""

@@ -1,7 +1,6 @@
-"""Tensors that a computation reads from elsewhere: attributes of modules, closures, globals, the optimizer's options.
+"""What our own part of a step reads from elsewhere: rates and weights in tensors or from functions, tensors in hooks.
 
-A traced graph must not bake them in. They are noticed where they enter an operation, and something else, an input of
-the graph, is put in their place.
+A traced graph must not bake them in: each becomes an input of the graph, read anew at every call.
 """
 
 from __future__ import annotations
@@ -11,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 _LIFTS = frozenset(
@@ -26,31 +25,58 @@ _LIFTS = frozenset(
 """What `torch.tensor([1.0, 2.0])` inside a traced function calls on a tensor that nobody else has: a true constant."""
 
 
-class ReplacingOutsiders(TorchDispatchMode):
-    """Exchanges every tensor that is not part of the trace.
+class Outside(TorchDispatchMode):
+    """Inside, a stand-in takes the place of every tensor that is not part of the trace.
 
     Args:
-        replace: a real tensor -> what stands for it in the trace.
+        mode: of the stand-ins.
+        step: the present count of steps, with which schedules are tried.
+
+    Attributes:
+        stand_ins: what stood for them when they were noticed.
     """
 
-    def __init__(self, replace: Callable[[Tensor], Tensor]) -> None:
+    supports_higher_order_operators = True
+
+    def __init__(self, mode: FakeTensorMode, step: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._replace = replace
+        self._mode, self._step = mode, step
+        self._known: dict[int, int] = {}
+        self._read: list[Callable[[Tensor], Tensor]] = []
+        self._kept: list[Any] = []  # held, or an id could be another's
+        self.stand_ins: list[Tensor] = []
+
+    def tensors(self, step: Tensor) -> list[Tensor]:
+        """All of them now, in the order of the stand-ins."""
+        return [read(step) for read in self._read]
+
+    def scheduled(self, schedule: Callable[[Any], Any], step: Any) -> Tensor:
+        """A stand-in for what a function of the step gives; it is called at every step, before the graph."""
+
+        def read(step: Tensor) -> Tensor:
+            value = schedule(step)
+            return value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=step.device)
+
+        return self._stand_in(schedule, read)
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func in _LIFTS:
-            return func(*args, **(kwargs or {}))
-        if torch.Tag.nondeterministic_seeded in func.tags and torch._C._current_graph_task_id() != -1:
-            raise RuntimeError(
-                f"a checkpointed part of the forward draws random numbers ({func}); compiled, it would draw others "
-                "when it is run again in the backward. Take dropout out of what is checkpointed, or build the Step "
-                "with compile=False"
-            )
-        args, kwargs = tree_map_only(Tensor, self._traced, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        if func not in _LIFTS:
+            args, kwargs = tree_map_only(Tensor, self._traced, (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
     def _traced(self, tensor: Tensor) -> Tensor:
         traced = isinstance(tensor, FakeTensor | FunctionalTensor) or tensor.device.type == "meta"
-        return tensor if traced else self._replace(tensor)
+        return tensor if traced else self._stand_in(tensor, lambda step: tensor)
+
+    def _stand_in(self, known_by: Any, read: Callable[[Tensor], Tensor]) -> Tensor:
+        index = self._known.get(id(known_by))
+        if index is None:
+            with _disable_current_modes():
+                example = read(self._step).detach()
+            self._known[id(known_by)] = index = len(self._read)
+            self._read.append(read)
+            self._kept.append(known_by)
+            self.stand_ins.append(self._mode.from_tensor(example, static_shapes=True))
+        return self.stand_ins[index]

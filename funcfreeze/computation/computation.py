@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from funcfreeze.computation.evaluation import NOTHING, Beside, Evaluation
 from funcfreeze.computation.loss_scale import LossScale, scale_in, unscale
 from funcfreeze.declare.selectors import RouteError
 from funcfreeze.gradients import Engine, Routing
-from funcfreeze.gradients.law import OtherLeaf, Outcome, SeparateOutcome
+from funcfreeze.gradients.law import Evaluate, OtherLeaf, Outcome, SeparateOutcome
 from funcfreeze.gradients.returned import exchanged
 from funcfreeze.model.memory import memory_of
 from funcfreeze.model.watching import Watch, by_memory
@@ -49,6 +49,13 @@ class Computed:
     written: dict[str, Tensor]
 
 
+class Differentiated(NamedTuple):
+    """Merged gradients by path, touched parameters only, and the present losses by name, detached and unweighted."""
+
+    gradients: dict[str, Tensor]
+    losses: Mapping[str, Tensor]
+
+
 @dataclass(frozen=True, eq=False)
 class Computation:
     """The user's losses over a model, differentiated by an engine and handed to an optimizer."""
@@ -58,13 +65,6 @@ class Computation:
     engine: Engine
     transform: Transform
     loss_scale: LossScale | None
-
-    @property
-    def functions(self) -> list[Callable[..., Any]]:
-        """The functions that a step calls: the user's losses, schedules of weights, and the optimizer's."""
-        weights = {id(weight): weight for terms in self.routing.terms for weight in terms if callable(weight)}
-        optimizer = [f for f in (self.transform.update, self.transform.in_place) if f is not None]
-        return [self.evaluation.losses, *weights.values(), *optimizer]
 
     def gradients(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Any, step: Tensor, batch: Any
@@ -78,21 +78,15 @@ class Computation:
         watched = not (self.evaluation.seen.watched and self.engine.finds_other_leaves)
         return self._merged(params, buffers, optimizer, step, batch, self.evaluation.watch(params) if watched else None)
 
-    def traced_gradients(
-        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Any, step: Tensor, batch: Any
-    ) -> Computed:
-        """The same while a compiler traces.
-
-        Raises:
-            RuntimeError: `losses` writes to parameters, which a graph cannot follow.
-        """
-        computed = self._merged(params, buffers, optimizer, step, batch, None)
-        if computed.written:
-            raise RuntimeError(
-                f"the forward writes to {', '.join(computed.written)}; a compiled step cannot do that yet: build the "
-                "Step with compile=False"
-            )
-        return computed
+    def differentiated(
+        self, evaluate: Evaluate, params: Mapping[str, Tensor], optimizer: Any, step: Tensor
+    ) -> Differentiated:
+        """The merged gradients of a forward that somebody else calls, in a compiler's trace."""
+        seed = self._seed(optimizer)
+        with torch.no_grad():
+            outcome = self.engine.merged(evaluate, list(params.values()), self.routing, step, seed)
+        gradients = self._unscaled(_touched(self.routing.paths, outcome.gradients), optimizer)
+        return Differentiated(gradients, outcome.losses)
 
     def per_loss_gradients(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Any, step: Tensor, batch: Any

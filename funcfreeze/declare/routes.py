@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from funcfreeze.declare.schedules import value_at
 from funcfreeze.declare.selectors import RouteError, Selector, label, to_selector
 
 Weight = float | Tensor | Callable[[Tensor], Any]
@@ -139,7 +140,7 @@ def _evaluate(weight: Weight, step: Tensor | None) -> float | Tensor:
             f"the weight {weight!r} is a schedule of the step, and there is no step here: use ff.Step, or pass its "
             "value as a number"
         )
-    value = weight(step)  # type: ignore[operator]  # mypy takes an int for a Real, and a float for none
+    value = value_at(weight, step)  # type: ignore[arg-type]  # mypy takes an int for a Real, and a float for none
     if isinstance(value, Tensor) and value.ndim == 0:
         return value.detach()
     if isinstance(value, Real) and math.isfinite(value):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -127,6 +129,25 @@ class Schedule:
         if missing:
             raise ValueError(f"a schedule's dict has name, arguments and scale; {', '.join(missing)} missing: {data!r}")
         return cls(data["name"], tuple(data["arguments"].items()), data["scale"])
+
+
+_calling: ContextVar[Callable[[Callable[[Any], Any], Any], Any] | None] = ContextVar("calling", default=None)
+
+
+def value_at(schedule: Callable[[Any], Any], step: Any) -> Any:
+    """A schedule's value at a step: the schedules above, and any other function of the step."""
+    call = _calling.get()
+    return schedule(step) if call is None or isinstance(schedule, Schedule) else call(schedule, step)
+
+
+@contextmanager
+def calling(call: Callable[[Callable[[Any], Any], Any], Any]) -> Iterator[None]:
+    """Inside, `value_at` leaves it to `call` to call functions that are no data: a tracer cannot see what they read."""
+    token = _calling.set(call)
+    try:
+        yield
+    finally:
+        _calling.reset(token)
 
 
 def _check_lengths(name: str, arguments: Mapping[str, float]) -> None:

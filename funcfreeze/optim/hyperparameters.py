@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcfreeze.declare.schedules import value_at
+
 Rate = float | Tensor
 LearningRate = Rate | Callable[[Any], Rate]
 
@@ -73,7 +75,7 @@ def rate_at(owner: str, lr: LearningRate, step: int | Tensor | None) -> Rate:
         return lr
     if step is None:
         raise TypeError(f"{owner}: lr is a schedule and must be told the step: update(grads, state, params, step=...)")
-    value = lr(step)
+    value = value_at(lr, step)
     if isinstance(value, Tensor) and value.ndim == 0:
         return value
     if isinstance(value, Tensor):

@@ -1,0 +1,102 @@
+"""Dynamo's graph of a captured call: where the state's tensors go in, and where the losses come out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.utils.checkpoint import checkpoint
+
+from funcfreeze.compile.captured import END, HELD, LOSS
+from funcfreeze.compile.problems import NotAsDeclared
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A captured forward as a function.
+
+    Attributes:
+        run: from all inputs to the outputs.
+        places: for each input the path of the parameter or buffer it is, or None.
+        losses: loss name -> its place among the outputs.
+        has_lstm: whether it calls torch's LSTM.
+    """
+
+    run: Callable[..., Sequence[Any]]
+    places: list[str | None]
+    losses: dict[str, int]
+    has_lstm: bool
+
+    @property
+    def others(self) -> list[int]:
+        """The inputs that are no tensors of the state."""
+        return [index for index, path in enumerate(self.places) if path is None]
+
+
+def read_graph(module: GraphModule, inputs: Sequence[Any], places: Mapping[int, str]) -> Forward:
+    """Take the marks out of a captured graph.
+
+    Args:
+        module: the graph, which is changed.
+        inputs: example inputs: tensors, and sizes where they are dynamic.
+        places: id of a tensor -> the path of the parameter or buffer it stands for.
+
+    Raises:
+        NotAsDeclared: what the losses returned is not what was declared.
+    """
+    graph = module.graph
+    at = [places.get(id(given)) if isinstance(given, Tensor) else None for given in inputs]
+    known = {node for node, path in zip(graph.find_nodes(op="placeholder"), at, strict=True) if path is not None}
+    (output,) = graph.find_nodes(op="output")
+    outputs = [*output.args[0]]
+    for node in graph.find_nodes(op="call_function", target=END):
+        if node.args[0]:
+            raise NotAsDeclared
+    losses = {node.args[1]: index for index, node in enumerate(outputs) if _is(node, LOSS)}
+    for index, node in enumerate(outputs):
+        if _is(node, LOSS):
+            outputs[index] = _undetached(node.args[0])
+        elif _is(node, HELD):  # nobody needs it but for a tensor of the state
+            outputs[index] = node.args[0] if _undetached(node.args[0]) in known else None
+        elif _is(node, END):
+            outputs[index] = None
+    output.args = (tuple(outputs),)
+    for mark in (LOSS, HELD, END):
+        for node in graph.find_nodes(op="call_function", target=mark):
+            graph.erase_node(node)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.higher_order.tag_activation_checkpoint):
+        node.target, node.kwargs = _again, {}  # Dynamo's operator only tags; the real one saves memory
+    module.recompile()
+    has_lstm = any(graph.find_nodes(op="call_function", target=f) for f in (torch.lstm, torch._VF.lstm))
+    return Forward(module, at, losses, has_lstm)
+
+
+def _is(node: Any, mark: Any) -> bool:
+    return isinstance(node, Node) and node.target is mark
+
+
+def _undetached(node: Any) -> Any:
+    return node.args[0] if isinstance(node, Node) and node.target == "detach" else node
+
+
+def _again(run: Callable[..., Any], *args: Any) -> Any:
+    """Activation checkpointing of a part of the graph.
+
+    What requires no grad, as buffers that the part updates do, is not saved by it, and a recomputation gets copies.
+    """
+    own = [index for index, given in enumerate(args) if isinstance(given, Tensor) and given.requires_grad]
+    is_again = False
+
+    def part(*given: Tensor) -> Any:
+        nonlocal is_again
+        full = [arg.clone() if is_again and isinstance(arg, Tensor) else arg for arg in args]
+        for index, tensor in zip(own, given, strict=True):
+            full[index] = tensor
+        is_again = True
+        return run(*full)
+
+    return checkpoint(part, *[args[index] for index in own], use_reentrant=False)
