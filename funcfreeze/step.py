@@ -290,7 +290,7 @@ class Step:
         buffers = {**buffers, **returned.buffers} if returned.buffers else buffers
         in_place = returned.optimizer is None
         fields = (params, buffers, optimizer if in_place else returned.optimizer, step)
-        relisted = listed.with_buffers(returned.buffers) if in_place else None
+        relisted = listed if in_place and not returned.buffers else None
         after = make_state(self.specification.named(fields), renewed, self.specification, relisted)
         return after, {**returned.losses, **returned.metrics}
 

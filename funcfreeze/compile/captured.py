@@ -18,12 +18,12 @@ from funcfreeze.compile.problems import SwitchedOff
 _LIBRARY = torch.library.Library("funcfreeze", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("loss(Tensor loss, str name) -> Tensor")  # type: ignore[no-untyped-call]
 _LIBRARY.define("held(Tensor tensor) -> Tensor")  # type: ignore[no-untyped-call]
-_LIBRARY.define("end(bool is_odd) -> Tensor")  # type: ignore[no-untyped-call]
+_LIBRARY.define("end(bool is_odd, str key) -> Tensor")  # type: ignore[no-untyped-call]
 
 _FAKES: Mapping[str, Callable[..., Tensor]] = {
     "loss": lambda loss, name: torch.empty_like(loss),
     "held": torch.empty_like,
-    "end": lambda is_odd: torch.empty(0),
+    "end": lambda is_odd, key: torch.empty(0),
 }
 for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"funcfreeze::{_name}", _fake, lib=_LIBRARY)
@@ -35,7 +35,7 @@ HELD = torch.ops.funcfreeze.held.default
 """Marks a tensor that a metric holds where it cannot be exchanged while Dynamo looks."""
 
 END = torch.ops.funcfreeze.end.default
-"""Marks the end, so that no graph is empty, and whether what `losses` returned is not what was declared."""
+"""Marks the end, so that no graph is empty and the key is guarded, and whether what was returned was not declared."""
 
 
 class Captured(NamedTuple):
@@ -82,7 +82,7 @@ def captured(
         for name in declared:
             is_odd = is_odd or not (name in found or (is_dataclass(found) and name in _field_names(found)))
     held: list[tuple[Tensor, Tensor]] = []
-    return Captured(marked, {name: _apart(value, held) for name, value in metrics.items()}, held, END(is_odd))
+    return Captured(marked, {name: _apart(value, held) for name, value in metrics.items()}, held, END(is_odd, key))
 
 
 def _field_names(value: Any) -> list[str]:

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,12 +20,13 @@ from funcfreeze.compile.captured import Captured, captured
 from funcfreeze.compile.graph import read_graph
 from funcfreeze.compile.layout import Layout, Listed
 from funcfreeze.compile.options import Options
-from funcfreeze.compile.problems import Moved, NotAsDeclared, explained
+from funcfreeze.compile.hooks import Hooks
+from funcfreeze.compile.problems import Moved, explained, is_the_users, raised_by
 from funcfreeze.compile.program import Run, compile_step
 from funcfreeze.compile.stand_ins import StandIns
 from funcfreeze.computation.computation import Computation
-from funcfreeze.gradients.hooks import handles_made
 from funcfreeze.gradients.returned import exchanged
+from funcfreeze.model.attributes import attributes_kept
 
 _NUMBERS = itertools.count(1)
 
@@ -80,6 +81,7 @@ class CompiledStep:
         self._stand_ins: StandIns | None = None
         self._call: Call | None = None
         self._moves = 0
+        self._hooks = Hooks(computation.evaluation.functional)
         number = next(_NUMBERS)
         # Dynamo keeps what it compiled with the code object, and which sizes it saw change with its name and line:
         # everyone gets a code object, a name and a line of their own
@@ -93,46 +95,49 @@ class CompiledStep:
         """Take a step that overwrites the state's tensors."""
         functional = self._computation.evaluation.functional
         with self._lock, functional.alone, torch.enable_grad(), _dynamo_configured():
-            stand_ins = self._stand_ins_for(state)
+            stand_ins, key = self._stand_ins_for(state), self._key(state.layout)
             try:
                 with stand_ins.held():
-                    call, found = self._called(state, batch)
+                    call, found = self._called(state, batch, key)
                     reassigned = stand_ins.reassigned()
-            except NotAsDeclared:
-                self._computation.gradients(*state.layout.fields(state.tensors), batch)  # raises and says what is wrong
-                raise RuntimeError("`losses` returned something else when it was called again") from None
+            except Exception as error:
+                self._raise(raised_by(error), state, batch)
         run = call.run
         assert run is not None, "the captured graph did not run"
         metrics = _with_values(found, stand_ins)
-        return Returned(found.losses, metrics, state.overwritten(reassigned), run.optimizer, run.gradients)
+        return Returned(found.losses, metrics, state.overwritten({**run.buffers, **reassigned}), run.optimizer, run.gradients)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledStep:
         return CompiledStep(
             copy.deepcopy(self._computation, memo), self.options, self._donate
         )  # compiled anew when it is called
 
-    def _called(self, state: Listed, batch: Any) -> tuple[Call, Captured]:
+    def _called(self, state: Listed, batch: Any, key: str) -> tuple[Call, Captured]:
         evaluation = self._computation.evaluation
         module, losses, declared = evaluation.functional.module, evaluation.losses, evaluation.plan.losses
         self._call = call = Call(state)
         try:
-            return call, self._captured(losses, module, batch, declared, self._key(state.layout))
-        except Exception as error:
-            inner = _inner(error)
-            if isinstance(inner, Moved):
-                self._moves += 1
-                return self._called(state, batch)
-            raise explained(inner) from inner.__cause__
+            return call, self._captured(losses, module, batch, declared, key)
+        except Moved:
+            self._moves += 1
+            return self._called(state, batch, f"{key} {self._moves}")
         finally:
             self._call = None
 
+    def _raise(self, error: Exception, state: Listed, batch: Any) -> NoReturn:
+        """Raise what the user should see of an error: their own where an eager call raises it, too."""
+        if is_the_users(error):
+            with attributes_kept(self._computation.evaluation.functional.module):
+                self._computation.gradients(*state.layout.fields(state.tensors), batch)
+        raise explained(error) from error.__cause__
+
     def _key(self, layout: Layout) -> str:
         """Stands for what a program takes for granted and Dynamo does not guard."""
-        for index, known in enumerate(self._layouts):
-            if known is layout or known == layout:
-                return f"{index} {self._moves}"
-        self._layouts.append(layout)
-        return f"{len(self._layouts) - 1} {self._moves}"
+        number = next((index for index, known in enumerate(self._layouts) if known is layout or known == layout), None)
+        if number is None:
+            number = len(self._layouts)
+            self._layouts.append(layout)
+        return f"{number} {self._hooks.number()} {self._moves}"
 
     def _stand_ins_for(self, state: Listed) -> StandIns:
         if self._stand_ins is None:
@@ -149,7 +154,7 @@ class CompiledStep:
         assert call is not None and stand_ins is not None, "called outside of a step"
         forward = read_graph(module, inputs, stand_ins.places)
         expected = [(index, inputs[index]) for index, path in enumerate(forward.places) if path is not None]
-        program = compile_step(self._computation, forward, call.state, inputs, self.options, self._donate)
+        program = compile_step(self._computation, forward, stand_ins.parameter_hooks(), call.state, inputs, self.options, self._donate)
         self.traces += 1
         owner = weakref.ref(self)
 
@@ -175,13 +180,6 @@ def _backend_of(owner: weakref.ref[CompiledStep]) -> Callable[[GraphModule, list
     return backend
 
 
-def _inner(error: Exception) -> Exception:
-    """The error that was raised, not as Dynamo wraps it."""
-    from torch._dynamo.exc import BackendCompilerFailed
-
-    return error.inner_exception if isinstance(error, BackendCompilerFailed) else error
-
-
 def _with_values(found: Captured, stand_ins: StandIns) -> Mapping[str, Any]:
     """The metrics, with values in the place of stand-ins that they hold."""
     values = {id(tensor): value for tensor, value in found.held if id(tensor) in stand_ins.places}
@@ -193,6 +191,13 @@ def _with_values(found: Captured, stand_ins: StandIns) -> Mapping[str, Any]:
         )
         for name, metric in found.metrics.items()
     }
+
+
+_SETTINGS = {
+    "trace_autograd_ops": True,
+    "allow_rnn": True,
+    "skip_fwd_side_effects_in_bwd_under_checkpoint": True,
+}
 
 
 @contextmanager
@@ -207,7 +212,7 @@ def _dynamo_configured() -> Iterator[None]:
     def start(_: Any) -> None:
         nonlocal patch
         if threading.get_ident() == thread:
-            patch = torch._dynamo.config.patch(trace_autograd_ops=True, allow_rnn=True)
+            patch = torch._dynamo.config.patch(**_SETTINGS)
             patch.__enter__()
 
     def end(_: Any) -> None:

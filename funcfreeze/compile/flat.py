@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import CompileContext, TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from funcfreeze.compile.layout import Listed
 from funcfreeze.compile.outside import Outside
 from funcfreeze.declare.schedules import calling
 
@@ -28,8 +29,11 @@ class StandIns:
     state: list[Tensor]
 
 
-def stand_ins_of(inputs: Sequence[Any], state: Sequence[Tensor]) -> StandIns:
-    """Fakes for the inputs as Dynamo wants their sizes, and for the state's tensors, whose sizes are fixed."""
+def stand_ins_of(inputs: Sequence[Any], state: Listed) -> StandIns:
+    """Fakes for the inputs as Dynamo wants their sizes, and for the state's tensors, whose sizes are fixed.
+
+    Inputs in the state's memory get fakes in memory of their own, as they will be copied at every call.
+    """
     mode = detect_fake_mode()
     contexts = TracingContext.get().tensor_to_context
     assert mode is not None, "called outside of a compilation"
@@ -38,9 +42,14 @@ def stand_ins_of(inputs: Sequence[Any], state: Sequence[Tensor]) -> StandIns:
         if not isinstance(given, Tensor):
             return given
         context = contexts.get(given)  # type: ignore[no-untyped-call]
-        return mode.from_tensor(given, symbolic_context=context, source=context.tensor_source if context else None)
+        made = mode.from_tensor(given, symbolic_context=context, source=context.tensor_source if context else None)
+        if state.shares(given):
+            with mode:
+                made = torch.empty_strided(made.shape, made.stride(), dtype=made.dtype, device=made.device)
+        return made.detach()
 
-    return StandIns(mode, [fake(given) for given in inputs], [mode.from_tensor(t, static_shapes=True) for t in state])
+    fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in state.tensors]
+    return StandIns(mode, [fake(given) for given in inputs], fakes)
 
 
 @contextmanager
@@ -67,7 +76,14 @@ def tracing(mode: FakeTensorMode, outside: Outside, has_lstm: bool) -> Iterator[
         yield
 
 
-def flatten(f: Callable[..., list[Any]], given: Sequence[Any], outside: Sequence[Tensor], static: int) -> GraphModule:
+class Flat(NamedTuple):
+    """A flat graph, and tensors that it takes after its other inputs, the same at every call."""
+
+    graph: GraphModule
+    constants: list[Tensor]
+
+
+def flatten(f: Callable[..., list[Any]], given: Sequence[Any], outside: Sequence[Tensor], static: int) -> Flat:
     """The graph of a function; tensors that it met outside become inputs after those given.
 
     Args:
@@ -78,30 +94,39 @@ def flatten(f: Callable[..., list[Any]], given: Sequence[Any], outside: Sequence
             to see for that: CUDA graphs then use their memory where it is, and do not copy it.
     """
     module = make_fx(f)(*given)
-    graph = module.graph
-    *_, last = graph.find_nodes(op="placeholder")
-    places = {id(tensor): index for index, tensor in enumerate(outside)}
-    constants = {index: [] for index in range(len(outside))}
-    for node in graph.find_nodes(op="get_attr"):
-        value = getattr(module, node.target)
-        if id(value) in places:
-            constants[places[id(value)]].append(node)
-    for index, nodes in constants.items():
-        with graph.inserting_after(last):
-            last = graph.placeholder(f"outside_{index}")
-        last.meta["val"] = outside[index]
-        for node in nodes:
-            node.replace_all_uses_with(last)
-            graph.erase_node(node)
-    for index, node in enumerate(graph.find_nodes(op="placeholder")):
+    constants = _lift(module, outside)
+    for index, node in enumerate(module.graph.find_nodes(op="placeholder")):
         node._dynamo_source = None
         if index < static:
             node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-    for node in graph.nodes:
+    for node in module.graph.nodes:
         node.meta.pop("stack_trace", None)  # would be part of the cache's key
-    (output,) = graph.find_nodes(op="output")
+    (output,) = module.graph.find_nodes(op="output")
     output.args = (tuple(output.args[0]),)
     module.recompile()
     module.meta["dynamo_compile_id"] = CompileContext.current_compile_id()
     module._param_name_to_source = {}  # type: ignore[assignment]  # Dynamo sets it, nn.Module types it
-    return module
+    return Flat(module, constants)
+
+
+def _lift(module: GraphModule, outside: Sequence[Tensor]) -> list[Tensor]:
+    """Make inputs of the tensors that a graph holds: first those met outside, then others, which are returned."""
+    graph = module.graph
+    users: dict[int, list[Node]] = {id(tensor): [] for tensor in outside}
+    held = [*outside]
+    for node in graph.find_nodes(op="get_attr"):
+        value = getattr(module, node.target)
+        if id(value) not in users:
+            users[id(value)] = []
+            held.append(value)
+        users[id(value)].append(node)
+    *_, last = graph.find_nodes(op="placeholder")
+    for index, tensor in enumerate(held):
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"outside_{index}")
+        for node in users[id(tensor)]:
+            node.replace_all_uses_with(last)
+            graph.erase_node(node)
+    for name in {node.target for nodes in users.values() for node in nodes}:
+        delattr(module, name)
+    return held[len(outside) :]

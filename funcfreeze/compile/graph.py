@@ -71,7 +71,11 @@ def read_graph(module: GraphModule, inputs: Sequence[Any], places: Mapping[int, 
     for node in graph.find_nodes(op="call_function", target=torch.ops.higher_order.tag_activation_checkpoint):
         node.target, node.kwargs = _again, {}  # Dynamo's operator only tags; the real one saves memory
     module.recompile()
-    has_lstm = any(graph.find_nodes(op="call_function", target=f) for f in (torch.lstm, torch._VF.lstm))
+    has_lstm = any(
+        part.graph.find_nodes(op="call_function", target=torch.lstm)
+        for part in module.modules()
+        if isinstance(part, GraphModule)
+    )
     return Forward(module, at, losses, has_lstm)
 
 

@@ -94,8 +94,12 @@ class Listed:
 
     def apart(self, tensor: Tensor) -> Tensor:
         """The tensor, or a copy if it shares memory with the state, which a step overwrites."""
-        shares = tensor.layout is torch.strided and tensor.untyped_storage().data_ptr() in self.memories
-        return tensor.clone() if shares and tensor.numel() else tensor
+        return tensor.clone() if self.shares(tensor) else tensor
+
+    def shares(self, tensor: Tensor) -> bool:
+        """Whether it is in memory of the state."""
+        strided = tensor.layout is torch.strided and tensor.numel() > 0
+        return strided and tensor.untyped_storage().data_ptr() in self.memories
 
     @staticmethod
     def of(params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Any, step: Tensor) -> Listed:
@@ -120,26 +124,10 @@ class Listed:
     def overwritten(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Write these buffers over those of the state; returns the ones that do not fit."""
         held = dict(zip(self.layout.buffers, self.tensors[len(self.tensors) - len(self.layout.buffers) :], strict=True))
-        rest = {}
-        for path, buffer in buffers.items():
-            if (held[path].shape, held[path].dtype) == (buffer.shape, buffer.dtype):
-                held[path].copy_(buffer)
-            else:
-                rest[path] = buffer
-        return rest
-
-    def with_buffers(self, changed: Mapping[str, Tensor]) -> Listed | None:
-        """The same with other buffers in the place of some; None if they are of another kind."""
-        if not changed:
-            return self
-        tensors = self.tensors.copy()
-        start = len(tensors) - len(self.layout.buffers)
-        for index, path in enumerate(self.layout.buffers, start):
-            if path in changed:
-                tensors[index] = changed[path]
-                if _kind(changed[path]) != self.layout.kinds[index]:
-                    return None
-        return Listed(self.layout, tensors)
+        fits = [path for path in buffers if (held[path].shape, held[path].dtype) == (buffers[path].shape, buffers[path].dtype)]
+        if fits:
+            torch._foreach_copy_([held[path] for path in fits], [buffers[path] for path in fits])
+        return {path: buffer for path, buffer in buffers.items() if path not in fits}
 
 
 def _misfits(one: Any, other: Any) -> bool:

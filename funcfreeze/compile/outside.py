@@ -15,6 +15,9 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
+from funcfreeze.model.memory import memory_of
+from funcfreeze.model.watching import tensors_given
+
 _LIFTS = frozenset(
     {
         torch.ops.aten.lift_fresh.default,
@@ -34,6 +37,7 @@ class Outside(TorchDispatchMode):
 
     Attributes:
         stand_ins: what stood for them when they were noticed.
+        written: the memory that operators wrote to.
     """
 
     supports_higher_order_operators = True
@@ -45,6 +49,7 @@ class Outside(TorchDispatchMode):
         self._read: list[Callable[[Tensor], Tensor]] = []
         self._kept: list[Any] = []  # held, or an id could be another's
         self.stand_ins: list[Tensor] = []
+        self.written: set[int | None] = set()
 
     def tensors(self, step: Tensor) -> list[Tensor]:
         """All of them now, in the order of the stand-ins."""
@@ -64,6 +69,9 @@ class Outside(TorchDispatchMode):
     ) -> Any:
         if func not in _LIFTS:
             args, kwargs = tree_map_only(Tensor, self._traced, (args, kwargs or {}))
+        for tensor, is_written in tensors_given(func, args, kwargs or {}):
+            if is_written or "batch_norm" in func.name():  # whose schema does not tell that it writes statistics
+                self.written.add(memory_of(tensor))
         return func(*args, **(kwargs or {}))
 
     def _traced(self, tensor: Tensor) -> Tensor:

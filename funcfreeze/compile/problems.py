@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+import torch
+from torch._dynamo import exc
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 _NEEDS_VALUES = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
 
-_OWN = ("/torch/", "/optree/", "/funcfreeze/", "<frozen")
+_OWN = ("/torch/", "/optree/", "/funcfreeze/", "<frozen", "<eval_with_key>", "<string>")
+
+_EAGER = "or build the Step with compile=False"
 
 
 class SwitchedOff(Exception):
@@ -25,13 +30,98 @@ class Moved(Exception):
     """An input that was a tensor of the module is another one now."""
 
 
-def explained(error: Exception) -> Exception:
-    """The error to raise instead, or the same one."""
-    from torch._dynamo.exc import BackendCompilerFailed
+def raised_by(error: Exception) -> Exception:
+    """The error that was raised, not as Dynamo wraps it."""
+    return error.inner_exception if isinstance(error, exc.BackendCompilerFailed) else error
 
+
+def is_the_users(error: Exception) -> bool:
+    """Whether the user's own code raises, so that an eager call of it says what is wrong."""
+    observed = isinstance(error, exc.Unsupported) and "Observed exception" in str(error)
+    return observed or isinstance(error, NotAsDeclared | exc.TorchRuntimeError)
+
+
+def explained(error: Exception) -> Exception:
+    """The error to raise instead, or the same one: user mistakes and missing operators need no other words."""
+    if isinstance(error, _NEEDS_VALUES):
+        where = next(_users_lines(error), "in the optimizer" if _in_an_optimizer(error) else "in the forward")
+        return _because(error, f"{where}: {_VALUES}")
+    if isinstance(error, exc.Unsupported | exc.UserError):
+        return _because(error, _graph_break(error))
+    if isinstance(error, exc.FailOnRecompileLimitHit):
+        return _because(
+            error,
+            "the step was compiled for as many different sizes, dtypes, values or settings as torch allows "
+            "(torch._dynamo.config.recompile_limit). Pad batches to a few sizes, leave out dynamic=False, let what "
+            "changes from step to step be a tensor in the batch, or raise the limit; TORCH_LOGS=recompiles shows what "
+            "changes",
+        )
     if isinstance(error, SwitchedOff):
         return RuntimeError(
             "torch.compile is switched off (torch.compiler.set_stance, TORCHDYNAMO_DISABLE), and this Step is to be "
             "compiled; build it with compile=False"
         )
+    if isinstance(error, NotAsDeclared):
+        return RuntimeError(
+            "`losses` returned other losses to the compiler than when it was called again; what it returns must "
+            f"depend on its arguments and the model alone, {_EAGER}"
+        )
     return error
+
+
+_VALUES = (
+    "Python asks for the value of a tensor (if, while, int(...), a size that depends on values), which a compiled step "
+    "does not have; use torch.where or another tensor operation, compute it before the step and pass it in the batch, "
+    f"take an optimizer of funcfreeze.optim for one of torch's, {_EAGER}"
+)
+
+
+def _graph_break(error: exc.Unsupported | exc.UserError) -> str:
+    """The user's line, what a step needs, and what else there is."""
+    what, *rest = [line.strip() for line in str(error).splitlines() if line.strip()]
+    stack = error.real_stack if isinstance(error, exc.Unsupported) else None
+    where = next(_lines_of(stack or ()), None) or _line_told(str(error)) or "in the forward"
+    if "ata-dependent" in what or "ata dependent" in what:
+        return f"{where}: {_VALUES}"
+    why = next((line.removeprefix("Explanation:").strip() for line in rest if line.startswith("Explanation:")), "")
+    return (
+        f"{where}: torch.compile cannot take this into a graph ({what}{': ' + why if why else ''}), and a compiled step "
+        "is one graph. Write it with tensor operations, compute it before the step and pass it in the batch, "
+        f"{_EAGER}"
+    )
+
+
+def _line_told(message: str) -> str | None:
+    """The innermost line of user code that a message of Dynamo's tells."""
+    told = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n +([^\n]*)', message)
+    own = [f"{file}:{line} ({text})" for file, line, text in told if not any(part in file for part in _OWN)]
+    return own[-1] if own else None
+
+
+def _because(error: Exception, message: str) -> RuntimeError:
+    plain = RuntimeError(message)
+    plain.__cause__ = error
+    return plain
+
+
+def _in_an_optimizer(error: Exception) -> bool:
+    return any("/optim/" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
+
+
+def _users_lines(error: Exception) -> Iterator[str]:
+    """File, line and text of the frames that are the user's, innermost first."""
+    return _lines_of(traceback.extract_tb(error.__traceback__))
+
+
+def _lines_of(stack: Iterable[traceback.FrameSummary]) -> Iterator[str]:
+    for frame in reversed([*stack]):
+        if not any(part in frame.filename for part in _OWN):
+            yield f"{frame.filename}:{frame.lineno} ({frame.line})"
+
+
+def unknown(error: Exception) -> str:
+    """A note for an error in the file that holds torch's private parts."""
+    return (
+        f"this is torch {torch.__version__}; parts of torch that are private to it are used in "
+        "funcfreeze/compile/private.py, and may have changed. Build the Step with compile=False"
+    )

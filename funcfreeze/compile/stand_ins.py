@@ -7,7 +7,7 @@ the module's own do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import is_
 from typing import Any
@@ -62,6 +62,10 @@ class StandIns:
         for stand_in, tensor in zip(self.tensors.values(), tensors, strict=True):
             stand_in.data = tensor
         self._source = [*tensors]
+
+    def parameter_hooks(self) -> list[tuple[str, Callable[[Tensor], Tensor | None]]]:
+        """The hooks on the module's own parameters."""
+        return [(path, hook) for path, own in self._own.items() for hook in (own._backward_hooks or {}).values()]
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -48,7 +48,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        for tensor, is_written in _tensors(func, args, kwargs or {}):
+        for tensor, is_written in tensors_given(func, args, kwargs or {}):
             memory = memory_of(tensor) or 0
             own = self._own.get(memory)
             if own is not None:
@@ -75,7 +75,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
             self._before.append((storage, storage.clone()))  # type: ignore[no-untyped-call]  # torch's
 
 
-def _tensors(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[Tensor, bool]]:
+def tensors_given(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[Tensor, bool]]:
     """The tensors that an operator is given, and whether it writes to them."""
     if not isinstance(func, torch._ops.OpOverload):  # higher order: its schema says nothing of writes
         yield from ((leaf, False) for leaf in _leaves((args, kwargs)))
