@@ -1,12 +1,11 @@
 """The whole step as one compiled graph: forward, routed backward, optimizer, and the state written in place.
 
-- `options`, `backends`: what `Step(compile=...)` means, and the compiler it names.
-- `compiled`: the programs of one step, and which of them is right now.
-- `program`: one trace of the step, what it returns, and its compilation; `layout`: a state's tensors in one list.
-- `guards`: Dynamo as the keeper of what must hold of the batch and of torch's global settings.
-- `reading`, `watch`: what the trace may read from Python, found by following code, and whether it is still the same.
-- `tracing`, `outside`: the surroundings of a trace; tensors from elsewhere become inputs of the graph.
-- `problems`: what a compiler says, in the terms of the user's code.
+- `options`: what `Step(compile=...)` means; `layout`: a state's tensors in one list; `compiled`: what a Step holds.
+- `capturing`: at a call Dynamo runs its guards, captures `losses` (`captured`) on the user's module if they do not
+  hold, and has the graph made a step. Meanwhile the module holds `stand_ins`; `hooks`: where Dynamo does not look.
+- `graph`: what Dynamo's graph takes and gives; `checkpointing` in it; `program`: the step made of it, and compiled;
+  `flat`: its trace; `outside`: what our own part reads from elsewhere.
+- `private`: all that is used of torch's private parts; `problems`: what a compiler says, in the user's terms.
 """
 
 from funcfreeze.compile.compiled import CompiledStep

@@ -1,34 +1,21 @@
-"""The compiled step: Dynamo captures `losses`, guards what it read, and calls what was made of the graph."""
+"""The compiled step as a Step holds it. What does the work is imported at the first call: half of torch's compiler."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import threading
-import types
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
-from torch.fx import GraphModule
 
-from funcfreeze.compile.captured import Captured, captured
-from funcfreeze.compile.graph import read_graph
-from funcfreeze.compile.layout import Layout, Listed
+from funcfreeze.compile.layout import Listed
 from funcfreeze.compile.options import Options
-from funcfreeze.compile.hooks import Hooks
-from funcfreeze.compile.problems import Moved, explained, is_the_users, raised_by
-from funcfreeze.compile.program import Run, compile_step
-from funcfreeze.compile.stand_ins import StandIns
 from funcfreeze.computation.computation import Computation
-from funcfreeze.gradients.returned import exchanged
-from funcfreeze.model.attributes import attributes_kept
 
-_NUMBERS = itertools.count(1)
+if TYPE_CHECKING:
+    from funcfreeze.compile.capturing import Capturing
 
 
 @dataclass(frozen=True)
@@ -50,14 +37,6 @@ class Returned:
     gradients: list[Tensor]
 
 
-@dataclass
-class Call:
-    """One call under way: the state it is to overwrite, and what the graph gave."""
-
-    state: Listed
-    run: Run | None = None
-
-
 class CompiledStep:
     """A computation, compiled as often as it has to be.
 
@@ -65,166 +44,33 @@ class CompiledStep:
         computation: what a step computes.
         options: how to compile.
         donate: whether a step overwrites the state it is given, or copies of it.
-
-    Attributes:
-        options: how to compile.
-        traces: how many times it has been traced and compiled so far.
     """
 
     def __init__(self, computation: Computation, options: Options, donate: bool) -> None:
-        self.traces = 0
         self.options = options
         self._computation = computation
         self._donate = donate
         self._lock = threading.RLock()
-        self._layouts: list[Layout] = []
-        self._stand_ins: StandIns | None = None
-        self._call: Call | None = None
-        self._moves = 0
-        self._hooks = Hooks(computation.evaluation.functional)
-        number = next(_NUMBERS)
-        # Dynamo keeps what it compiled with the code object, and which sizes it saw change with its name and line:
-        # everyone gets a code object, a name and a line of their own
-        code = captured.__code__.replace(co_name=f"captured_{number}", co_firstlineno=number)
-        own = types.FunctionType(code, captured.__globals__)
-        self._captured: Callable[..., Captured] = torch.compile(
-            own, fullgraph=True, dynamic=options.dynamic, backend=_backend_of(weakref.ref(self))
-        )
+        self._capturing: Capturing | None = None
+
+    @property
+    def traces(self) -> int:
+        """How many times it has been traced and compiled so far."""
+        return 0 if self._capturing is None else self._capturing.traces
 
     def __call__(self, state: Listed, batch: Any) -> Returned:
         """Take a step that overwrites the state's tensors."""
-        functional = self._computation.evaluation.functional
-        with self._lock, functional.alone, torch.enable_grad(), _dynamo_configured():
-            stand_ins, key = self._stand_ins_for(state), self._key(state.layout)
-            try:
-                with stand_ins.held():
-                    call, found = self._called(state, batch, key)
-                    reassigned = stand_ins.reassigned()
-            except Exception as error:
-                self._raise(raised_by(error), state, batch)
-        run = call.run
-        assert run is not None, "the captured graph did not run"
-        metrics = _with_values(found, stand_ins)
-        return Returned(found.losses, metrics, state.overwritten({**run.buffers, **reassigned}), run.optimizer, run.gradients)
+        with self._lock:
+            if self._capturing is None:
+                self._capturing = self._first(state)
+            return self._capturing(state, batch)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledStep:
         return CompiledStep(
             copy.deepcopy(self._computation, memo), self.options, self._donate
         )  # compiled anew when it is called
 
-    def _called(self, state: Listed, batch: Any, key: str) -> tuple[Call, Captured]:
-        evaluation = self._computation.evaluation
-        module, losses, declared = evaluation.functional.module, evaluation.losses, evaluation.plan.losses
-        self._call = call = Call(state)
-        try:
-            return call, self._captured(losses, module, batch, declared, key)
-        except Moved:
-            self._moves += 1
-            return self._called(state, batch, f"{key} {self._moves}")
-        finally:
-            self._call = None
+    def _first(self, state: Listed) -> Capturing:
+        from funcfreeze.compile.capturing import Capturing
 
-    def _raise(self, error: Exception, state: Listed, batch: Any) -> NoReturn:
-        """Raise what the user should see of an error: their own where an eager call raises it, too."""
-        if is_the_users(error):
-            with attributes_kept(self._computation.evaluation.functional.module):
-                self._computation.gradients(*state.layout.fields(state.tensors), batch)
-        raise explained(error) from error.__cause__
-
-    def _key(self, layout: Layout) -> str:
-        """Stands for what a program takes for granted and Dynamo does not guard."""
-        number = next((index for index, known in enumerate(self._layouts) if known is layout or known == layout), None)
-        if number is None:
-            number = len(self._layouts)
-            self._layouts.append(layout)
-        return f"{number} {self._hooks.number()} {self._moves}"
-
-    def _stand_ins_for(self, state: Listed) -> StandIns:
-        if self._stand_ins is None:
-            params, buffers, _, _ = state.layout.fields(state.tensors)
-            routing = self._computation.routing
-            grad = {path for path, required in zip(routing.paths, routing.requires_grad, strict=True) if required}
-            self._stand_ins = StandIns(self._computation.evaluation.functional, params, buffers, grad)
-        self._stand_ins.follow(state.own)
-        return self._stand_ins
-
-    def build(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., list[Any]]:
-        """What Dynamo is to call for a graph that it captured."""
-        call, stand_ins = self._call, self._stand_ins
-        assert call is not None and stand_ins is not None, "called outside of a step"
-        forward = read_graph(module, inputs, stand_ins.places)
-        expected = [(index, inputs[index]) for index, path in enumerate(forward.places) if path is not None]
-        program = compile_step(self._computation, forward, stand_ins.parameter_hooks(), call.state, inputs, self.options, self._donate)
-        self.traces += 1
-        owner = weakref.ref(self)
-
-        def run(*given: Any) -> list[Any]:
-            step = owner()
-            assert step is not None and step._call is not None, "called outside of a step"
-            if not all(given[index] is tensor for index, tensor in expected):
-                raise Moved
-            step._call.run = ran = program(step._call.state, given)
-            return ran.outputs
-
-        return run
-
-
-def _backend_of(owner: weakref.ref[CompiledStep]) -> Callable[[GraphModule, list[Any]], Callable[..., list[Any]]]:
-    """The backend that Dynamo calls, and keeps for good: it must not keep its owner, and the model with that."""
-
-    def backend(module: GraphModule, inputs: list[Any]) -> Callable[..., list[Any]]:
-        step = owner()
-        assert step is not None, "whoever compiles is gone"
-        return step.build(module, inputs)
-
-    return backend
-
-
-def _with_values(found: Captured, stand_ins: StandIns) -> Mapping[str, Any]:
-    """The metrics, with values in the place of stand-ins that they hold."""
-    values = {id(tensor): value for tensor, value in found.held if id(tensor) in stand_ins.places}
-    if not values:
-        return found.metrics
-    return {
-        name: exchanged(
-            metric, lambda t: values.get(id(t), t), lambda t: id(t) in stand_ins.places, "memory of a parameter"
-        )
-        for name, metric in found.metrics.items()
-    }
-
-
-_SETTINGS = {
-    "trace_autograd_ops": True,
-    "allow_rnn": True,
-    "skip_fwd_side_effects_in_bwd_under_checkpoint": True,
-}
-
-
-@contextmanager
-def _dynamo_configured() -> Iterator[None]:
-    """Inside, this thread's compilations trace `torch.autograd.grad` and recurrent layers, which Dynamo does on demand.
-
-    The settings are made when a compilation starts: making them takes longer than all else that a call does.
-    """
-    handler, thread = torch._dynamo.callback_handler, threading.get_ident()
-    patch = None
-
-    def start(_: Any) -> None:
-        nonlocal patch
-        if threading.get_ident() == thread:
-            patch = torch._dynamo.config.patch(**_SETTINGS)
-            patch.__enter__()
-
-    def end(_: Any) -> None:
-        nonlocal patch
-        if patch is not None and threading.get_ident() == thread:
-            patch.__exit__(None, None, None)
-            patch = None
-
-    handler.register_start_callback(start)
-    handler.register_end_callback(end)
-    try:
-        yield
-    finally:
-        handler.remove_start_callback(start)
-        handler.remove_end_callback(end)
+        return Capturing(self._computation, self.options, self._donate, state)

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._dispatch.python import enable_python_dispatcher
-from torch._guards import CompileContext, TracingContext, detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from funcfreeze.compile.layout import Listed
-from funcfreeze.compile.outside import Outside
-from funcfreeze.declare.schedules import calling
+from funcfreeze.compile.private import FakeTensorMode, as_dynamos, make_fx, stand_in, stand_in_mode
 
 
 @dataclass(frozen=True)
@@ -34,15 +28,12 @@ def stand_ins_of(inputs: Sequence[Any], state: Listed) -> StandIns:
 
     Inputs in the state's memory get fakes in memory of their own, as they will be copied at every call.
     """
-    mode = detect_fake_mode()
-    contexts = TracingContext.get().tensor_to_context
-    assert mode is not None, "called outside of a compilation"
+    mode = stand_in_mode()
 
     def fake(given: Any) -> Any:
         if not isinstance(given, Tensor):
             return given
-        context = contexts.get(given)  # type: ignore[no-untyped-call]
-        made = mode.from_tensor(given, symbolic_context=context, source=context.tensor_source if context else None)
+        made = stand_in(mode, given)
         if state.shares(given):
             with mode:
                 made = torch.empty_strided(made.shape, made.stride(), dtype=made.dtype, device=made.device)
@@ -50,30 +41,6 @@ def stand_ins_of(inputs: Sequence[Any], state: Listed) -> StandIns:
 
     fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in state.tensors]
     return StandIns(mode, [fake(given) for given in inputs], fakes)
-
-
-@contextmanager
-def tracing(mode: FakeTensorMode, outside: Outside, has_lstm: bool) -> Iterator[None]:
-    """Settings for the time of a trace.
-
-    The backward stays in this thread, where all this holds. Saved-tensor hooks, which activation checkpointing is made
-    of, work; torch turns them off in a trace. oneDNN's LSTM cannot be looked into; without an LSTM oneDNN stays,
-    convolutions take their layouts from it.
-    """
-    with ExitStack() as stack:
-        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        stack.enter_context(calling(outside.scheduled))
-        if mode.shape_env is not None:  # sizes and numbers known only at run time need not appear in what is returned
-            stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
-        before = torch._C._autograd._saved_tensors_hooks_set_tracing(False)
-        stack.callback(torch._C._autograd._saved_tensors_hooks_set_tracing, before)
-        if has_lstm:
-            stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
-            torch._C._set_mkldnn_enabled(False)
-        stack.enter_context(mode)
-        stack.enter_context(enable_python_dispatcher())
-        stack.enter_context(outside)
-        yield
 
 
 class Flat(NamedTuple):
@@ -90,22 +57,16 @@ def flatten(f: Callable[..., list[Any]], given: Sequence[Any], outside: Sequence
         f: the function.
         given: stand-ins for its inputs.
         outside: stand-ins for tensors that it meets; grows while it is called.
-        static: so many of the inputs are marked as Dynamo marks a module's parameters, in all that the compiler wants
-            to see for that: CUDA graphs then use their memory where it is, and do not copy it.
+        static: so many of the inputs stay where they are.
     """
     module = make_fx(f)(*given)
     constants = _lift(module, outside)
-    for index, node in enumerate(module.graph.find_nodes(op="placeholder")):
-        node._dynamo_source = None
-        if index < static:
-            node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     for node in module.graph.nodes:
         node.meta.pop("stack_trace", None)  # would be part of the cache's key
     (output,) = module.graph.find_nodes(op="output")
     output.args = (tuple(output.args[0]),)
     module.recompile()
-    module.meta["dynamo_compile_id"] = CompileContext.current_compile_id()
-    module._param_name_to_source = {}  # type: ignore[assignment]  # Dynamo sets it, nn.Module types it
+    as_dynamos(module, static)
     return Flat(module, constants)
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.utils.checkpoint import checkpoint
 
 from funcfreeze.compile.captured import END, HELD, LOSS
+from funcfreeze.compile.checkpointing import checkpointed
+from funcfreeze.compile.private import CHECKPOINT
 from funcfreeze.compile.problems import NotAsDeclared
 
 
@@ -68,8 +69,8 @@ def read_graph(module: GraphModule, inputs: Sequence[Any], places: Mapping[int, 
     for mark in (LOSS, HELD, END):
         for node in graph.find_nodes(op="call_function", target=mark):
             graph.erase_node(node)
-    for node in graph.find_nodes(op="call_function", target=torch.ops.higher_order.tag_activation_checkpoint):
-        node.target, node.kwargs = _again, {}  # Dynamo's operator only tags; the real one saves memory
+    for node in graph.find_nodes(op="call_function", target=CHECKPOINT):
+        node.target, node.kwargs = checkpointed, {}  # Dynamo's operator only tags; the real one saves memory
     module.recompile()
     has_lstm = any(
         part.graph.find_nodes(op="call_function", target=torch.lstm)
@@ -85,22 +86,3 @@ def _is(node: Any, mark: Any) -> bool:
 
 def _undetached(node: Any) -> Any:
     return node.args[0] if isinstance(node, Node) and node.target == "detach" else node
-
-
-def _again(run: Callable[..., Any], *args: Any) -> Any:
-    """Activation checkpointing of a part of the graph.
-
-    What requires no grad, as buffers that the part updates do, is not saved by it, and a recomputation gets copies.
-    """
-    own = [index for index, given in enumerate(args) if isinstance(given, Tensor) and given.requires_grad]
-    is_again = False
-
-    def part(*given: Tensor) -> Any:
-        nonlocal is_again
-        full = [arg.clone() if is_again and isinstance(arg, Tensor) else arg for arg in args]
-        for index, tensor in zip(own, given, strict=True):
-            full[index] = tensor
-        is_again = True
-        return run(*full)
-
-    return checkpoint(part, *[args[index] for index in own], use_reentrant=False)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch.nn.modules import module as torchs
-
+from funcfreeze.compile.private import hooks_of_all_modules
 from funcfreeze.gradients.hooks import handles_made
 from funcfreeze.model.functional import FunctionalModule
 
@@ -39,12 +38,7 @@ class Hooks:
         return self._number
 
     def _dicts(self) -> Iterator[Any]:
-        yield from (
-            torchs._global_forward_hooks,
-            torchs._global_forward_pre_hooks,
-            torchs._global_backward_hooks,
-            torchs._global_backward_pre_hooks,
-        )
+        yield from hooks_of_all_modules()
         for module in self._functional.modules:
             own = vars(module)
             yield from (own[name] for name in _OF_MODULES)

@@ -124,7 +124,11 @@ class Listed:
     def overwritten(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Write these buffers over those of the state; returns the ones that do not fit."""
         held = dict(zip(self.layout.buffers, self.tensors[len(self.tensors) - len(self.layout.buffers) :], strict=True))
-        fits = [path for path in buffers if (held[path].shape, held[path].dtype) == (buffers[path].shape, buffers[path].dtype)]
+        fits = [
+            path
+            for path in buffers
+            if (held[path].shape, held[path].dtype) == (buffers[path].shape, buffers[path].dtype)
+        ]
         if fits:
             torch._foreach_copy_([held[path] for path in fits], [buffers[path] for path in fits])
         return {path: buffer for path, buffer in buffers.items() if path not in fits}

@@ -10,11 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_map_only
 
+from funcfreeze.compile.private import FakeTensorMode, TorchDispatchMode, is_traced, tree_map_only, untraced
 from funcfreeze.model.memory import memory_of
 from funcfreeze.model.watching import tensors_given
 
@@ -60,7 +57,9 @@ class Outside(TorchDispatchMode):
 
         def read(step: Tensor) -> Tensor:
             value = schedule(step)
-            return value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=step.device)
+            return (
+                value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=step.device)
+            )
 
         return self._stand_in(schedule, read)
 
@@ -75,13 +74,12 @@ class Outside(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _traced(self, tensor: Tensor) -> Tensor:
-        traced = isinstance(tensor, FakeTensor | FunctionalTensor) or tensor.device.type == "meta"
-        return tensor if traced else self._stand_in(tensor, lambda step: tensor)
+        return tensor if is_traced(tensor) else self._stand_in(tensor, lambda step: tensor)
 
     def _stand_in(self, known_by: Any, read: Callable[[Tensor], Tensor]) -> Tensor:
         index = self._known.get(id(known_by))
         if index is None:
-            with _disable_current_modes():
+            with untraced():
                 example = read(self._step).detach()
             self._known[id(known_by)] = index = len(self._read)
             self._read.append(read)

@@ -7,9 +7,14 @@ import traceback
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch._dynamo import exc
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from funcfreeze.compile.private import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    GuardOnDataDependentSymNode,
+    exc,
+    is_newer_than_tested,
+)
 
 _NEEDS_VALUES = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
 
@@ -119,9 +124,11 @@ def _lines_of(stack: Iterable[traceback.FrameSummary]) -> Iterator[str]:
             yield f"{frame.filename}:{frame.lineno} ({frame.line})"
 
 
-def unknown(error: Exception) -> str:
-    """A note for an error in the file that holds torch's private parts."""
-    return (
-        f"this is torch {torch.__version__}; parts of torch that are private to it are used in "
-        "funcfreeze/compile/private.py, and may have changed. Build the Step with compile=False"
-    )
+def with_a_note(error: Exception) -> Exception:
+    """The error, with a note on a torch that nobody has tried: something private to it may have changed."""
+    if is_newer_than_tested() and not isinstance(error, RuntimeError | ValueError):
+        error.add_note(
+            f"torch {torch.__version__} is newer than any that this funcfreeze was tried with; what is private to torch "
+            "and may have changed is in funcfreeze/compile/private.py. Build the Step with compile=False"
+        )
+    return error

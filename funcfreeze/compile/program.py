@@ -10,13 +10,14 @@ import optree
 import torch
 from torch import Tensor
 
-from funcfreeze.compile.flat import flatten, stand_ins_of, tracing
+from funcfreeze.compile.flat import flatten, stand_ins_of
 from funcfreeze.compile.graph import Forward
 from funcfreeze.compile.layout import Layout, Listed
 from funcfreeze.compile.options import Options
-from funcfreeze.compile.backends import compiler
 from funcfreeze.compile.outside import Outside
+from funcfreeze.compile.private import compiler, tracing
 from funcfreeze.computation.computation import Computation
+from funcfreeze.declare.schedules import calling
 from funcfreeze.model.memory import memory_of
 
 KEPT_BYTES = 2**18
@@ -90,7 +91,7 @@ def compile_step(
         filled.append(fill)
         return outputs
 
-    with tracing(fakes.mode, outside, forward.has_lstm):
+    with tracing(fakes.mode, forward.has_lstm), calling(outside.scheduled), outside:
         flat, constants = flatten(step, [*fakes.state, *fakes.inputs], outside.stand_ins, number if static else 0)
     run = compiler(options)(flat, [*fakes.state, *fakes.inputs, *outside.stand_ins, *constants])
     (fill,) = filled

@@ -1,0 +1,165 @@
+"""Capturing: Dynamo captures `losses`, guards what it read, and calls what was made of the graph."""
+
+from __future__ import annotations
+
+import itertools
+import types
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch.fx import GraphModule
+
+from funcfreeze.compile.captured import Captured, captured
+from funcfreeze.compile.compiled import Returned
+from funcfreeze.compile.graph import read_graph
+from funcfreeze.compile.hooks import Hooks
+from funcfreeze.compile.layout import Layout, Listed
+from funcfreeze.compile.options import Options
+from funcfreeze.compile.private import dynamo_configured
+from funcfreeze.compile.problems import Moved, explained, is_the_users, raised_by
+from funcfreeze.compile.program import Run, compile_step
+from funcfreeze.compile.stand_ins import StandIns
+from funcfreeze.computation.computation import Computation
+from funcfreeze.gradients.returned import exchanged
+from funcfreeze.model.attributes import attributes_kept
+
+_NUMBERS = itertools.count(1)
+
+
+@dataclass
+class Call:
+    """One call under way: the state it is to overwrite, and what the graph gave."""
+
+    state: Listed
+    run: Run | None = None
+
+
+class Capturing:
+    """A computation, captured and compiled as often as it has to be. One call at a time.
+
+    Args:
+        computation: what a step computes.
+        options: how to compile.
+        donate: whether a step overwrites the state it is given, or copies of it.
+        state: the first state.
+
+    Attributes:
+        traces: how many times it has been traced and compiled so far.
+    """
+
+    def __init__(self, computation: Computation, options: Options, donate: bool, state: Listed) -> None:
+        self.traces = 0
+        self._options = options
+        self._computation = computation
+        self._donate = donate
+        self._layouts: list[Layout] = []
+        functional, routing = computation.evaluation.functional, computation.routing
+        self._hooks = Hooks(functional)
+        params, buffers, _, _ = state.layout.fields(state.tensors)
+        grad = {path for path, required in zip(routing.paths, routing.requires_grad, strict=True) if required}
+        self._stand_ins = StandIns(functional, params, buffers, grad)
+        self._call: Call | None = None
+        self._moves = 0
+        number = next(_NUMBERS)
+        # Dynamo keeps what it compiled with the code object, and which sizes it saw change with its name and line:
+        # everyone gets a code object, a name and a line of their own
+        code = captured.__code__.replace(co_name=f"captured_{number}", co_firstlineno=number)
+        own = types.FunctionType(code, captured.__globals__)
+        self._captured: Callable[..., Captured] = torch.compile(
+            own, fullgraph=True, dynamic=options.dynamic, backend=_backend_of(weakref.ref(self))
+        )
+
+    def __call__(self, state: Listed, batch: Any) -> Returned:
+        """Take a step that overwrites the state's tensors."""
+        functional = self._computation.evaluation.functional
+        with functional.alone, torch.enable_grad(), dynamo_configured():
+            stand_ins, key = self._stand_ins, self._key(state.layout)
+            stand_ins.follow(state.own)
+            try:
+                with stand_ins.held():
+                    call, found = self._called(state, batch, key)
+                    reassigned = stand_ins.reassigned()
+            except Exception as error:
+                self._raise(raised_by(error), state, batch)
+        run = call.run
+        assert run is not None, "the captured graph did not run"
+        metrics = _with_values(found, stand_ins)
+        return Returned(
+            found.losses, metrics, state.overwritten({**run.buffers, **reassigned}), run.optimizer, run.gradients
+        )
+
+    def _called(self, state: Listed, batch: Any, key: str) -> tuple[Call, Captured]:
+        evaluation = self._computation.evaluation
+        module, losses, declared = evaluation.functional.module, evaluation.losses, evaluation.plan.losses
+        self._call = call = Call(state)
+        try:
+            return call, self._captured(losses, module, batch, declared, key)
+        except Moved:
+            self._moves += 1
+            return self._called(state, batch, f"{key} {self._moves}")
+        finally:
+            self._call = None
+
+    def _raise(self, error: Exception, state: Listed, batch: Any) -> NoReturn:
+        """Raise what the user should see of an error: their own where an eager call raises it, too."""
+        if is_the_users(error):
+            with attributes_kept(self._computation.evaluation.functional.module):
+                self._computation.gradients(*state.layout.fields(state.tensors), batch)
+        raise explained(error) from error.__cause__
+
+    def _key(self, layout: Layout) -> str:
+        """Stands for what a program takes for granted and Dynamo does not guard."""
+        number = next((index for index, known in enumerate(self._layouts) if known is layout or known == layout), None)
+        if number is None:
+            number = len(self._layouts)
+            self._layouts.append(layout)
+        return f"{number} {self._hooks.number()} {self._moves}"
+
+    def build(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., list[Any]]:
+        """What Dynamo is to call for a graph that it captured."""
+        call, stand_ins = self._call, self._stand_ins
+        assert call is not None, "called outside of a step"
+        forward = read_graph(module, inputs, stand_ins.places)
+        expected = [(index, inputs[index]) for index, path in enumerate(forward.places) if path is not None]
+        program = compile_step(
+            self._computation, forward, stand_ins.parameter_hooks(), call.state, inputs, self._options, self._donate
+        )
+        self.traces += 1
+        owner = weakref.ref(self)
+
+        def run(*given: Any) -> list[Any]:
+            step = owner()
+            assert step is not None and step._call is not None, "called outside of a step"
+            if not all(given[index] is tensor for index, tensor in expected):
+                raise Moved
+            step._call.run = ran = program(step._call.state, given)
+            return ran.outputs
+
+        return run
+
+
+def _backend_of(owner: weakref.ref[Capturing]) -> Callable[[GraphModule, list[Any]], Callable[..., list[Any]]]:
+    """The backend that Dynamo calls, and keeps for good: it must not keep its owner, and the model with that."""
+
+    def backend(module: GraphModule, inputs: list[Any]) -> Callable[..., list[Any]]:
+        step = owner()
+        assert step is not None, "whoever compiles is gone"
+        return step.build(module, inputs)
+
+    return backend
+
+
+def _with_values(found: Captured, stand_ins: StandIns) -> Mapping[str, Any]:
+    """The metrics, with values in the place of stand-ins that they hold."""
+    values = {id(tensor): value for tensor, value in found.held if id(tensor) in stand_ins.places}
+    if not values:
+        return found.metrics
+    return {
+        name: exchanged(
+            metric, lambda t: values.get(id(t), t), lambda t: id(t) in stand_ins.places, "memory of a parameter"
+        )
+        for name, metric in found.metrics.items()
+    }

@@ -1,0 +1,192 @@
+"""All of torch that the compiled step uses and torch does not promise to keep, each with its reason.
+
+When a new release of torch breaks the compiled step, it breaks here. `TESTED` is the newest release that was tried.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo import exc
+from torch._guards import CompileContext, TracingContext, detect_fake_mode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.nn.modules import module as of_modules
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_map_only
+
+from funcfreeze.compile.options import Backend, Options
+
+TESTED = (2, 15)
+
+__all__ = [
+    "CHECKPOINT",
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "FakeTensorMode",
+    "GuardOnDataDependentSymNode",
+    "TorchDispatchMode",
+    "exc",
+    "make_fx",
+    "tree_map_only",
+]
+# `exc`: what Dynamo raises; torch documents none of it. The three other exceptions: an operator, a size or a branch
+# needs a value that only a run knows; there is no common public base class.
+# `TorchDispatchMode`, `tree_map_only`: torch's documentation shows them, from a module with an underscore.
+# `make_fx`: documented as a prototype, under `torch.fx.experimental`.
+
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+"""Dynamo's operator for activation checkpointing. Public would be a way to have it traced as it is written."""
+
+_DEFAULTS = {
+    # Inductor would check every input's sizes at every call: guards have looked at the batch, a state is checked once.
+    "size_asserts": False,
+    # Inductor would turn convolutions to channels-last, but their backward wants the layout that was traced. With both
+    # in one graph, each activation and weight is then kept in both: ResNet-18 on a CPU took 1.5 times as long and 1.35
+    # times the memory. A model that was put into channels-last stays so.
+    "layout_optimization": False,
+}
+"""Options of Inductor, unless others are given."""
+
+_WHILE_DYNAMO_TRACES = {
+    "trace_autograd_ops": True,  # `torch.autograd.grad` inside `losses`
+    "allow_rnn": True,  # LSTM and GRU
+    "skip_fwd_side_effects_in_bwd_under_checkpoint": True,  # a counter in a checkpointed part counts once
+}
+"""Settings of Dynamo; those that a release does not have are left out. `torch.compile` takes none of them."""
+
+
+def compiler(options: Options) -> Backend:
+    """From a graph and its inputs to a callable. `torch.compile` has no public function from its arguments to that."""
+    if callable(options.backend):
+        return options.backend
+    if options.backend != "inductor":
+        from torch._dynamo.backends.registry import lookup_backend
+
+        found: Backend = lookup_backend(options.backend)
+        return found
+    from torch import _TorchCompileInductorWrapper
+
+    given = {**_DEFAULTS, **options.options}
+    inductor: Backend = _TorchCompileInductorWrapper(options.mode, given, options.dynamic)  # type: ignore[no-untyped-call]
+    return inductor
+
+
+@contextmanager
+def dynamo_configured() -> Iterator[None]:
+    """Inside, this thread's compilations go by the settings above.
+
+    They are made when a compilation starts: making them takes longer than all else that a call does.
+    """
+    handler, thread, stack = torch._dynamo.callback_handler, threading.get_ident(), ExitStack()
+
+    def start(_: Any) -> None:
+        if threading.get_ident() == thread:
+            known = {name: value for name, value in _WHILE_DYNAMO_TRACES.items() if name in _settings()}
+            stack.enter_context(torch._dynamo.config.patch(**known))
+
+    def end(_: Any) -> None:
+        if threading.get_ident() == thread:
+            stack.close()
+
+    handler.register_start_callback(start)
+    handler.register_end_callback(end)
+    try:
+        yield
+    finally:
+        handler.remove_start_callback(start)
+        handler.remove_end_callback(end)
+
+
+def _settings() -> set[str]:
+    return set(torch._dynamo.config._config)
+
+
+def stand_in_mode() -> FakeTensorMode:
+    """The mode of the fake tensors in which Dynamo compiles."""
+    mode = detect_fake_mode()
+    assert mode is not None, "called outside of a compilation"
+    return mode
+
+
+def stand_in(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    """A fake for an input of Dynamo's graph, with the sizes that Dynamo made dynamic."""
+    context = TracingContext.get().tensor_to_context.get(tensor)  # type: ignore[no-untyped-call]
+    return mode.from_tensor(tensor, symbolic_context=context, source=context.tensor_source if context else None)
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether a tensor is part of a trace, and not one from outside."""
+    return isinstance(tensor, FakeTensor | FunctionalTensor) or tensor.device.type == "meta"
+
+
+@contextmanager
+def tracing(mode: FakeTensorMode, has_lstm: bool) -> Iterator[None]:
+    """Settings for a trace of our own, in Dynamo's compilation.
+
+    The backward stays in this thread, where all this holds. Saved-tensor hooks, which activation checkpointing is made
+    of, work; torch turns them off in a trace. oneDNN's LSTM cannot be looked into; without an LSTM oneDNN stays, since
+    convolutions take their layouts from it (`torch.backends.mkldnn.flags` sets more than this, and warns of GPUs).
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        if mode.shape_env is not None:  # sizes and numbers known only at run time need not appear in what is returned
+            stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
+        before = torch._C._autograd._saved_tensors_hooks_set_tracing(False)
+        stack.callback(torch._C._autograd._saved_tensors_hooks_set_tracing, before)
+        if has_lstm:
+            stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
+            torch._C._set_mkldnn_enabled(False)
+        stack.enter_context(mode)
+        stack.enter_context(enable_python_dispatcher())
+        yield
+
+
+def untraced() -> Any:
+    """Inside, operators run for real though a trace is under way."""
+    return _disable_current_modes()
+
+
+def as_dynamos(module: GraphModule, static: int) -> None:
+    """Give a graph of ours what compilers look for in Dynamo's.
+
+    Args:
+        module: the graph.
+        static: so many of the inputs are marked as Dynamo marks a module's parameters: CUDA graphs then use their
+            memory where it is, and do not copy it. `torch._dynamo.mark_static_address` is for tensors that it sees.
+    """
+    for index, node in enumerate(module.graph.find_nodes(op="placeholder")):
+        node._dynamo_source = None
+        if index < static:
+            node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    module.meta["dynamo_compile_id"] = CompileContext.current_compile_id()
+    module._param_name_to_source = {}  # type: ignore[assignment]  # Dynamo sets it, nn.Module types it
+
+
+def hooks_of_all_modules() -> tuple[dict[int, Any], ...]:
+    """The dicts of hooks that run for every module; there are functions to add to them, none to look."""
+    return (
+        of_modules._global_forward_hooks,
+        of_modules._global_forward_pre_hooks,
+        of_modules._global_backward_hooks,
+        of_modules._global_backward_pre_hooks,
+    )
+
+
+def is_newer_than_tested() -> bool:
+    """Whether this torch is newer than the newest that was tried."""
+    return tuple(int(part) for part in torch.__version__.split(".")[:2]) > TESTED
