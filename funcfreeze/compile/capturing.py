@@ -19,7 +19,7 @@ from funcfreeze.compile.hooks import Hooks
 from funcfreeze.compile.layout import Layout, Listed
 from funcfreeze.compile.options import Options
 from funcfreeze.compile.private import dynamo_configured
-from funcfreeze.compile.problems import Moved, explained, is_the_users, raised_by
+from funcfreeze.compile.problems import Moved, explained, is_the_users, raised_by, with_a_note
 from funcfreeze.compile.program import Run, compile_step
 from funcfreeze.compile.stand_ins import StandIns
 from funcfreeze.computation.computation import Computation
@@ -87,9 +87,8 @@ class Capturing:
         run = call.run
         assert run is not None, "the captured graph did not run"
         metrics = _with_values(found, stand_ins)
-        return Returned(
-            found.losses, metrics, state.overwritten({**run.buffers, **reassigned}), run.optimizer, run.gradients
-        )
+        buffers = state.overwritten({**run.buffers, **reassigned})
+        return Returned(found.losses, metrics, buffers, run.optimizer, run.gradients)
 
     def _called(self, state: Listed, batch: Any, key: str) -> tuple[Call, Captured]:
         evaluation = self._computation.evaluation
@@ -108,7 +107,7 @@ class Capturing:
         if is_the_users(error):
             with attributes_kept(self._computation.evaluation.functional.module):
                 self._computation.gradients(*state.layout.fields(state.tensors), batch)
-        raise explained(error) from error.__cause__
+        raise with_a_note(explained(error)) from error.__cause__
 
     def _key(self, layout: Layout) -> str:
         """Stands for what a program takes for granted and Dynamo does not guard."""
@@ -124,15 +123,15 @@ class Capturing:
         assert call is not None, "called outside of a step"
         forward = read_graph(module, inputs, stand_ins.places)
         expected = [(index, inputs[index]) for index, path in enumerate(forward.places) if path is not None]
-        program = compile_step(
-            self._computation, forward, stand_ins.parameter_hooks(), call.state, inputs, self._options, self._donate
-        )
+        hooks = stand_ins.parameter_hooks()
+        program = compile_step(self._computation, forward, hooks, call.state, inputs, self._options, self._donate)
         self.traces += 1
         owner = weakref.ref(self)
 
         def run(*given: Any) -> list[Any]:
             step = owner()
-            assert step is not None and step._call is not None, "called outside of a step"
+            assert step is not None, "whoever compiled is gone"
+            assert step._call is not None, "called outside of a step"
             if not all(given[index] is tensor for index, tensor in expected):
                 raise Moved
             step._call.run = ran = program(step._call.state, given)

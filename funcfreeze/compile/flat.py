@@ -20,7 +20,7 @@ class StandIns:
 
     mode: FakeTensorMode
     inputs: list[Any]
-    state: list[Tensor]
+    state: Sequence[Tensor]
 
 
 def stand_ins_of(inputs: Sequence[Any], state: Listed) -> StandIns:
@@ -88,6 +88,6 @@ def _lift(module: GraphModule, outside: Sequence[Tensor]) -> list[Tensor]:
         for node in users[id(tensor)]:
             node.replace_all_uses_with(last)
             graph.erase_node(node)
-    for name in {node.target for nodes in users.values() for node in nodes}:
+    for name in {str(node.target) for nodes in users.values() for node in nodes}:
         delattr(module, name)
     return held[len(outside) :]

@@ -124,19 +124,19 @@ class Listed:
     def overwritten(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Write these buffers over those of the state; returns the ones that do not fit."""
         held = dict(zip(self.layout.buffers, self.tensors[len(self.tensors) - len(self.layout.buffers) :], strict=True))
-        fits = [
-            path
-            for path in buffers
-            if (held[path].shape, held[path].dtype) == (buffers[path].shape, buffers[path].dtype)
-        ]
+        fits = [path for path, new in buffers.items() if _fits(held[path], new)]
         if fits:
             torch._foreach_copy_([held[path] for path in fits], [buffers[path] for path in fits])
         return {path: buffer for path, buffer in buffers.items() if path not in fits}
 
 
+def _fits(one: Tensor, other: Tensor) -> bool:
+    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+
+
 def _misfits(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device)
+        return not _fits(one, other)
     if type(one) is not type(other) or one != other:
         raise TypeError(
             f"the optimizer's state holds {one!r}, which became {other!r}: a compiled step cannot count in Python; "

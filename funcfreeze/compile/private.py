@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo import exc
+from torch._dynamo import config, exc
+from torch._dynamo.callback import callback_handler
 from torch._guards import CompileContext, TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -92,12 +93,11 @@ def dynamo_configured() -> Iterator[None]:
 
     They are made when a compilation starts: making them takes longer than all else that a call does.
     """
-    handler, thread, stack = torch._dynamo.callback_handler, threading.get_ident(), ExitStack()
+    handler, thread, stack = callback_handler, threading.get_ident(), ExitStack()
 
     def start(_: Any) -> None:
         if threading.get_ident() == thread:
-            known = {name: value for name, value in _WHILE_DYNAMO_TRACES.items() if name in _settings()}
-            stack.enter_context(torch._dynamo.config.patch(**known))
+            stack.enter_context(config.patch(_known_settings()))
 
     def end(_: Any) -> None:
         if threading.get_ident() == thread:
@@ -112,8 +112,9 @@ def dynamo_configured() -> Iterator[None]:
         handler.remove_end_callback(end)
 
 
-def _settings() -> set[str]:
-    return set(torch._dynamo.config._config)
+def _known_settings() -> dict[str, Any]:
+    known = config.get_config_copy()
+    return {name: value for name, value in _WHILE_DYNAMO_TRACES.items() if name in known}
 
 
 def stand_in_mode() -> FakeTensorMode:

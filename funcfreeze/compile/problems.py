@@ -90,8 +90,8 @@ def _graph_break(error: exc.Unsupported | exc.UserError) -> str:
         return f"{where}: {_VALUES}"
     why = next((line.removeprefix("Explanation:").strip() for line in rest if line.startswith("Explanation:")), "")
     return (
-        f"{where}: torch.compile cannot take this into a graph ({what}{': ' + why if why else ''}), and a compiled step "
-        "is one graph. Write it with tensor operations, compute it before the step and pass it in the batch, "
+        f"{where}: torch.compile cannot take this into a graph ({what}{': ' + why if why else ''}), and a compiled "
+        "step is one graph. Write it with tensor operations, compute it before the step and pass it in the batch, "
         f"{_EAGER}"
     )
 
@@ -128,7 +128,7 @@ def with_a_note(error: Exception) -> Exception:
     """The error, with a note on a torch that nobody has tried: something private to it may have changed."""
     if is_newer_than_tested() and not isinstance(error, RuntimeError | ValueError):
         error.add_note(
-            f"torch {torch.__version__} is newer than any that this funcfreeze was tried with; what is private to torch "
-            "and may have changed is in funcfreeze/compile/private.py. Build the Step with compile=False"
+            f"torch {torch.__version__} is newer than any that this funcfreeze was tried with; what is private to "
+            "torch and may have changed is in funcfreeze/compile/private.py. Build the Step with compile=False"
         )
     return error

@@ -82,9 +82,3 @@ def test_a_tokenizers_encoding():
     kept = [made._encodings for made in given]
     assert_same(losses, given, traces=1)
     assert all(made._encodings is before for made, before in zip(given, kept, strict=True))
-
-
-def test_what_cannot_be_a_batch_is_named_with_its_place():
-    step = make(lambda m, batch: of(m, batch.x, 1.0), compile={"backend": "aot_eager"})
-    with pytest.raises(TypeError, match=r"(?s)batch\.scale\['f'\]: builtin_function_or_method.*or build the Step with"):
-        step(step.init(), Batch(torch.randn(4, 3), {"f": len}))

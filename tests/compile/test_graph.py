@@ -210,6 +210,7 @@ def test_the_states_tensors_are_static_inputs(donate, monkeypatch):
         return seen[-1]
 
     monkeypatch.setattr(compile_fx, "get_static_input_idxs", noticed)
+    monkeypatch.setattr(torch._functorch.config, "enable_autograd_cache", False)  # or nothing might be compiled
     step = ff.Step(
         torch.nn.Linear(4, 4),
         lambda model, x: {"l": model(x).square().mean()},
@@ -219,9 +220,7 @@ def test_the_states_tensors_are_static_inputs(donate, monkeypatch):
         donate=donate,
     )
     step(step.init(), torch.randn(3, 4))
-    assert seen[-1] == (
-        [1, 2, 3, 4, 5] if donate else []
-    )  # after the batch: 2 parameters, 2 buffers of momentum, count
+    assert seen[-1] == ([0, 1, 2, 3, 4] if donate else [])  # 2 parameters, 2 buffers of momentum, count
 
 
 def test_the_options_of_cuda_graphs_run_anywhere():

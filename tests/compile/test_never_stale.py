@@ -1,4 +1,4 @@
-"""What a trace read is looked at before every call: changed, it is traced again; unchanged, never."""
+"""What the losses read is guarded: changed, they are traced again; unchanged, never."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ CHANGES = {
     "a global": (change_globals, 1),
     "a closure": (lambda step, put, box: put(0.7), 1),
     "a dict in a closure": (lambda step, put, box: box.update(weight=0.6), 1),
-    "an attribute nobody reads": (lambda step, put, box: setattr(step.module, "unread", 1), 1),
+    "an attribute nobody reads": (lambda step, put, box: setattr(step.module, "unread", 1), 0),
 }
 
 
@@ -345,22 +345,6 @@ def test_absent_losses_and_numbers_in_the_batch():
     assert int(runs[0][1].optimizer["bias"]["step"]) == 3  # untouched half of the time
     for path, parameter in runs[1][1].params.items():
         torch.testing.assert_close(runs[0][1].params[path], parameter)
-
-
-def test_many_traces_are_warned_of_with_the_reason():
-    step = ff.Step(
-        nn.Linear(4, 4),
-        lambda model, batch: {"loss": (model(batch[0]) * batch[1]).square().mean()},
-        {"loss": "*"},
-        optimizer=ff.optim.sgd(0.1),
-        compile={"backend": "aot_eager"},
-    )
-    state = step.init()
-    x = torch.randn(5, 4)
-    for turn in range(8):
-        state, _ = step(state, (x, float(turn)))
-    with pytest.warns(UserWarning, match=r"traced for the 9th time.*changed from 7\.0 to 8\.0.*tensor"):
-        step(state, (x, 8.0))
 
 
 class Slotted:

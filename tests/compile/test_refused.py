@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import random
 import time
 import types
@@ -31,16 +30,6 @@ class Calls(nn.Module):
         return self.f(self, self.linear(x))
 
 
-def counts(module, h):
-    module.seen += 1
-    return h
-
-
-def remembers(module, h):
-    module.hidden = h.detach() if module.hidden is None else module.hidden + h.detach()
-    return h + module.hidden
-
-
 def branches(module, h):
     return h * 2 if h.sum() > 0 else h
 
@@ -49,31 +38,16 @@ def reads_foreign_memory(module, h):
     return h * torch.from_dlpack(np.ones(4))
 
 
-def draws_in_a_checkpoint(module, h):
-    return torch.utils.checkpoint.checkpoint(torch.dropout, torch.tanh(h), 0.5, True, use_reentrant=False).sin()
-
-
 def fails(module, h):
     raise KeyError("of the user's own")
 
 
 REFUSALS = {
-    "counts": (counts, RuntimeError, r"(?s)changes Python values.*Calls\.seen changed from 0 to 1.*compile=False"),
-    "remembers": (
-        remembers,
-        RuntimeError,
-        r"(?s)changes Python values.*hidden changed from None to FakeTensor.*buffers",
-    ),
     "branches": (branches, RuntimeError, r"test_refused\.py:\d+ \(return h \* 2 if .*\).*torch\.where.*compile=False"),
     "foreign": (
         reads_foreign_memory,
         RuntimeError,
-        r"shape \(4,\) and dtype torch.float64 from data that torch does not see",
-    ),
-    "draws": (
-        draws_in_a_checkpoint,
-        RuntimeError,
-        r"checkpointed part of the forward draws random numbers.*compile=False",
+        r"test_refused\.py:\d+ \(return h \* torch\.from_dlpack.*\): .*is one graph.*in the batch.*compile=False",
     ),
     "fails": (fails, KeyError, "of the user's own"),
 }
@@ -101,13 +75,6 @@ def test_route_errors_are_those_of_an_eager_step():
     step = make(nn.Linear(4, 4), lambda model, batch: {"other": model(batch).sum()})
     with pytest.raises(ff.RouteError, match=r"(?s)loss 'other' has no route.*route for loss 'loss'"):
         step(step.init(), torch.randn(3, 4))
-
-
-def test_batches_of_other_things():
-    step = make(nn.Linear(4, 4), lambda model, batch: {"loss": model(batch["x"]).sum()})
-    batch = {"x": torch.randn(3, 4), "extra": [iter(()), np.ones(3)]}
-    with pytest.raises(TypeError, match=r"(?s)batch\['extra'\]\[0\]: tuple_iterator.*\[1\]: ndarray.*torch.as_tensor"):
-        step(step.init(), batch)
 
 
 def test_an_optimizer_that_counts_in_python():
@@ -154,80 +121,30 @@ def draws_in_python(model, batch):
     return {"loss": model(batch).sum() * random.random()}
 
 
-GENERATORS = types.SimpleNamespace(python=random.Random(), numpy=np.random.default_rng(), system=random.SystemRandom())
-
-
-def draws_from_an_object_of_python(model, batch):
-    return {"loss": model(batch).sum() * GENERATORS.python.random() * (GENERATORS.system is not None)}
+GENERATOR = np.random.default_rng()
 
 
 def draws_from_an_object_of_numpy(model, batch):
-    return {"loss": model(batch).sum() * GENERATORS.numpy.random()}
-
-
-def appends(model, batch):
-    model.seen.append(model(batch).detach())
-    return {"loss": model(batch).sum()}
-
-
-def queues(model, batch):
-    model.queue.append(model(batch).detach())
-    return {"loss": model(batch).sum()}
+    return {"loss": model(batch).sum() * GENERATOR.random()}
 
 
 @pytest.mark.parametrize(
-    ("losses", "kind", "message"),
+    ("losses", "line"),
     [
-        (returns_an_object, TypeError, r"a metric holds object.*tensors, numbers and strings.*compile=False"),
-        (returns_a_clock, RuntimeError, r"the metric 'time' is a Python number that differs each time.*tensor"),
-        (draws_in_python, RuntimeError, r"draws random numbers from Python or numpy.*compile=False"),
-        (draws_from_an_object_of_python, RuntimeError, r"draws random numbers from Python or numpy.*compile=False"),
-        (draws_from_an_object_of_numpy, RuntimeError, r"draws random numbers from Python or numpy.*compile=False"),
-        (appends, RuntimeError, r"(?s)changes Python values.*seen was changed in place"),
-        (queues, RuntimeError, r"(?s)changes Python values.*queue was changed in place"),
+        (returns_an_object, "types.SimpleNamespace"),
+        (returns_a_clock, "time.perf_counter"),
+        (draws_in_python, "random.random"),
+        (draws_from_an_object_of_numpy, "GENERATOR.random"),
     ],
 )
-def test_losses(losses, kind, message):
-    model = nn.Linear(4, 4)
-    model.seen, model.queue = [], collections.deque([1])
-    step = make(model, losses)
-    with pytest.raises(kind, match=message):
-        step(step.init(), torch.randn(3, 4))
-    assert model.seen == []
-    assert list(model.queue) == [1]
-
-
-def test_counting_in_a_closure():
-    calls = 0
-
-    def losses(model, batch):
-        nonlocal calls
-        calls += 1
-        return {"loss": model(batch).sum()}
-
+def test_losses(losses, line):
+    """Dynamo's words are about Dynamo; the user's line comes first, then what to do, and no dump of a graph."""
     step = make(nn.Linear(4, 4), losses)
-    with pytest.raises(RuntimeError, match="(?s)changes Python values.*calls in the closure of .*from 0 to 1"):
+    with pytest.raises(
+        RuntimeError, match=rf"test_refused\.py:\d+ \(.*{line}.*\): .*one graph.*compile=False"
+    ) as caught:
         step(step.init(), torch.randn(3, 4))
-    assert calls == 0
-
-
-def test_another_module_that_reassigns_a_buffer():
-    class Counts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("n", torch.tensor(0.0))
-
-        def forward(self, x):
-            self.n = self.n + 1
-            return x * self.n
-
-    other = Counts()
-    step = make(nn.Linear(4, 4), lambda model, batch: {"loss": other(model(batch)).sum()})
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"(?s)changes Python values.*n changed.*buffers"):
-            step(step.init(), torch.randn(3, 4))
-        assert type(other.n) is torch.Tensor
-        assert float(other.n) == 0
+    assert "\n" not in str(caught.value)
 
 
 @torch._dynamo.config.patch(recompile_limit=2)
@@ -242,7 +159,7 @@ def test_more_sizes_than_torch_allows():
     state = step.init()
     for size in (2, 3):
         state, _ = step(state, torch.randn(size, 4))
-    with pytest.raises(RuntimeError, match=r"as many different sizes.*recompile_limit.*pad batches"):
+    with pytest.raises(RuntimeError, match=r"as many different sizes.*recompile_limit.*Pad batches"):
         step(state, torch.randn(4, 4))
 
 
@@ -270,15 +187,6 @@ def test_a_compiler_that_is_switched_off():
     step = make(nn.Linear(4, 4))
     with torch.compiler.set_stance("force_eager"), pytest.raises(RuntimeError, match=r"switched off.*compile=False"):
         step(step.init(), torch.randn(3, 4))
-
-
-def test_a_tensor_outside_that_is_resized():
-    table = torch.ones(3, 4)
-    step = make(nn.Linear(4, 4), lambda model, batch: {"loss": (model(batch) * table).sum()})
-    state, _ = step(step.init(), torch.randn(3, 4))
-    table.data = torch.ones(1, 4)
-    with pytest.raises(RuntimeError, match=r"outside had shape \(3, 4\).*has \(1, 4\).*in place"):
-        step(state, torch.randn(3, 4))
 
 
 @pytest.mark.parametrize(
