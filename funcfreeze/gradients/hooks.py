@@ -10,8 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,23 +47,26 @@ def handles_made() -> int:
 _noticed: ContextVar[Noticed | None] = ContextVar("noticed", default=None)
 
 
-@contextmanager
-def noticing_hooks() -> Iterator[Noticed]:
+class noticing_hooks:  # a function by its use: `with noticing_hooks() as noticed:`
     """Notice the hooks registered inside the block, by this thread. `all_known` is set when it ends.
 
-    Blocks may be nested: what is noticed in one is then known in the one around it, too.
-
-    Nodes' own hooks, and those of other threads, are not seen, but they do make handles.
+    Blocks may be nested: what is noticed in one is then known in the one around it, too. Nodes' own hooks, and those of
+    other threads, are not seen, but they do make handles.
     """
-    noticed, before = Noticed(), handles_made()
-    token = _noticed.set(noticed)
-    _Exchange.enter()
-    try:
-        yield noticed
-    finally:
+
+    def __enter__(self) -> Noticed:
+        """Begin."""
+        self.noticed, self.before = Noticed(), handles_made()
+        self.token = _noticed.set(self.noticed)
+        _Exchange.enter()
+        return self.noticed
+
+    def __exit__(self, *error: object) -> None:
+        """End, and tell the block around."""
         _Exchange.leave()
-        _noticed.reset(token)
-        noticed.all_known = handles_made() - before == noticed.registrations
+        _noticed.reset(self.token)
+        noticed = self.noticed
+        noticed.all_known = handles_made() - self.before == noticed.registrations
         around = _noticed.get()
         if around is not None:
             around.nodes += noticed.nodes
