@@ -14,6 +14,7 @@ from torch._C._dynamo.guards import TensorGuards
 
 from funcfreeze.model.memory import memories_of
 
+
 class Checked:
     """Tensors that were found to fit: which they are, where their memory is and how it is laid out.
 
