@@ -21,9 +21,10 @@ from funcfreeze.computation.state import Lease, State, lease_of, listing_of, mak
 from funcfreeze.declare.plan import Plan, chosen, resolve_plan
 from funcfreeze.declare.routes import Selection
 from funcfreeze.gradients import Routing, find_engine
+from funcfreeze.gradients.modes import grad_mode
 from funcfreeze.model.acceptance import as_module, refuse_unusable
 from funcfreeze.model.attributes import attributes_kept, flags_kept
-from funcfreeze.model.functional import FunctionalModule, mark_of
+from funcfreeze.model.functional import FunctionalModule, marks_of
 from funcfreeze.model.memory import memory_of
 from funcfreeze.model.sites import module_leaves
 from funcfreeze.model.ties import tied
@@ -232,7 +233,7 @@ class Step:
         buffers = {path: tensor.clone() for path, tensor in state.buffers.items()}
         params = dict(zip(self.plan.paths, self.computation.evaluation.leaves(state.params), strict=True))
         with torch.no_grad(), self.functional.holding(params, buffers), flags_kept(self.module):
-            marks = {path: mark_of(tensor) for path, tensor in params.items()}
+            marks = marks_of(params)
             result = f(self.module, *args)
             refuse_writes(params, marks, self.computation.evaluation.seen.written)
             self.functional.left(params, marks, self.computation.evaluation.seen.written)
@@ -321,7 +322,7 @@ class Step:
         return params, buffers, optimizer, mine(state.step, True)
 
     def _eager_step(self, state: State, computed: Computed) -> tuple[State, dict[str, Any]]:
-        with torch.inference_mode(False), torch.no_grad():
+        with grad_mode(False):
             held = (*state.params.values(), *computed.buffers.values(), *computed.written.values())
             metrics = {**computed.losses, **not_sharing(computed.metrics, held)}
             return self._update(state, computed), metrics

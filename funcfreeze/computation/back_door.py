@@ -12,7 +12,7 @@ from collections.abc import Set as AbstractSet
 import torch
 from torch import Tensor
 
-from funcfreeze.model.functional import Mark, mark_of
+from funcfreeze.model.functional import Mark, marks_of
 from funcfreeze.model.memory import memory_of
 
 
@@ -93,7 +93,7 @@ def refuse_late_writes(params: Mapping[str, Tensor], written: Mapping[str, Tenso
 
 def refuse_writes(params: Mapping[str, Tensor], marks: Mapping[str, Mark], may_write: AbstractSet[str]) -> None:
     """Refuse a function that wrote to the state's parameters, as far as torch counts it."""
-    written = [path for path, tensor in params.items() if path not in may_write and mark_of(tensor) != marks[path]]
+    written = [path for path, mark in marks_of(params).items() if path not in may_write and mark != marks[path]]
     if written:
         raise RuntimeError(
             f"the function given to `call` wrote to {', '.join(written)}, whose memory is the state's: it may only "

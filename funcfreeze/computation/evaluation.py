@@ -15,7 +15,7 @@ from funcfreeze.computation.inner_gradients import refuse_constants
 from funcfreeze.declare.plan import Plan
 from funcfreeze.gradients.graph import leaves_below
 from funcfreeze.model.attributes import let_go_of_graphs, nodes_made
-from funcfreeze.model.functional import FunctionalModule, mark_of
+from funcfreeze.model.functional import FunctionalModule, marks_of
 from funcfreeze.model.memory import memory_of
 from funcfreeze.model.watching import Watch, by_memory
 
@@ -118,7 +118,7 @@ class Evaluation:
             if given[path].requires_grad:
                 given[path].register_hook(hook)  # type: ignore[no-untyped-call]
         cloned = {path: tensor.clone() for path, tensor in buffers.items()}
-        marks = {path: mark_of(tensor) for path, tensor in given.items()}
+        marks = marks_of(given)
         finally_do.append(self._held(given, cloned, watch))
         losses, metrics = split(self._returned(batch, given, watch))
         if watch is not None:

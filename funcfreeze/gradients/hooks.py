@@ -8,9 +8,9 @@ they are registered.
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,24 +47,26 @@ def handles_made() -> int:
 _noticed: ContextVar[Noticed | None] = ContextVar("noticed", default=None)
 
 
-@contextmanager
-def noticing_hooks() -> Iterator[Noticed]:
+class noticing_hooks:  # a function by its use: `with noticing_hooks() as noticed:`
     """Notice the hooks registered inside the block, by this thread. `all_known` is set when it ends.
 
-    Blocks may be nested: what is noticed in one is then known in the one around it, too.
-
-    `torch.Tensor.register_hook` is exchanged for the duration; nodes' own hooks, and those of other threads, are not
-    seen, but they do make handles.
+    Blocks may be nested: what is noticed in one is then known in the one around it, too. Nodes' own hooks, and those of
+    other threads, are not seen, but they do make handles.
     """
-    noticed, before = Noticed(), handles_made()
-    token = _noticed.set(noticed)
-    _Exchange.enter()
-    try:
-        yield noticed
-    finally:
+
+    def __enter__(self) -> Noticed:
+        """Begin."""
+        self.noticed, self.before = Noticed(), handles_made()
+        self.token = _noticed.set(self.noticed)
+        _Exchange.enter()
+        return self.noticed
+
+    def __exit__(self, *error: object) -> None:
+        """End, and tell the block around."""
         _Exchange.leave()
-        _noticed.reset(token)
-        noticed.all_known = handles_made() - before == noticed.registrations
+        _noticed.reset(self.token)
+        noticed = self.noticed
+        noticed.all_known = handles_made() - self.before == noticed.registrations
         around = _noticed.get()
         if around is not None:
             around.nodes += noticed.nodes
@@ -79,37 +81,43 @@ def note_temporary_hooks(count: int) -> None:
 
 
 class _Exchange:
-    """The exchange of `Tensor.register_hook`, made once however many threads are noticing, and undone by the last."""
+    """The exchange of what makes a handle, undone by the last of the threads that are noticing.
+
+    Not of `Tensor.register_hook`: a write to the class `Tensor` empties Python's caches of what tensors and parameters
+    have, and the step of a small network takes 2 % longer for it.
+    """
 
     lock = threading.Lock()
     users = 0
-    original: Callable[..., Any] = torch.Tensor.register_hook
+    original: Callable[..., None] = RemovableHandle.__init__
 
     @classmethod
     def enter(cls) -> None:
         with cls.lock:
             cls.users += 1
             if cls.users == 1:
-                cls.original = torch.Tensor.register_hook
-                torch.Tensor.register_hook = _register_hook  # type: ignore[method-assign]  # that is the point
+                cls.original = RemovableHandle.__init__
+                RemovableHandle.__init__ = _make  # type: ignore[method-assign, assignment]  # that is the point
 
     @classmethod
     def leave(cls) -> None:
         with cls.lock:
             cls.users -= 1
             if cls.users == 0:
-                torch.Tensor.register_hook = cls.original  # type: ignore[method-assign]  # put back
+                RemovableHandle.__init__ = cls.original  # type: ignore[method-assign]  # put back
 
 
-def _register_hook(tensor: Tensor, hook: Callable[[Tensor], Any]) -> Any:
-    noticed = _noticed.get()
-    before = 0 if noticed is None else noticed.registrations
-    handle = _Exchange.original(tensor, hook)  # comes back here first if there is a `TorchFunctionMode`
-    if noticed is not None and noticed.registrations == before:
+_REGISTER_HOOK = torch.Tensor.register_hook.__code__
+
+
+def _make(handle: RemovableHandle, hooks_dict: Any, *, extra_dict: Any = None) -> None:
+    """Make a handle; one that `Tensor.register_hook` makes is told by its caller, whose arguments say for what."""
+    _Exchange.original(handle, hooks_dict, extra_dict=extra_dict)
+    noticed, caller = _noticed.get(), sys._getframe(1)
+    if noticed is not None and caller.f_code is _REGISTER_HOOK:
         noticed.registrations += 1
-        if _defined_in(hook) not in OBSERVERS:
-            noticed.nodes.append(get_gradient_edge(tensor).node)
-    return handle
+        if _defined_in(caller.f_locals["hook"]) not in OBSERVERS:
+            noticed.nodes.append(get_gradient_edge(caller.f_locals["self"]).node)
 
 
 def _defined_in(hook: Callable[[Tensor], Any]) -> str | None:

@@ -64,9 +64,15 @@ class Routing:
         wanted = self.routed | self.differentiable
         return tuple(leaf in wanted for leaf in range(len(self.paths)))
 
-    def weight_values(self, step: Tensor | None) -> list[float | Tensor]:
+    def weight_values(self, step: Tensor | None) -> Sequence[float | Tensor]:
         """The value of every weight at a step."""
-        return [weight_value(terms, step) for terms in self.terms]
+        return self._numbers or [weight_value(terms, step) for terms in self.terms]
+
+    @cached_property
+    def _numbers(self) -> Sequence[float | Tensor] | None:
+        """The same at any step, where all weights are numbers."""
+        changing = any(isinstance(weight, Tensor) or callable(weight) for terms in self.terms for weight in terms)
+        return None if changing else [weight_value(terms, None) for terms in self.terms]
 
 
 def _number(terms: list[tuple[Weight, ...]], given: tuple[Weight, ...]) -> int:

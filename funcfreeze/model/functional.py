@@ -8,31 +8,35 @@ from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from operator import eq, is_
+from operator import attrgetter, eq, is_
 
 import torch
 from torch import Tensor, nn
 
-from funcfreeze.model.memory import memory_of
+from funcfreeze.model.memory import memories_of, memory_of
 from funcfreeze.model.sites import Site, grouped, present
 
 Mark = tuple[int, int | None]
 """A tensor's version and memory: a write through `.data` changes neither, every other write one of them."""
 
 
-def mark_of(tensor: Tensor) -> Mark:
-    """What a tensor is at now."""
-    return tensor._version, memory_of(tensor)
+_VERSION = attrgetter("_version")
 
 
-Held = tuple[int, int, list[nn.Module | None]]
+def marks_of(tensors: Mapping[str, Tensor]) -> dict[str, Mark]:
+    """What each tensor is at now."""
+    values = tensors.values()
+    return dict(zip(tensors, zip(map(_VERSION, values), memories_of(values), strict=True), strict=True))
+
+
+Held = tuple[int, int, tuple[nn.Module | None, ...]]
 """What a module holds at a time: how many parameters and buffers, None among them, and its submodules."""
 
 
 def held_by(module: nn.Module) -> Held:
     """What the module holds now."""
     own = module.__dict__
-    return len(own["_parameters"]), len(own["_buffers"]), [*own["_modules"].values()]
+    return len(own["_parameters"]), len(own["_buffers"]), tuple(own["_modules"].values())
 
 
 @dataclass(frozen=True)
@@ -182,12 +186,12 @@ class FunctionalModule:
         try:
             if self.buffers:
                 self.present_buffers()  # all are there
-            taken += (
-                (module.__dict__["_parameters"], name, present((module, name), "_parameters"), parameters[path])
-                for path, module, name in self._places
-            )
-            stores += (module.__dict__["_buffers"] for module in self.modules)
-            kept += (store.copy() if store else None for store in stores)
+            taken += [
+                (site[0].__dict__["_parameters"], site[1], present(site, "_parameters"), parameters[path])
+                for path, site in self._places
+            ]
+            stores += [module.__dict__["_buffers"] for module in self.modules]
+            kept += [store.copy() if store else None for store in stores]
             for store, name, _, given in taken:
                 store[name] = given
             self.put_buffers(buffers)
@@ -215,10 +219,11 @@ class FunctionalModule:
         """
         problems: list[str] = []
         written: dict[str, Tensor] = {}
-        for path, sites in () if self._holds(given, marks) else self.parameters.items():
+        now = marks_of(given)
+        for path, sites in () if now == marks and self._holds(given) else self.parameters.items():
             tensor, mark = given[path], marks[path]
             found = [module.__dict__["_parameters"].get(name) for module, name in sites]
-            if mark == mark_of(tensor) and all(held is tensor for held in found):
+            if mark == now[path] and all(held is tensor for held in found):
                 continue
             problem = _write_problem(path, tensor, mark, found, path in may_write)
             if problem is not None:
@@ -231,17 +236,15 @@ class FunctionalModule:
             raise RuntimeError("\n".join(problems))
         return Left({path: tensor for path, tensor in buffers.items() if tensor is not None}, written)
 
-    def _holds(self, given: Mapping[str, Tensor], marks: Mapping[str, Mark]) -> bool:
-        """Whether the module holds these parameters, as they were."""
-        held = [module.__dict__["_parameters"].get(name) for _, module, name in self._places]
-        return all(map(is_, held, [given[path] for path, _, _ in self._places])) and all(
-            marks[path] == mark_of(tensor) for path, tensor in given.items()
-        )
+    def _holds(self, given: Mapping[str, Tensor]) -> bool:
+        """Whether the module holds these parameters."""
+        held = [module.__dict__["_parameters"].get(name) for _, (module, name) in self._places]
+        return all(map(is_, held, [given[path] for path, _ in self._places]))
 
     @cached_property
-    def _places(self) -> list[tuple[str, nn.Module, str]]:
+    def _places(self) -> list[tuple[str, Site]]:
         """Every parameter at each of its sites."""
-        return [(path, module, name) for path, sites in self.parameters.items() for module, name in sites]
+        return [(path, site) for path, sites in self.parameters.items() for site in sites]
 
     def hold_copies(self, tensors: Mapping[str, Tensor]) -> None:
         """Put copies of these buffers into the module, until it gets its own back."""

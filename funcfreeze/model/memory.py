@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from operator import attrgetter
+
 from torch import Tensor
+
+_IDENTITY = attrgetter("_cdata")
 
 
 def memory_of(tensor: Tensor) -> int | None:
@@ -14,3 +19,11 @@ def memory_of(tensor: Tensor) -> int | None:
         return int(tensor.untyped_storage()._cdata)
     except NotImplementedError:
         return None
+
+
+def memories_of(tensors: Collection[Tensor]) -> list[int | None]:
+    """`memory_of` each: quicker for all at once, and asked at every step."""
+    try:
+        return list(map(_IDENTITY, map(Tensor.untyped_storage, tensors)))
+    except NotImplementedError:
+        return list(map(memory_of, tensors))

@@ -32,7 +32,7 @@ def adam_(
 ) -> None:
     """Overwrite parameters and their state by Adam, or AdamW if `decoupled`; nothing where `found_inf` is 1."""
     update = torch._fused_adamw_ if decoupled else torch._fused_adam_
-    torch._foreach_add_(steps, 1)
+    _count(steps)
     try:
         update(
             params,
@@ -83,3 +83,8 @@ def sgd_(
         is_first_step=False,
         found_inf=found_inf,
     )
+
+
+def _count(steps: list[Tensor]) -> None:
+    """Add 1. On the CPU torch does that for one after another, and would make a tensor of the number each time."""
+    torch._foreach_add_(steps, [torch.ones_like(steps[0])] * len(steps) if steps[0].is_cpu else 1)

@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from operator import attrgetter
-from typing import Any
 
 from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
 
-from funcfreeze.model.memory import memory_of
-
-_DTYPE = attrgetter("dtype")
-_FORM = attrgetter("shape", "dtype", "device", "layout")
+from funcfreeze.model.memory import memories_of
 
 
 class Checked:
     """Tensors that were found to fit: which they are, where their memory is and how it is laid out.
 
     `.data = ...` and `t_()` exchange that under the same object. Nothing is kept alive: the first that goes ends
-    it, since another may come to be where that was.
+    it, since another may come to be where that was. Layouts are compared as `torch.compile` guards them, in one call:
+    class, shape, strides, dtype and device. It is private to torch, and the same in 2.11 to 2.15.
     """
 
     def __init__(self, params: Sequence[Tensor], kept: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
@@ -32,30 +29,20 @@ class Checked:
         self._references = [weakref.ref(tensor, self._gone.append) for tensor in tensors]
         self._identities = list(map(id, tensors))
         self._addresses = list(map(Tensor.data_ptr, tensors))
-        self._layouts = self._laid_out(tensors)
-        self._memories = frozenset(map(memory_of, params))
-        self._gradients = self._forms(grads)
-
-    @staticmethod
-    def _forms(grads: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
-        return list(map(_FORM, grads)), list(map(Tensor.stride, grads))
-
-    @staticmethod
-    def _laid_out(tensors: Sequence[Tensor]) -> tuple[list[Any], list[Any], list[Any]]:
-        return list(map(Tensor.stride, tensors)), list(map(Tensor.size, tensors)), list(map(_DTYPE, tensors))
+        self._memories = frozenset(memories_of(params))
+        self._layouts = TensorGuards(*tensors, *grads, dynamic_dims_sizes=None, dynamic_dims_strides=None)
 
     def holds(self, params: Sequence[Tensor], kept: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
         """Whether these are the same tensors, with gradients of the same form and in a memory of their own."""
         tensors = [*params, *kept]
-        memories = [memory_of(grad) for grad in grads]
+        memories = memories_of(grads)
         return (
             not self._gone
             and list(map(id, tensors)) == self._identities
             and list(map(Tensor.data_ptr, tensors)) == self._addresses
-            and self._laid_out(tensors) == self._layouts
             and None not in memories  # a sparse one has no strides to ask for
             and self._memories.isdisjoint(memories)
-            and self._forms(grads) == self._gradients
+            and self._layouts.check(*tensors, *grads)
         )
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
 
 import funcfreeze as ff
 from laws import assert_law, assert_step_law
@@ -181,11 +182,12 @@ def test_the_reference_refuses_hooks_it_would_not_run():
 
 
 def test_registering_hooks_is_as_before_after_a_step():
-    register = torch.Tensor.register_hook
+    register, make = torch.Tensor.register_hook, RemovableHandle.__init__
     losses, p, table = two_level(lambda h: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         ff.grad(losses, table)(p)
     assert torch.Tensor.register_hook is register
+    assert RemovableHandle.__init__ is make
 
 
 @pytest.mark.parametrize("engine", ["routed", "reference", "toggle"])

@@ -92,7 +92,7 @@ def test_a_model_that_wants_its_own_dtype():
         pass
 
     def own_dtype(model, batch):
-        constant = torch.ones(4, 4, dtype=torch.float32)
+        constant = torch.eye(4, dtype=torch.float32)
         return losses(model, batch @ constant)
 
     step = ff.Step(Single().float(), own_dtype, ROUTES, optimizer=ff.optim.adamw(1e-3))
