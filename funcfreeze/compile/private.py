@@ -6,8 +6,10 @@ When a new release of torch breaks the compiled step, it breaks here. `TESTED` i
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from logging import Logger
 from typing import Any
 
 import torch
@@ -114,7 +116,16 @@ def dynamo_configured() -> Iterator[None]:
 
 def _known_settings() -> dict[str, Any]:
     known = config.get_config_copy()
-    return {name: value for name, value in _WHILE_DYNAMO_TRACES.items() if name in known}
+    logging = {
+        "reorderable_logging_functions": {print, warnings.warn},  # after the graph, with what it computed
+        "ignore_logging_functions": {f for name, f in vars(Logger).items() if name.startswith(_LEVELS)},
+    }
+    kept = {name: known[name] | functions for name, functions in logging.items()}
+    return {**kept, **{name: value for name, value in _WHILE_DYNAMO_TRACES.items() if name in known}}
+
+
+_LEVELS = ("debug", "info", "warn", "error", "exception", "critical", "log")
+"""How the methods of a logger begin that log; transformers adds some."""
 
 
 def stand_in_mode() -> FakeTensorMode:

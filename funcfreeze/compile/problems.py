@@ -49,7 +49,9 @@ def is_the_users(error: Exception) -> bool:
 def explained(error: Exception) -> Exception:
     """The error to raise instead, or the same one: user mistakes and missing operators need no other words."""
     if isinstance(error, _NEEDS_VALUES):
-        where = next(_users_lines(error), "in the optimizer" if _in_an_optimizer(error) else "in the forward")
+        if _passes(error, "/torch/autograd/"):
+            return _because(error, _torchs_backward(error))
+        where = next(_users_lines(error), "in the optimizer" if _passes(error, "/optim/") else "in the forward")
         return _because(error, f"{where}: {_VALUES}")
     if isinstance(error, exc.Unsupported | exc.UserError):
         return _because(error, _graph_break(error))
@@ -92,7 +94,7 @@ def _graph_break(error: exc.Unsupported | exc.UserError) -> str:
     return (
         f"{where}: torch.compile cannot take this into a graph ({what}{': ' + why if why else ''}), and a compiled "
         "step is one graph. Write it with tensor operations, compute it before the step and pass it in the batch, "
-        f"{_EAGER}"
+        f"run one batch through the model first if it does this only when it is called for the first time, {_EAGER}"
     )
 
 
@@ -109,8 +111,17 @@ def _because(error: Exception, message: str) -> RuntimeError:
     return plain
 
 
-def _in_an_optimizer(error: Exception) -> bool:
-    return any("/optim/" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
+def _torchs_backward(error: Exception) -> str:
+    return (
+        f"the backward of an operator of torch's asks for the value of a tensor ({str(error).strip()}), which a "
+        "compiled step does not have: that of a sparse Embedding with padding_idx is one such. Take another operator "
+        f"(sparse=False), {_EAGER}"
+    )
+
+
+def _passes(error: Exception, folder: str) -> bool:
+    """Whether the error came through code in such a folder."""
+    return any(folder in frame.filename for frame in traceback.extract_tb(error.__traceback__))
 
 
 def _users_lines(error: Exception) -> Iterator[str]:

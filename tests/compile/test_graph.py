@@ -200,6 +200,7 @@ def test_verify_runs_the_compiled_step():
     assert report.ok, report
 
 
+@torch._functorch.config.patch(enable_autograd_cache=False)  # or nothing might be compiled
 @pytest.mark.parametrize("donate", [True, False])
 def test_the_states_tensors_are_static_inputs(donate, monkeypatch):
     """So CUDA graphs do not copy them; copies made for each step are not. By Inductor's account, on any device."""
@@ -210,7 +211,6 @@ def test_the_states_tensors_are_static_inputs(donate, monkeypatch):
         return seen[-1]
 
     monkeypatch.setattr(compile_fx, "get_static_input_idxs", noticed)
-    monkeypatch.setattr(torch._functorch.config, "enable_autograd_cache", False)  # or nothing might be compiled
     step = ff.Step(
         torch.nn.Linear(4, 4),
         lambda model, x: {"l": model(x).square().mean()},

@@ -128,6 +128,7 @@ def draws_from_an_object_of_numpy(model, batch):
     return {"loss": model(batch).sum() * GENERATOR.random()}
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")
 @pytest.mark.parametrize(
     ("losses", "line"),
     [
