@@ -107,7 +107,8 @@ class Capturing:
         if is_the_users(error):
             with attributes_kept(self._computation.evaluation.functional.module):
                 self._computation.gradients(*state.layout.fields(state.tensors), batch)
-        raise with_a_note(explained(error)) from error.__cause__
+        found = with_a_note(explained(error))
+        raise found from found.__cause__
 
     def _key(self, layout: Layout) -> str:
         """Stands for what a program takes for granted and Dynamo does not guard."""
