@@ -1,0 +1,57 @@
+"""What people write, run eagerly and compiled in lockstep: the same numbers, the same objects, or a refusal that helps."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+import pytest
+
+import programs
+from lockstep import COMPILED, PROGRAMS, compare, matches, run, run_plain
+
+for _module in pkgutil.iter_modules(programs.__path__):
+    importlib.import_module(f"programs.{_module.name}")
+
+NUMBERS = ("metrics", "moved", "buffers", "seen")
+
+
+def expected(name):
+    found = PROGRAMS[name]
+    reason = found.bug or found.known
+    return pytest.param(name, marks=pytest.mark.xfail(reason=reason, strict=True) if reason else ())
+
+
+@pytest.mark.parametrize("name", map(expected, PROGRAMS))
+def test_lockstep(name):
+    found = PROGRAMS[name]
+    eager, compiled = run(found.make, False), run(found.make, COMPILED)
+    if found.wrong is not None:
+        for trace in (eager, compiled):
+            assert trace.error is not None
+            assert matches(found.wrong, trace.error), trace.error
+        return
+    if eager.error is not None:
+        raise eager.error
+    compare(eager, compiled)
+    if found.refused is not None:
+        assert compiled.error is not None, "is not refused"
+        assert matches(found.refused, compiled.error), compiled.error
+        return
+    if compiled.error is not None:
+        raise compiled.error
+    if found.traces is not None:
+        assert compiled.traces <= found.traces
+
+
+@pytest.mark.parametrize("name", [name for name, found in PROGRAMS.items() if found.refused and not found.ours])
+def test_plain_compile_refuses_too(name):
+    assert run_plain(PROGRAMS[name].make).error is not None
+
+
+@pytest.mark.parametrize("name", [name for name, found in PROGRAMS.items() if found.known])
+def test_plain_compile_is_wrong_too(name):
+    eager, plain = run(PROGRAMS[name].make, False), run_plain(PROGRAMS[name].make)
+    assert plain.error is None
+    with pytest.raises(AssertionError):
+        compare(eager, plain, NUMBERS)
