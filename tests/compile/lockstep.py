@@ -25,6 +25,9 @@ import funcfreeze as ff
 COMPILED = {"backend": "aot_eager"}
 RATE = 0.1
 
+LINE = r"programs/\w+\.py:\d+ \(.*compile=False"
+"""What a refusal says: the user's line, and what else there is."""
+
 PROGRAMS: dict[str, Program] = {}
 
 
@@ -41,6 +44,7 @@ class World:
         drive: takes the step in another way: (step, state, turn, batch) -> (state, metrics).
         between: given (step, state, turn), returns the Step and the state to go on with.
         restore: undoes what was done to globals.
+        rtol: how close the runs must be.
         compile: what the harness compiles with; for programs that build Steps of their own.
     """
 
@@ -58,6 +62,7 @@ class World:
     restore: Callable[[], Any] = lambda: None
     compile: Any = False
     steps: int = 4
+    rtol: float = 1e-9
 
     def before(self, turn: int) -> None:
         """Make the change that is due."""
@@ -74,6 +79,7 @@ class Program:
         make: makes its world.
         refused: what the message of a refusal to compile matches; plain `torch.compile` refuses too.
         ours: why only the compiled step refuses it, where plain `torch.compile` does not.
+        eager: what the message of an error matches that the eager Step alone raises; the compiled one is right.
         wrong: what the message of an error matches that the eager Step raises too.
         known: why plain `torch.compile` is wrong, too.
         bug: what is wrong with the compiled step alone.
@@ -83,6 +89,7 @@ class Program:
     make: Callable[[], World]
     refused: str | None = None
     ours: str | None = None
+    eager: str | None = None
     wrong: str | None = None
     known: str | None = None
     bug: str | None = None
@@ -108,6 +115,7 @@ class Trace:
     records: list[dict[str, Any]]
     error: Exception | None = None
     traces: int = 0
+    rtol: float = 1e-9
 
 
 def run(make: Callable[[], World], compile: Any) -> Trace:
@@ -115,7 +123,7 @@ def run(make: Callable[[], World], compile: Any) -> Trace:
     torch.manual_seed(0)
     world = make()
     world.compile = compile
-    trace = Trace([])
+    trace = Trace([], rtol=world.rtol)
     try:
         step = ff.Step(
             world.model, world.losses, world.routes, optimizer=world.optimizer, compile=compile, **world.options
@@ -165,7 +173,7 @@ def run_plain(make: Callable[[], World]) -> Trace:
     plan = ff.Step(world.model, world.losses, world.routes, optimizer=world.optimizer, compile=False).plan
     compiled = torch.compile(world.losses, fullgraph=True, backend="aot_eager")
     start = {path: tensor.detach().clone() for path, tensor in model.named_parameters()}
-    trace = Trace([])
+    trace = Trace([], rtol=world.rtol)
     try:
         for turn in range(world.steps):
             seed(turn)
@@ -204,9 +212,7 @@ def move(model: nn.Module, plan: Any, found: Mapping[str, Any], turn: int) -> No
         rows = [row for row in plan.rows if name in row.weights]
         if value is None:
             continue
-        given = torch.autograd.grad(
-            value, [parameters[row.path] for row in rows], retain_graph=True, allow_unused=True
-        )
+        given = torch.autograd.grad(value, [parameters[row.path] for row in rows], retain_graph=True, allow_unused=True)
         for row, gradient in zip(rows, given, strict=True):
             if gradient is not None:
                 weight = sum(w(turn) if callable(w) else w for w in row.weights[name])
@@ -247,7 +253,11 @@ _OF_MODULES = {"_parameters", "_buffers", "_modules", "_compiled_call_impl"}
 def attributes_of(module: nn.Module) -> dict[str, Any]:
     """All Python attributes of all modules."""
     return {
-        path: {key: described(value) for key, value in vars(part).items() if key not in _OF_MODULES and "hooks" not in key}
+        path: {
+            key: described(value)
+            for key, value in vars(part).items()
+            if key not in _OF_MODULES and "hooks" not in key and key != "_torchdynamo_wrapper_id"
+        }
         for path, part in module.named_modules()
     }
 
@@ -276,23 +286,24 @@ def described(value: Any, deep: int = 6) -> Any:
     return type(value).__qualname__
 
 
-def differing(wanted: Any, got: Any, where: str) -> None:
+def differing(wanted: Any, got: Any, where: str, rtol: float = 0.0) -> None:
     """Fail where two pictures are not alike."""
     if isinstance(wanted, Tensor):
         assert isinstance(got, Tensor), f"{where}: {got} for {wanted}"
         assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape), f"{where}: {got.dtype}{got.shape}"
-        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-11, equal_nan=True, msg=lambda m: f"{where}: {m}")
+        told = lambda message: f"{where}: {message}"  # noqa: E731
+        torch.testing.assert_close(got, wanted, rtol=rtol, atol=rtol * 0.01, equal_nan=True, msg=told)
     elif isinstance(wanted, dict):
         assert isinstance(got, dict) and got.keys() == wanted.keys(), f"{where}: {got} for {wanted}"
         for key in wanted:
-            differing(wanted[key], got[key], f"{where}[{key}]")
+            differing(wanted[key], got[key], f"{where}[{key}]", rtol)
     elif isinstance(wanted, list | tuple):
         assert type(got) is type(wanted), f"{where}: {got} for {wanted}"
         assert len(got) == len(wanted), f"{where}: {got} for {wanted}"
         for index, (one, other) in enumerate(zip(wanted, got, strict=True)):
-            differing(one, other, f"{where}[{index}]")
+            differing(one, other, f"{where}[{index}]", rtol)
     elif isinstance(wanted, float):
-        assert got == wanted or abs(got - wanted) < 1e-9 * abs(wanted), f"{where}: {got} for {wanted}"
+        assert got == wanted or abs(got - wanted) <= rtol * abs(wanted), f"{where}: {got} for {wanted}"
     else:
         assert got == wanted, f"{where}: {got} for {wanted}"
 
@@ -301,7 +312,7 @@ def compare(eager: Trace, other: Trace, only: tuple[str, ...] = ()) -> None:
     """Fail at the first turn at which two runs differ."""
     for turn, (wanted, got) in enumerate(zip(eager.records, other.records, strict=False)):
         for kind in only or wanted:
-            differing(wanted[kind], got[kind], f"turn {turn}, {kind}")
+            differing(wanted[kind], got[kind], f"turn {turn}, {kind}", eager.rtol)
 
 
 def matches(pattern: str, error: Exception) -> bool:

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from lockstep import LINE, World, program
 from torch import nn
 
 import funcfreeze as ff
-from lockstep import World, program
 from programs.modules import normed, square
 
 
@@ -49,9 +49,7 @@ def a_rate_from_a_torch_scheduler():
         dummy.step()
         schedule.step()
 
-    return World(
-        net(), square, optimizer=ff.optim.sgd(lambda step: dummy.param_groups[0]["lr"]), change=every(change)
-    )
+    return World(net(), square, optimizer=ff.optim.sgd(lambda step: dummy.param_groups[0]["lr"]), change=every(change))
 
 
 @program
@@ -71,9 +69,7 @@ def a_route_weight_from_a_closure():
     def change():
         config.weight -= 0.3
 
-    return World(
-        net(), square, routes={"loss": {"0": lambda step: config.weight, "2": 1.0}}, change=every(change)
-    )
+    return World(net(), square, routes={"loss": {"0": lambda step: config.weight, "2": 1.0}}, change=every(change))
 
 
 @program(traces=1)
@@ -127,7 +123,7 @@ def a_temperature_that_cools():
     return World(net(), losses, change=every(lambda: config.update(temperature=config["temperature"] * 0.8)))
 
 
-@program
+@program(bug="a float that changes is refused where the operator takes no tensor in its place")
 def a_focal_gamma_that_grows():
     config = {"gamma": 1.0}
 
@@ -138,7 +134,7 @@ def a_focal_gamma_that_grows():
     return World(net(), losses, change=every(lambda: config.update(gamma=config["gamma"] + 0.5)))
 
 
-@program
+@program(bug="a float that changes is refused where the operator takes no tensor in its place")
 def a_label_smoothing_that_shrinks():
     config = {"smooth": 0.4}
 
@@ -149,7 +145,7 @@ def a_label_smoothing_that_shrinks():
     return World(net(), losses, change=every(lambda: config.update(smooth=config["smooth"] / 2)))
 
 
-@program
+@program(bug="a float that changes is refused where the operator takes no tensor in its place")
 def a_margin_that_grows():
     config = {"margin": 0.1}
 
@@ -258,7 +254,7 @@ def asks_whether_grad_is_enabled():
 
 @program
 def dropout_draws():
-    return World(normed(), square, optimizer=ff.optim.adam(0.1))
+    return World(normed(), square, steps=6)
 
 
 @program
@@ -275,12 +271,12 @@ def a_permutation_inside():
     return World(net(), losses)
 
 
-@program
+@program(refused=LINE)
 def python_draws_inside():
     return World(net(), lambda m, x: {"loss": m(x).square().mean() * random.random()})
 
 
-@program
+@program(refused=LINE)
 def python_coin_inside():
     return World(net(), lambda m, x: {"loss": m(x).square().mean() * (2 if random.random() < 0.5 else 1)}, steps=6)
 
@@ -290,18 +286,18 @@ def python_randint_inside():
     return World(net(), lambda m, x: {"loss": m(x).square().mean() * random.randint(1, 4)}, steps=6)
 
 
-@program
+@program(known="the state of a random.Random is taken as it is when traced")
 def a_random_of_ones_own():
     rng = random.Random(0)
     return World(net(), lambda m, x: {"loss": m(x).square().mean() * rng.random()}, steps=6)
 
 
-@program
+@program(refused=LINE)
 def numpy_draws_inside():
     return World(net(), lambda m, x: {"loss": m(x).square().mean() * np.random.rand()}, steps=6)
 
 
-@program
+@program(refused=LINE)
 def a_numpy_beta_for_mixup():
     def losses(model, x):
         lam = np.random.beta(0.5, 0.5)
@@ -310,19 +306,19 @@ def a_numpy_beta_for_mixup():
     return World(net(), losses)
 
 
-@program
+@program(refused=LINE)
 def a_numpy_generator_of_ones_own():
     rng = np.random.default_rng(0)
     return World(net(), lambda m, x: {"loss": m(x).square().mean() * rng.random()})
 
 
-@program
+@program(refused=LINE)
 def a_torch_generator_of_ones_own():
     g = torch.Generator().manual_seed(0)
     return World(net(), lambda m, x: {"loss": m(x + torch.randn(6, 4, generator=g)).square().mean()})
 
 
-@program
+@program(refused=LINE)
 def a_seed_set_inside():
     def losses(model, x):
         torch.manual_seed(3)
@@ -375,9 +371,7 @@ def an_earlier_state_again():
 
 @program
 def a_copy_of_the_step():
-    return World(
-        net(), square, between=lambda step, state, turn: (copy.deepcopy(step) if turn == 2 else step, state)
-    )
+    return World(net(), square, between=lambda step, state, turn: (copy.deepcopy(step) if turn == 2 else step, state))
 
 
 @program
@@ -420,9 +414,7 @@ def exported_and_begun_again():
 
 @program
 def an_adopted_state():
-    return World(
-        net(), square, between=lambda step, state, turn: (step, step.init(copy=False) if turn == 0 else state)
-    )
+    return World(net(), square, between=lambda step, state, turn: (step, step.init(copy=False) if turn == 0 else state))
 
 
 @program
@@ -489,7 +481,7 @@ def a_batch_that_is_a_buffer_of_the_model():
     return World(model, square, batch=lambda turn: model.pool)
 
 
-@program
+@program(eager="by another way", bug="an alias of the module's own memory is silently stale")
 def a_batch_that_is_a_weight_of_the_model():
     model = net()
     return World(model, square, batch=lambda turn: model[0].weight.detach())
@@ -537,9 +529,11 @@ def a_transposed_batch():
 
 @program
 def a_float32_batch_later():
-    return World(net(), lambda m, x: {"loss": m(x.double()).square().mean()}, batch=lambda turn: torch.randn(6, 4).to(
-        torch.float32 if turn > 1 else torch.float64
-    ))
+    return World(
+        net(),
+        lambda m, x: {"loss": m(x.double()).square().mean()},
+        batch=lambda turn: torch.randn(6, 4).to(torch.float32 if turn > 1 else torch.float64),
+    )
 
 
 @program

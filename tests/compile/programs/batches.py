@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
-
 from lockstep import World, program
+from torch import nn
 
 
 def world(losses, batch, **options):
@@ -131,9 +130,7 @@ def an_int_that_counts():
 
 @program
 def an_int_compared():
-    return by(
-        lambda m, b: m(b[0]) * (2.0 if b[1] >= 2 else 1.0), lambda turn: (torch.randn(6, 4), turn), steps=6
-    )
+    return by(lambda m, b: m(b[0]) * (2.0 if b[1] >= 2 else 1.0), lambda turn: (torch.randn(6, 4), turn), steps=6)
 
 
 @program
@@ -141,7 +138,7 @@ def a_float_that_decays():
     return by(lambda m, b: m(b[0]) * b[1], lambda turn: (torch.randn(6, 4), 0.5**turn), steps=6)
 
 
-@program
+@program(bug="a float that changes is refused where the operator takes no tensor in its place")
 def a_float_as_a_power():
     return by(lambda m, b: m(b[0]).abs() ** b[1], lambda turn: (torch.randn(6, 4), 1.0 + 0.5 * turn), steps=5)
 
@@ -151,7 +148,7 @@ def a_float_as_a_bound():
     return by(lambda m, b: m(b[0]).clamp(-b[1], b[1]), lambda turn: (torch.randn(6, 4), 0.3 + 0.1 * turn), steps=5)
 
 
-@program
+@program(bug="a float that changes is refused where the operator takes no tensor in its place")
 def a_float_as_dropout_probability():
     return by(
         lambda m, b: torch.dropout(m(b[0]), b[1], True), lambda turn: (torch.randn(6, 4), 0.1 * (1 + turn)), steps=5
@@ -251,9 +248,7 @@ def a_causal_mask_of_the_size():
 
 @program
 def a_loop_over_the_batch():
-    return by(
-        lambda m, x: torch.stack([m(x[i]) for i in range(len(x))]), lambda turn: torch.randn(3 + turn, 4)
-    )
+    return by(lambda m, x: torch.stack([m(x[i]) for i in range(len(x))]), lambda turn: torch.randn(3 + turn, 4))
 
 
 @program(traces=3)
@@ -263,9 +258,7 @@ def lengths_as_a_tensor():
         mask = torch.arange(x.shape[1])[None] < lengths[:, None]
         return model(x) * mask[..., None]
 
-    return by(
-        read, lambda turn: (torch.randn(2, SIZES[turn] + 1, 4), torch.tensor([1, SIZES[turn]])), steps=10
-    )
+    return by(read, lambda turn: (torch.randn(2, SIZES[turn] + 1, 4), torch.tensor([1, SIZES[turn]])), steps=10)
 
 
 @program(traces=3)

@@ -11,9 +11,9 @@ from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
 import torch
+from lockstep import LINE, World, program
 from torch import nn
 
-from lockstep import World, program
 from programs.config import net, world
 
 
@@ -102,7 +102,7 @@ def an_lru_cached_helper():
     return world(lambda: table(config.size), lambda: setattr(config, "size", 3))
 
 
-@program
+@program(known="Dynamo looks through lru_cache")
 def an_lru_cache_that_reads_elsewhere():
     config = SimpleNamespace(alpha=1.0)
 
@@ -141,7 +141,7 @@ def an_environment_variable():
     )
 
 
-@program
+@program(known="os.environ.get is not guarded")
 def an_environment_variable_with_default():
     return world(
         lambda: 2.0 if os.environ.get("LOCKSTEP_DEBUG", "0") == "1" else 1.0,
@@ -150,7 +150,7 @@ def an_environment_variable_with_default():
     )
 
 
-@program
+@program(known="os.getenv is not guarded")
 def os_getenv():
     return world(
         lambda: float(os.getenv("LOCKSTEP_BETA", "1.0")),
@@ -159,7 +159,7 @@ def os_getenv():
     )
 
 
-@program
+@program(refused=LINE)
 def an_iterator_of_factors():
     factors = iter([1.0, 2.0, 3.0, 4.0, 5.0])
     return world(lambda: next(factors), None)
@@ -171,13 +171,13 @@ def an_itertools_count():
     return world(lambda: next(count) * 1.0, None)
 
 
-@program
+@program(refused=LINE)
 def an_itertools_cycle():
     cycle = itertools.cycle([1.0, 2.0])
     return world(lambda: next(cycle), None)
 
 
-@program
+@program(refused=LINE)
 def a_generator_of_factors():
     def factors():
         value = 1.0
@@ -196,7 +196,7 @@ def a_mapping_proxy():
     return world(lambda: view["alpha"], lambda: config.update(alpha=2.0))
 
 
-@program
+@program(known="a key that a ChainMap does not hold yet is not guarded")
 def a_chain_map():
     user, defaults = {}, {"alpha": 1.0}
     config = collections.ChainMap(user, defaults)
@@ -215,7 +215,7 @@ def a_default_dict():
     return world(lambda: config["alpha"], lambda: config.update(alpha=2.0), seen=lambda: dict(config))
 
 
-@program
+@program(known="the order of an OrderedDict is not guarded")
 def an_ordered_dict_moved_to_end():
     config = collections.OrderedDict(a=1.0, b=2.0)
     return world(lambda: next(iter(config.values())), lambda: config.move_to_end("a"))
@@ -282,7 +282,7 @@ def a_callable_object():
     return World(net(), criterion, change=lambda: setattr(criterion, "alpha", 2.0))
 
 
-@program
+@program(known="methods of classes are not guarded")
 def a_method_replaced_on_the_class():
     class Criterion:
         def scale(self):
@@ -312,7 +312,7 @@ def a_forward_replaced_on_the_module():
     return World(model, lambda model, x: {"loss": model(x).square().mean()}, change=change)
 
 
-@program
+@program(bug="a float that changes is refused where the operator takes no tensor in its place")
 def a_criterion_module_with_numbers():
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
     return World(
@@ -339,7 +339,7 @@ def a_numpy_scalar():
     return world(lambda: config.alpha, lambda: setattr(config, "alpha", np.float64(2.0)))
 
 
-@program
+@program(refused=LINE)
 def a_numpy_array_indexed():
     schedule = np.linspace(1.0, 2.0, 5)
     config = SimpleNamespace(epoch=0)
@@ -365,9 +365,7 @@ def a_numpy_array_changed_in_place_as_tensor():
     def change():
         weights[1] = 5.0
 
-    return World(
-        net(), lambda model, x: {"loss": (model(x) * torch.as_tensor(weights)).square().mean()}, change=change
-    )
+    return World(net(), lambda model, x: {"loss": (model(x) * torch.as_tensor(weights)).square().mean()}, change=change)
 
 
 @program

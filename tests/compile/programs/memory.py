@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import collections
-from types import SimpleNamespace
 
 import torch
+from lockstep import World, program
 from torch import nn
 
-from lockstep import World, program
 from programs.modules import Calling, square
 
 
@@ -79,9 +78,7 @@ def a_rope_cache_that_grows():
         return h * self.cos[: h.shape[0]]
 
     sizes = [4, 3, 6, 5, 6]
-    return World(
-        Calling(f, longest=0, cos=None), square, batch=lambda turn: torch.randn(sizes[turn], 4), steps=5
-    )
+    return World(Calling(f, longest=0, cos=None), square, batch=lambda turn: torch.randn(sizes[turn], 4), steps=5)
 
 
 @program
@@ -90,9 +87,7 @@ def an_auxiliary_loss_read_in_the_same_step():
         self.l_aux = h.softmax(-1).square().mean()
         return h
 
-    return World(
-        Calling(f, l_aux=None), lambda model, x: {"loss": model(x).square().mean() + 0.1 * model.l_aux}
-    )
+    return World(Calling(f, l_aux=None), lambda model, x: {"loss": model(x).square().mean() + 0.1 * model.l_aux})
 
 
 @program
@@ -167,9 +162,7 @@ def a_list_cut_to_the_last_three():
 @program
 def a_history_appended_between_steps():
     model = Calling(lambda self, h: h * (1 + len(self.history)), history=[])
-    return World(
-        model, square, change={turn: lambda: model.history.append(1.0) for turn in range(1, 4)}
-    )
+    return World(model, square, change={turn: lambda: model.history.append(1.0) for turn in range(1, 4)})
 
 
 @program
@@ -196,7 +189,7 @@ def a_running_mean_from_a_float():
     return World(Calling(f, mean=0.0), square)
 
 
-@program
+@program(known="Dynamo does not write back to a 0-d tensor in an attribute")
 def a_running_mean_in_place():
     def f(self, h):
         self.mean.mul_(0.9).add_(0.1 * h.detach().mean())
@@ -310,7 +303,7 @@ def a_buffer_reassigned_to_its_input():
     return World(with_buffer(f), square)
 
 
-@program
+@program(bug="a buffer's `.data = ...` is lost")
 def a_buffer_written_by_data():
     def f(self, h):
         self.state.data = 0.5 * self.state + h.detach().mean(0)
@@ -328,7 +321,7 @@ def a_buffer_counts_steps_and_is_compared():
     return World(with_buffer(f), square)
 
 
-@program
+@program(eager="late")
 def a_buffer_registered_late():
     def f(self, h):
         if "late" not in self._buffers:
@@ -338,7 +331,7 @@ def a_buffer_registered_late():
     return World(Calling(f), square)
 
 
-@program
+@program(eager="late")
 def a_buffer_registered_between_steps():
     model = Calling(lambda self, h: h * self.late if hasattr(self, "late") else h)
     return World(model, square, change=lambda: model.register_buffer("late", torch.full((4,), 2.0)))
@@ -357,7 +350,7 @@ def a_buffer_that_is_none_then_set_on_the_module():
     return World(model, square)
 
 
-@program
+@program(bug="writes to the module's own frozen parameters")
 def a_queue_of_keys_in_buffers():
     class Moco(nn.Module):
         def __init__(self):

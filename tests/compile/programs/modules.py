@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import collections
 from types import SimpleNamespace
 
 import torch
+from lockstep import LINE, World, program
 from torch import nn
-
-from lockstep import World, program
 
 
 def normed():
@@ -67,13 +65,13 @@ def frozen_batch_norm():
     return World(model, square, routes={"loss": ["0", "3"]}, change=change)
 
 
-@program
+@program(bug="a float that changes is refused where the operator takes no tensor in its place")
 def dropout_p_changed():
     model = normed()
     return World(model, square, change=lambda: setattr(model[2], "p", 0.5))
 
 
-@program
+@program(bug="a float that changes is refused where the operator takes no tensor in its place")
 def dropout_p_changed_every_step():
     model = normed()
 
@@ -83,13 +81,13 @@ def dropout_p_changed_every_step():
     return World(model, square, change=dict.fromkeys(range(1, 6), change), steps=6)
 
 
-@program
+@program(bug="a float that changes is refused where the operator takes no tensor in its place")
 def momentum_of_batch_norm_changed():
     model = normed()
     return World(model, square, change=lambda: setattr(model[1], "momentum", 0.5))
 
 
-@program
+@program(bug="a float that changes is refused where the operator takes no tensor in its place")
 def momentum_of_batch_norm_every_step():
     model = normed()
 
@@ -99,19 +97,19 @@ def momentum_of_batch_norm_every_step():
     return World(model, square, change=dict.fromkeys(range(1, 5), change), steps=5)
 
 
-@program
+@program(refused=LINE)
 def cumulative_batch_norm():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=None))
     return World(model, square)
 
 
-@program
+@program(bug="a float that changes is refused where the operator takes no tensor in its place")
 def eps_of_layer_norm_changed():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     return World(model, square, change=lambda: setattr(model[1], "eps", 0.1))
 
 
-@program
+@program(bug="a float that changes is refused where the operator takes no tensor in its place")
 def eps_changed_every_step():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
 
@@ -215,21 +213,21 @@ def hooks_that_append_to_a_list():
     return World(model, square, seen=lambda: seen)
 
 
-@program
+@program(refused=LINE)
 def a_full_backward_hook():
     model = normed()
     model[0].register_full_backward_hook(lambda m, given, out: tuple(g * 2 if g is not None else g for g in given))
     return World(model, square)
 
 
-@program
+@program(refused=LINE)
 def a_full_backward_hook_that_scales_what_goes_below():
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
     model[2].register_full_backward_hook(lambda m, given, out: (given[0] * 0.5,))
     return World(model, square)
 
 
-@program
+@program(refused=LINE)
 def a_backward_hook_that_records():
     model, norms = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)), []
     model[2].register_full_backward_hook(lambda m, given, out: norms.append(out[0].norm()))
@@ -249,7 +247,7 @@ def a_hook_on_a_parameter_added():
     return World(model, square, change=lambda: model[0].weight.register_hook(lambda g: g.clamp(-0.01, 0.01)))
 
 
-@program
+@program(bug="what a hook on a parameter reads is baked into the graph")
 def a_hook_on_a_parameter_reads_a_closure():
     model, config = normed(), SimpleNamespace(scale=1.0)
     model[0].weight.register_hook(lambda g: g * config.scale)
@@ -294,7 +292,7 @@ def register_hook_in_forward_reads_an_attribute():
     return World(model, square, change=lambda: setattr(model, "scale", 2.0))
 
 
-@program
+@program(refused=LINE)
 def register_hook_in_losses_records():
     norms = []
 

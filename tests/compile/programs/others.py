@@ -6,9 +6,8 @@ import copy
 from types import SimpleNamespace
 
 import torch
+from lockstep import LINE, World, program
 from torch import nn
-
-from lockstep import World, program
 
 
 def net():
@@ -111,7 +110,7 @@ def a_teacher_with_batch_norm_in_train_mode():
     return World(model, lambda model, x: distilled(model, teacher, x), seen=lambda: dict(teacher.named_buffers()))
 
 
-@program
+@program(refused=LINE)
 def a_teacher_that_is_a_copy_made_at_the_first_call():
     box = SimpleNamespace(teacher=None)
     made = net()
@@ -152,7 +151,7 @@ def a_target_network_copied_every_two_steps():
     return World(model, lambda model, x: distilled(model, target, x), between=between)
 
 
-@program
+@program(bug="writes to the module's own frozen parameters")
 def a_target_network_inside_the_model():
     model = nn.ModuleDict({"online": net(), "target": net()})
 
@@ -165,7 +164,7 @@ def a_target_network_inside_the_model():
     return World(model, losses, routes={"loss": "online"})
 
 
-@program
+@program(bug="a frozen parameter's `.data = ...` is lost")
 def a_target_network_inside_written_by_data():
     model = nn.ModuleDict({"online": net(), "target": net().requires_grad_(False)})
 
@@ -177,7 +176,7 @@ def a_target_network_inside_written_by_data():
     return World(model, losses, routes={"loss": "online"})
 
 
-@program
+@program(bug="writes to the module's own frozen parameters")
 def a_target_network_inside_written_by_data_mul():
     model = nn.ModuleDict({"online": net(), "target": net().requires_grad_(False)})
 
@@ -259,28 +258,28 @@ def elastic_weight_consolidation():
     return World(model, losses)
 
 
-@program
+@program(eager="by another way")
 def a_list_of_the_models_own_parameters():
     model = net()
     params = list(model.parameters())
     return World(model, lambda model, x: {"loss": model(x).mean() + sum(p.square().sum() for p in params)})
 
 
-@program
+@program(eager="by another way")
 def a_dict_of_the_models_own_parameters():
     model = net()
     params = dict(model.named_parameters())
     return World(model, lambda model, x: {"loss": model(x).mean() + params["0.weight"].square().sum()})
 
 
-@program
+@program(eager="by another way")
 def a_weight_in_a_closure():
     model = net()
     w = model[0].weight
     return World(model, lambda model, x: {"loss": model(x).mean() + w.square().sum()})
 
 
-@program
+@program(eager="by another way")
 def a_weight_in_a_closure_in_the_second_loss_only():
     model = net()
     w = model[2].weight
@@ -289,7 +288,7 @@ def a_weight_in_a_closure_in_the_second_loss_only():
     )
 
 
-@program
+@program(eager="by another way")
 def a_weight_in_a_closure_read_without_gradient():
     model = net()
     w = model[0].weight
@@ -302,14 +301,14 @@ def a_weight_in_a_closure_read_without_gradient():
     return World(model, losses)
 
 
-@program
+@program(eager="by another way", bug="an alias of the module's own memory is silently stale")
 def a_detached_weight_in_a_closure():
     model = net()
     w = model[0].weight.detach()
     return World(model, lambda model, x: {"loss": model(x).square().mean() + (model[0].weight - w).square().sum()})
 
 
-@program
+@program(eager="by another way")
 def a_weight_detached_inside():
     model = net()
     w = model[0].weight
@@ -343,7 +342,7 @@ def a_trainer_that_holds_the_model():
     return World(trainer.model, trainer.losses)
 
 
-@program
+@program(eager="by another way", bug="an alias of the module's own memory is silently stale")
 def a_bare_tensor_that_is_a_parameters_data():
     model = net()
     model.alias = model[0].weight.data

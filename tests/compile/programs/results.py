@@ -7,9 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from lockstep import LINE, World, program
 from torch import nn
-
-from lockstep import World, program
 
 
 def net():
@@ -236,7 +235,7 @@ def a_float_from_a_config_as_a_metric():
     )
 
 
-@program
+@program(refused=LINE)
 def an_epoch_as_a_metric():
     config = SimpleNamespace(epoch=0)
     return with_metrics(
@@ -260,7 +259,7 @@ def the_same_tensor_twice_in_metrics():
     return with_metrics(read)
 
 
-@program
+@program(refused=LINE)
 def a_namespace_as_a_metric():
     return with_metrics(lambda m, x, h: {"out": SimpleNamespace(n=3)})
 
@@ -339,9 +338,7 @@ def a_tensor_of_the_user_written_at_an_index():
         seen[rows] = value.detach()
         return {"loss": (value * (1 + seen[rows])).mean()}
 
-    return World(
-        net(), losses, batch=lambda turn: (torch.randperm(8)[:4], torch.randn(4, 4)), seen=lambda: seen
-    )
+    return World(net(), losses, batch=lambda turn: (torch.randperm(8)[:4], torch.randn(4, 4)), seen=lambda: seen)
 
 
 @program

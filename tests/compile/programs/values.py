@@ -6,9 +6,8 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from lockstep import LINE, World, program
 from torch import nn
-
-from lockstep import World, program
 
 STRENGTH = 1.0
 
@@ -64,12 +63,12 @@ def a_float_of_a_tensor():
     return by(lambda m, x: m(x).square().mean() * float(x.sum()))
 
 
-@program
+@program(refused=LINE)
 def a_branch_on_a_tensor():
     return by(lambda m, x: m(x).sum() if x.sum() > 0 else m(x).mean())
 
 
-@program
+@program(refused=LINE)
 def a_loop_until_small():
     def read(model, x):
         h = x
@@ -90,7 +89,7 @@ def an_assert_on_a_tensor():
     return by(read)
 
 
-@program
+@program(refused=LINE)
 def an_assert_on_nan():
     def read(model, x):
         value = model(x).square().mean()
@@ -106,7 +105,7 @@ def a_unique():
     return by(lambda m, x: m(x).square().mean() * torch.unique(x.round()).numel())
 
 
-@program
+@program(refused=LINE, bug="the message is Dynamo's IndexError, without compile=False")
 def tolist_of_labels():
     return by(lambda m, x: sum(m(x)[i, j] for i, j in enumerate((x[:, 0] > 0).long().tolist())))
 
@@ -168,7 +167,7 @@ def a_reversal_whose_backward_reads_a_closure():
     return by(reversal(lambda: config.scale), change=lambda: setattr(config, "scale", 0.3))
 
 
-@program
+@program(refused=LINE)
 def a_reversal_whose_backward_reads_a_class_attribute():
     class Reverse(torch.autograd.Function):
         scale = 1.0
@@ -181,9 +180,7 @@ def a_reversal_whose_backward_reads_a_class_attribute():
         def backward(ctx, g):
             return -Reverse.scale * g
 
-    return by(
-        lambda m, x: m[2](Reverse.apply(m[0](x))).square().mean(), change=lambda: setattr(Reverse, "scale", 0.3)
-    )
+    return by(lambda m, x: m[2](Reverse.apply(m[0](x))).square().mean(), change=lambda: setattr(Reverse, "scale", 0.3))
 
 
 @program
@@ -310,7 +307,7 @@ def a_backward_inside():
     return by(read)
 
 
-@program
+@program(refused=LINE)
 def an_adversarial_batch():
     def read(model, x):
         noise = torch.zeros_like(x, requires_grad=True)
