@@ -1,7 +1,7 @@
 """Runs a program eagerly, compiled, and by hand on plain `torch.compile`, each in a world of its own, and compares.
 
-A program is a function that makes a `World` from nothing, so that no two runs share an object. The same changes are made
-to every world between steps.
+A program is a function that makes a `World` from nothing, so that no two runs share an object. The same changes are
+made to every world between steps.
 """
 
 from __future__ import annotations
@@ -294,7 +294,8 @@ def differing(wanted: Any, got: Any, where: str, rtol: float = 0.0) -> None:
         told = lambda message: f"{where}: {message}"  # noqa: E731
         torch.testing.assert_close(got, wanted, rtol=rtol, atol=rtol * 0.01, equal_nan=True, msg=told)
     elif isinstance(wanted, dict):
-        assert isinstance(got, dict) and got.keys() == wanted.keys(), f"{where}: {got} for {wanted}"
+        assert isinstance(got, dict), f"{where}: {got} for {wanted}"
+        assert got.keys() == wanted.keys(), f"{where}: {got} for {wanted}"
         for key in wanted:
             differing(wanted[key], got[key], f"{where}[{key}]", rtol)
     elif isinstance(wanted, list | tuple):

@@ -1,4 +1,4 @@
-"""What people write, run eagerly and compiled in lockstep: the same numbers, the same objects, or a refusal that helps."""
+"""What people write, eagerly and compiled in lockstep: the same numbers, the same objects, or a refusal that helps."""
 
 from __future__ import annotations
 
@@ -7,10 +7,19 @@ import pkgutil
 
 import programs
 import pytest
+import torch
 from lockstep import COMPILED, PROGRAMS, compare, matches, run, run_plain
 
 for _module in pkgutil.iter_modules(programs.__path__):
     importlib.import_module(f"programs.{_module.name}")
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Dynamo's, of what it cannot take
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()  # it keeps which numbers it once gave up to treat as variable, for the whole process
+
 
 NUMBERS = ("metrics", "moved", "buffers", "seen")
 

@@ -66,7 +66,10 @@ def a_frozen_dataclass_with_a_method():
 
 @program(traces=1)
 def a_named_tuple():
-    Batch = NamedTuple("Batch", [("x", torch.Tensor), ("y", torch.Tensor)])
+    class Batch(NamedTuple):
+        x: torch.Tensor
+        y: torch.Tensor
+
     return by(lambda m, b: m(b.x) - b.y, lambda turn: Batch(torch.randn(6, 4), torch.randn(6, 4)))
 
 
