@@ -1,0 +1,1 @@
+"""Programs as people who train models write them, by theme; `lockstep.py` runs them."""

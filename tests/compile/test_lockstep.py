@@ -1,0 +1,72 @@
+"""What people write, eagerly and compiled in lockstep: the same numbers, the same objects, or a refusal that helps."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+import programs
+import pytest
+import torch
+from lockstep import COMPILED, PROGRAMS, compare, matches, run, run_plain
+
+for _module in pkgutil.iter_modules(programs.__path__):
+    importlib.import_module(f"programs.{_module.name}")
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Dynamo's, of what it cannot take
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()  # it keeps which numbers it once gave up to treat as variable, for the whole process
+
+
+NUMBERS = ("metrics", "moved", "buffers", "seen")
+
+
+def expected(name):
+    found = PROGRAMS[name]
+    reason = found.bug or found.known
+    return pytest.param(name, marks=pytest.mark.xfail(reason=reason, strict=True) if reason else ())
+
+
+@pytest.mark.parametrize("name", map(expected, PROGRAMS))
+def test_lockstep(name):
+    found = PROGRAMS[name]
+    eager, compiled = run(found.make, False), run(found.make, COMPILED)
+    if found.wrong is not None:
+        for trace in (eager, compiled):
+            assert trace.error is not None
+            assert matches(found.wrong, trace.error), trace.error
+        return
+    if found.eager is not None:
+        assert eager.error is not None
+        assert matches(found.eager, eager.error), eager.error
+        assert compiled.error is None
+        assert all(record["own tensors kept"] for record in compiled.records) or "buffer" in name
+        compare(run_plain(found.make), compiled, ("metrics", "moved"))
+        return
+    if eager.error is not None:
+        raise eager.error
+    compare(eager, compiled)
+    if found.refused is not None:
+        assert compiled.error is not None, "is not refused"
+        assert matches(found.refused, compiled.error), compiled.error
+        return
+    if compiled.error is not None:
+        raise compiled.error
+    if found.traces is not None:
+        assert compiled.traces <= found.traces
+
+
+@pytest.mark.parametrize("name", [name for name, found in PROGRAMS.items() if found.refused and not found.ours])
+def test_plain_compile_refuses_too(name):
+    assert run_plain(PROGRAMS[name].make).error is not None
+
+
+@pytest.mark.parametrize("name", [name for name, found in PROGRAMS.items() if found.known])
+def test_plain_compile_is_wrong_too(name):
+    eager, plain = run(PROGRAMS[name].make, False), run_plain(PROGRAMS[name].make)
+    assert plain.error is None
+    with pytest.raises(AssertionError):
+        compare(eager, plain, NUMBERS)
