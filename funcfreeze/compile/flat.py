@@ -60,6 +60,7 @@ def flatten(f: Callable[..., list[Any]], given: Sequence[Any], outside: Sequence
         static: so many of the inputs stay where they are.
     """
     module = make_fx(f)(*given)
+    _simplify(module)
     constants = _lift(module, outside)
     for node in module.graph.nodes:
         node.meta.pop("stack_trace", None)  # would be part of the cache's key
@@ -68,6 +69,14 @@ def flatten(f: Callable[..., list[Any]], given: Sequence[Any], outside: Sequence
     module.recompile()
     as_dynamos(module, static)
     return Flat(module, constants)
+
+
+def _simplify(module: GraphModule) -> None:
+    """Leave out what costs a compiler time and does nothing: no gradient is ever taken of this graph."""
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):
+        node.replace_all_uses_with(node.args[0])
+        module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
 
 
 def _lift(module: GraphModule, outside: Sequence[Tensor]) -> list[Tensor]:
