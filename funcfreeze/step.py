@@ -282,16 +282,21 @@ class Step:
                 listed = Listed.of(params, buffers, optimizer, step)
             returned = compiled(listed, batch)
             step.add_(1)
+        new = {path: value for path, value in returned.params.items() if path in lease.borrowed or not self.donate}
+        for path, value in returned.params.items():
+            if path not in new:
+                params[path].copy_(value)
+        params = {**params, **new}
         if self.donate:
             lease.spent = True
         else:
             lease.borrowed |= params.keys() - set(self.plan.routed)
         kept = dict(zip(map(str, range(len(returned.gradients))), returned.gradients, strict=True))
-        renewed = Lease(borrowed=lease.borrowed - set(self.plan.routed), gradients=kept)
+        renewed = Lease(borrowed=lease.borrowed - set(self.plan.routed) - new.keys(), gradients=kept)
         buffers = {**buffers, **returned.buffers} if returned.buffers else buffers
         in_place = returned.optimizer is None
         fields = (params, buffers, optimizer if in_place else returned.optimizer, step)
-        relisted = listed if in_place and not returned.buffers else None
+        relisted = listed if in_place and not returned.buffers and not new else None
         after = make_state(self.specification.named(fields), renewed, self.specification, relisted)
         return after, {**returned.losses, **returned.metrics}
 

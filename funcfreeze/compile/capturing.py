@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 
 from funcfreeze.compile.captured import Captured, captured
@@ -19,21 +20,23 @@ from funcfreeze.compile.hooks import Hooks
 from funcfreeze.compile.layout import Layout, Listed
 from funcfreeze.compile.options import Options
 from funcfreeze.compile.private import dynamo_configured
-from funcfreeze.compile.problems import Moved, explained, is_the_users, raised_by, with_a_note
+from funcfreeze.compile.problems import Moved, NotAsDeclared, explained, is_the_users, raised_by, with_a_note
 from funcfreeze.compile.program import Run, compile_step
 from funcfreeze.compile.stand_ins import StandIns
 from funcfreeze.computation.computation import Computation
 from funcfreeze.gradients.returned import exchanged
 from funcfreeze.model.attributes import attributes_kept
+from funcfreeze.model.functional import held_by
 
 _NUMBERS = itertools.count(1)
 
 
 @dataclass
 class Call:
-    """One call under way: the state it is to overwrite, and what the graph gave."""
+    """One call under way: the state it is to overwrite, whether the compiled graph was called, and what it gave."""
 
     state: Listed
+    is_running: bool = False
     run: Run | None = None
 
 
@@ -76,37 +79,41 @@ class Capturing:
         """Take a step that overwrites the state's tensors."""
         functional = self._computation.evaluation.functional
         with functional.alone, torch.enable_grad(), dynamo_configured():
-            stand_ins, key = self._stand_ins, self._key(state.layout)
-            stand_ins.follow(state.own)
+            self._stand_ins.follow(state.own)
+            call = Call(state)
             try:
-                with stand_ins.held():
-                    call, found = self._called(state, batch, key)
-                    reassigned = stand_ins.reassigned()
+                found, reassigned = self._called(call, batch)
             except Exception as error:
-                self._raise(raised_by(error), state, batch)
+                self._raise(raised_by(error), call, batch)
         run = call.run
         assert run is not None, "the captured graph did not run"
-        metrics = _with_values(found, stand_ins)
+        metrics = _with_values(found, self._stand_ins)
         buffers = state.overwritten({**run.buffers, **reassigned})
-        return Returned(found.losses, metrics, buffers, run.optimizer, run.gradients)
+        return Returned(found.losses, metrics, buffers, run.params, run.optimizer, run.gradients)
 
-    def _called(self, state: Listed, batch: Any, key: str) -> tuple[Call, Captured]:
+    def _called(self, call: Call, batch: Any) -> tuple[Captured, dict[str, Tensor]]:
+        """What Dynamo gives, and the buffers that the forward put in the place of others."""
         evaluation = self._computation.evaluation
         module, losses, declared = evaluation.functional.module, evaluation.losses, evaluation.plan.losses
-        self._call = call = Call(state)
-        try:
-            return call, self._captured(losses, module, batch, declared, key)
-        except Moved:
-            self._moves += 1
-            return self._called(state, batch, f"{key} {self._moves}")
-        finally:
-            self._call = None
+        while True:
+            key = self._key(call.state.layout)
+            self._call = call
+            try:
+                with self._stand_ins.held():
+                    found = self._captured(losses, module, batch, declared, key)
+                    return found, self._stand_ins.reassigned()
+            except Moved:
+                self._moves += 1
+            finally:
+                self._call = None
 
-    def _raise(self, error: Exception, state: Listed, batch: Any) -> NoReturn:
+    def _raise(self, error: Exception, call: Call, batch: Any) -> NoReturn:
         """Raise what the user should see of an error: their own where an eager call raises it, too."""
+        if call.is_running:
+            raise error
         if is_the_users(error):
             with attributes_kept(self._computation.evaluation.functional.module):
-                self._computation.gradients(*state.layout.fields(state.tensors), batch)
+                self._computation.gradients(*call.state.layout.fields(call.state.tensors), batch)
         found = with_a_note(explained(error))
         raise found from found.__cause__
 
@@ -124,8 +131,10 @@ class Capturing:
         assert call is not None, "called outside of a step"
         forward = read_graph(module, inputs, stand_ins.places)
         expected = [(index, inputs[index]) for index, path in enumerate(forward.places) if path is not None]
-        hooks = stand_ins.parameter_hooks()
-        program = compile_step(self._computation, forward, hooks, call.state, inputs, self._options, self._donate)
+        functional = self._computation.evaluation.functional
+        if functional.held != tuple(map(held_by, functional.modules)):
+            raise NotAsDeclared
+        program = compile_step(self._computation, forward, stand_ins, call.state, inputs, self._options, self._donate)
         self.traces += 1
         owner = weakref.ref(self)
 
@@ -135,6 +144,7 @@ class Capturing:
             assert step._call is not None, "called outside of a step"
             if not all(given[index] is tensor for index, tensor in expected):
                 raise Moved
+            step._call.is_running = True
             step._call.run = ran = program(step._call.state, given)
             return ran.outputs
 

@@ -26,6 +26,7 @@ class Returned:
         losses: by name.
         metrics: what came beside them.
         buffers: those that could not be overwritten in place, by path.
+        params: the new values of parameters that no loss may update, and that the forward wrote to.
         optimizer: the optimizer's new state, or None if all of it was overwritten in place.
         gradients: large gradients on the CPU, kept only to keep their memory.
     """
@@ -33,6 +34,7 @@ class Returned:
     losses: Mapping[str, Any]
     metrics: Mapping[str, Any]
     buffers: Mapping[str, Tensor]
+    params: Mapping[str, Tensor]
     optimizer: Any
     gradients: list[Tensor]
 

@@ -1,15 +1,74 @@
-"""Which hooks a module has. Dynamo does not guard that a part without hooks still has none."""
+"""Hooks: which there are, since Dynamo does not guard that a part without hooks still has none; those on parameters.
+
+The latter run in our own part of the graph, where Dynamo does not look. An operator calls them with the gradient of
+every step, so that they read what they read then, and write what they write.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from funcfreeze.compile.private import hooks_of_all_modules
+import torch
+from torch import Tensor
+
+from funcfreeze.compile.private import OUTSIDE_CUDA_GRAPHS, hooks_of_all_modules
 from funcfreeze.gradients.hooks import handles_made
 from funcfreeze.model.functional import FunctionalModule
 
 _OF_MODULES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+_LIBRARY = torch.library.Library("funcfreeze", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("hook(Tensor gradient, int number) -> Tensor", tags=OUTSIDE_CUDA_GRAPHS)  # type: ignore[no-untyped-call]
+torch.library.register_fake("funcfreeze::hook", lambda gradient, number: torch.empty_like(gradient), lib=_LIBRARY)
+
+Hook = Callable[[Tensor], Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Called:
+    """A hook on a parameter, as an operator.
+
+    Attributes:
+        number: by which the operator knows it, as long as this is alive.
+        hook: the user's function.
+    """
+
+    number: int
+    hook: Hook
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        """What the hook makes of a gradient."""
+        made: Tensor = torch.ops.funcfreeze.hook.default(gradient, self.number)
+        return made
+
+
+_NUMBERS = itertools.count()
+_CALLED: weakref.WeakValueDictionary[int, Called] = weakref.WeakValueDictionary()
+
+
+def _call(gradient: Tensor, number: int) -> Tensor:
+    own = gradient.clone()
+    made = _CALLED[number].hook(own)
+    return own if made is None or made is own else made.clone()
+
+
+_LIBRARY.impl("hook", _call, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+
+
+def parameter_hooks(params: Mapping[str, Tensor]) -> list[tuple[str, Called]]:
+    """The hooks on these parameters, by path."""
+    found = []
+    for path, tensor in params.items():
+        for hook in (tensor._backward_hooks or {}).values():
+            called = Called(next(_NUMBERS), hook)
+            _CALLED[called.number] = called
+            found.append((path, called))
+    return found
 
 
 class Hooks:

@@ -52,6 +52,10 @@ class Outside(TorchDispatchMode):
         """All of them now, in the order of the stand-ins."""
         return [read(step) for read in self._read]
 
+    def keep(self, called: Any) -> None:
+        """Keep what the graph calls alive as long as this is."""
+        self._kept.append(called)
+
     def scheduled(self, schedule: Callable[[Any], Any], step: Any) -> Tensor:
         """A stand-in for what a function of the step gives; it is called at every step, before the graph."""
 
@@ -69,8 +73,9 @@ class Outside(TorchDispatchMode):
         if func not in _LIFTS:
             args, kwargs = tree_map_only(Tensor, self._traced, (args, kwargs or {}))
         for tensor, is_written in tensors_given(func, args, kwargs or {}):
-            if is_written or "batch_norm" in func.name():  # whose schema does not tell that it writes statistics
+            if is_written:
                 self.written.add(memory_of(tensor))
+        self.written |= {memory_of(tensor) for tensor in _statistics(func, args)}
         return func(*args, **(kwargs or {}))
 
     def _traced(self, tensor: Tensor) -> Tensor:
@@ -86,3 +91,11 @@ class Outside(TorchDispatchMode):
             self._kept.append(known_by)
             self.stand_ins.append(self._mode.from_tensor(example, static_shapes=True))
         return self.stand_ins[index]
+
+
+def _statistics(func: Any, args: Sequence[Any]) -> list[Tensor]:
+    """The running statistics that an operator is given. Those of batch norms do not tell that they write to them."""
+    if "batch_norm" not in func.name():
+        return []
+    named = zip(func._schema.arguments, args, strict=False)
+    return [given for argument, given in named if "running" in argument.name and isinstance(given, Tensor)]

@@ -55,6 +55,9 @@ __all__ = [
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 """Dynamo's operator for activation checkpointing. Public would be a way to have it traced as it is written."""
 
+OUTSIDE_CUDA_GRAPHS = [tag for name, tag in torch.Tag.__members__.items() if name == "cudagraph_unsafe"]
+"""The tag of an operator that must run at every step, in releases that have it."""
+
 _DEFAULTS = {
     # Inductor would check every input's sizes at every call: guards have looked at the batch, a state is checked once.
     "size_asserts": False,

@@ -43,7 +43,7 @@ def raised_by(error: Exception) -> Exception:
 def is_the_users(error: Exception) -> bool:
     """Whether the user's own code raises, so that an eager call of it says what is wrong."""
     observed = isinstance(error, exc.Unsupported) and "Observed exception" in str(error)
-    return observed or isinstance(error, NotAsDeclared | exc.TorchRuntimeError)
+    return observed or isinstance(error, NotAsDeclared) or _is_torchs(error)
 
 
 def explained(error: Exception) -> Exception:
@@ -73,7 +73,22 @@ def explained(error: Exception) -> Exception:
             "`losses` returned other losses to the compiler than when it was called again; what it returns must "
             f"depend on its arguments and the model alone, {_EAGER}"
         )
-    return error
+    return _because(error, _unknown(error)) if _is_torchs(error) else error
+
+
+def _is_torchs(error: Exception) -> bool:
+    """Whether it was raised in torch, and by no check of ours."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and "/torch/" in frames[-1].filename
+
+
+def _unknown(error: Exception) -> str:
+    where = next(_users_lines(error), None) or _line_told(str(error)) or "`losses`"
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return (
+        f"{where}: torch.compile fails on this, which runs eagerly ({type(error).__name__}: {first}); write it with "
+        f"other operations, {_EAGER}"
+    )
 
 
 _VALUES = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,13 @@ from torch import Tensor
 
 from funcfreeze.compile.flat import flatten, stand_ins_of
 from funcfreeze.compile.graph import Forward
+from funcfreeze.compile.hooks import parameter_hooks
 from funcfreeze.compile.layout import Layout, Listed
 from funcfreeze.compile.options import Options
 from funcfreeze.compile.outside import Outside
 from funcfreeze.compile.private import compiler, tracing
+from funcfreeze.compile.stand_ins import StandIns
+from funcfreeze.computation.back_door import raise_misuse, write_problem
 from funcfreeze.computation.computation import Computation
 from funcfreeze.declare.schedules import calling
 from funcfreeze.model.memory import memory_of
@@ -31,12 +34,14 @@ class Run:
     Attributes:
         outputs: those of the captured graph.
         buffers: the new values of those that the forward wrote to, by path.
+        params: the same of parameters that no loss may update.
         optimizer: the optimizer's new state, or None if all of it was overwritten in place.
         gradients: large gradients on the CPU, kept only to keep their memory.
     """
 
     outputs: list[Any]
     buffers: dict[str, Tensor]
+    params: dict[str, Tensor]
     optimizer: Any
     gradients: list[Tensor]
 
@@ -63,7 +68,7 @@ class Form:
 def compile_step(
     computation: Computation,
     forward: Forward,
-    hooks: Sequence[tuple[str, Callable[[Tensor], Tensor | None]]],
+    stand_ins: StandIns,
     state: Listed,
     inputs: Sequence[Any],
     options: Options,
@@ -74,7 +79,7 @@ def compile_step(
     Args:
         computation: what the step computes.
         forward: the captured forward.
-        hooks: those on parameters, by path.
+        stand_ins: what Dynamo saw in the module.
         state: a state of the layout that the program will take.
         inputs: example inputs of the captured graph.
         options: how to compile.
@@ -82,21 +87,26 @@ def compile_step(
     """
     others = forward.others
     fakes = stand_ins_of([inputs[index] for index in others], state)
-    outside = Outside(fakes.mode, state.step)
     number = len(state.tensors)
-    filled: list[Callable[[Sequence[Any]], Run]] = []
-
-    def step(*given: Any) -> list[Any]:
-        outputs, fill = _traced(computation, forward, hooks, state.layout, given[:number], given[number:], outside)
-        filled.append(fill)
-        return outputs
-
-    with tracing(fakes.mode, forward.has_lstm), calling(outside.scheduled), outside:
-        flat, constants = flatten(step, [*fakes.state, *fakes.inputs], outside.stand_ins, number if static else 0)
+    hooks = parameter_hooks(stand_ins.own)
+    written: frozenset[str] = frozenset()
+    while True:
+        outside = Outside(fakes.mode, state.step)
+        whole = Whole(computation, forward, hooks, state.layout, outside, written)
+        try:
+            with tracing(fakes.mode, forward.has_lstm), calling(outside.scheduled), outside:
+                flat, constants = flatten(
+                    whole, [*fakes.state, *fakes.inputs], outside.stand_ins, number if static else 0
+                )
+        except LateWrites as late:
+            written |= late.paths
+            continue
+        break
     run = compiler(options)(flat, [*fakes.state, *fakes.inputs, *outside.stand_ins, *constants])
-    (fill,) = filled
+    fill, changing = whole.fill, whole.changing
 
     def program(state: Listed, given: Sequence[Any]) -> Run:
+        raise_misuse(stand_ins.misuse([given[index] for index in others], state, changing))
         passed = [state.apart(given[i]) if isinstance(given[i], Tensor) else given[i] for i in others]
         read = [state.apart(tensor.detach()) for tensor in outside.tensors(state.step)]
         if not options.cuda_graphs:
@@ -108,54 +118,111 @@ def compile_step(
     return program
 
 
-def _traced(
-    computation: Computation,
-    forward: Forward,
-    hooks: Sequence[tuple[str, Callable[[Tensor], Tensor | None]]],
-    layout: Layout,
-    own: Sequence[Tensor],
-    others: Sequence[Any],
-    outside: Outside,
-) -> tuple[list[Any], Callable[[Sequence[Any]], Run]]:
+class LateWrites(Exception):
+    """The forward writes to parameters that no loss may update, which it should have been given copies of."""
+
+    def __init__(self, paths: frozenset[str]) -> None:
+        super().__init__(", ".join(sorted(paths)))
+        self.paths = paths
+
+
+class Whole:
     """The step itself, on whatever stands for the tensors: it overwrites parameters and the optimizer's state.
 
     Not buffers and the count of steps: a compiler would write those first, before anything can fail.
+
+    Args:
+        computation: what the step computes.
+        forward: the captured forward.
+        hooks: those on parameters, by path.
+        layout: how the state's tensors are listed, which come first of all inputs.
+        outside: what notes writes.
+        written: the parameters that the forward is known to write to.
+
+    Attributes:
+        fill: after the call: what a run gives, from the outputs of the graph.
+        changing: after the call: the paths of parameters, and of the buffers that the forward changes.
     """
-    params, buffers, optimizer, count = layout.fields(own)
-    returned: list[Any] = []
-    cloned = {path: buffer.clone() for path, buffer in buffers.items()}
 
-    def evaluate(leaves: Sequence[Tensor]) -> tuple[dict[str, Tensor | None], None]:
-        named = dict(zip(params, leaves, strict=True))
-        for path, hook in hooks:
-            if named[path].requires_grad:
-                named[path].register_hook(hook)  # type: ignore[no-untyped-call]
-        named |= cloned
-        rest = iter(others)
-        returned.extend(forward.run(*[next(rest) if path is None else named[path] for path in forward.places]))
-        absent: dict[str, Tensor | None] = dict.fromkeys(computation.evaluation.plan.losses)
-        return absent | {name: returned[place] for name, place in forward.losses.items()}, None
+    fill: Callable[[Sequence[Any]], Run]
+    changing: frozenset[str]
 
-    computed = computation.differentiated(evaluate, params, optimizer, count)
-    form = Form()
-    with torch.no_grad():
-        values = [computed.losses[name] for name in forward.losses]
-        for place, value in zip(forward.losses.values(), values, strict=True):
-            returned[place] = value
-        # an output may be a view of what is overwritten below
-        outputs = [form.add(value.detach().clone() if isinstance(value, Tensor) else value) for value in returned]
-        changed = {path: buffer for path, buffer in cloned.items() if memory_of(buffer) in outside.written}
-        buffers_out = {path: form.add(buffer) for path, buffer in changed.items()}
-        after = layout.written(optimizer, computation.optimize(computed.gradients, optimizer, params, count))
-        renewed = None if after is None else (after[0], [form.add(leaf) for leaf in after[1]])
-        kept = [form.add(gradient) for gradient in computed.gradients.values() if _is_large(gradient)]
+    def __init__(
+        self,
+        computation: Computation,
+        forward: Forward,
+        hooks: Sequence[tuple[str, Callable[[Tensor], Tensor]]],
+        layout: Layout,
+        outside: Outside,
+        written: frozenset[str],
+    ) -> None:
+        self._computation, self._forward, self._hooks = computation, forward, hooks
+        self._layout, self._outside, self._written = layout, outside, written
 
-    def fill(results: Sequence[Any]) -> Run:
-        state = None if renewed is None else optree.tree_unflatten(renewed[0], [take(results) for take in renewed[1]])
-        new = {path: take(results) for path, take in buffers_out.items()}
-        return Run([take(results) for take in outputs], new, state, [take(results) for take in kept])
+    def __call__(self, *given: Any) -> list[Any]:
+        """The tensors and sizes that the graph gives."""
+        computation, layout, forward = self._computation, self._layout, self._forward
+        number = len(layout.kinds)
+        params, buffers, optimizer, count = layout.fields(given[:number])
+        returned: list[Any] = []
+        copied: dict[str, Tensor] = {}
+        changed: dict[str, Tensor] = {}
 
-    return form.tensors, fill
+        def evaluate(leaves: Sequence[Tensor]) -> tuple[dict[str, Tensor | None], None]:
+            named = dict(zip(params, leaves, strict=True))
+            for path, hook in self._hooks:
+                if named[path].requires_grad:
+                    self._outside.keep(hook)
+                    named[path].register_hook(hook)  # type: ignore[no-untyped-call]
+            copied.update({path: named[path].clone() for path in self._written})
+            copied.update({path: buffer.clone() for path, buffer in buffers.items()})
+            named |= copied
+            before = {path: memory_of(tensor) for path, tensor in named.items()}
+            rest = iter(given[number:])
+            returned.extend(forward.run(*[next(rest) if path is None else named[path] for path in forward.places]))
+            changed.update(
+                {
+                    path: tensor.detach()
+                    for path, tensor in named.items()
+                    if before[path] in self._outside.written or memory_of(tensor) != before[path]
+                }
+            )
+            self._refuse_writes(changed)
+            absent: dict[str, Tensor | None] = dict.fromkeys(computation.evaluation.plan.losses)
+            return absent | {name: returned[place] for name, place in forward.losses.items()}, None
+
+        computed = computation.differentiated(evaluate, params, optimizer, count)
+        form = Form()
+        with torch.no_grad():
+            for name, place in forward.losses.items():
+                returned[place] = computed.losses[name]
+            # an output may be a view of what is overwritten below
+            outputs = [form.add(value.detach().clone() if isinstance(value, Tensor) else value) for value in returned]
+            new = {path: form.add(tensor.clone()) for path, tensor in changed.items()}
+            after = layout.written(optimizer, computation.optimize(computed.gradients, optimizer, params, count))
+            renewed = None if after is None else (after[0], [form.add(leaf) for leaf in after[1]])
+            kept = [form.add(gradient) for gradient in computed.gradients.values() if _is_large(gradient)]
+
+        def fill(results: Sequence[Any]) -> Run:
+            state = None if renewed is None else optree.tree_unflatten(renewed[0], [f(results) for f in renewed[1]])
+            now = {path: take(results) for path, take in new.items()}
+            return Run(
+                [take(results) for take in outputs],
+                {path: tensor for path, tensor in now.items() if path in buffers},
+                {path: tensor for path, tensor in now.items() if path not in buffers},
+                state,
+                [take(results) for take in kept],
+            )
+
+        self.fill, self.changing = fill, frozenset(params) | frozenset(changed)
+        return form.tensors
+
+    def _refuse_writes(self, changed: Mapping[str, Tensor]) -> None:
+        plan = self._computation.evaluation.plan
+        raise_misuse(write_problem(path) for path in plan.routed if path in changed)
+        late = frozenset(path for path in plan.paths if path in changed) - self._written
+        if late:
+            raise LateWrites(late)
 
 
 def _is_large(gradient: Tensor) -> bool:

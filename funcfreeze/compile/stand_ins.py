@@ -7,13 +7,16 @@ the module's own do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import is_
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from funcfreeze.compile.layout import Listed
+from funcfreeze.computation.back_door import buffer_problem, parameter_problem
 from funcfreeze.model.functional import FunctionalModule
 
 
@@ -26,6 +29,7 @@ class StandIns:
         requires_grad: the paths of parameters that require grad.
 
     Attributes:
+        own: path -> the module's own tensor; held, or an id could be another tensor's.
         places: id -> the path of a parameter or buffer, for stand-ins and the module's own tensors alike.
     """
 
@@ -33,7 +37,12 @@ class StandIns:
         self, functional: FunctionalModule, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], grad: Any
     ) -> None:
         own = {**functional.present_parameters(), **functional.present_buffers()}
-        self._own = own  # held, or an id could be another tensor's
+        self.own = own
+        self._memories = {
+            tensor.untyped_storage().data_ptr(): path
+            for path, tensor in own.items()
+            if tensor.layout is torch.strided and tensor.numel()
+        }
         self.tensors: dict[str, Tensor] = {
             path: nn.Parameter(tensor.detach(), requires_grad=path in grad) for path, tensor in params.items()
         } | {path: tensor.detach() for path, tensor in buffers.items()}
@@ -63,9 +72,30 @@ class StandIns:
             stand_in.data = tensor
         self._source = [*tensors]
 
-    def parameter_hooks(self) -> list[tuple[str, Callable[[Tensor], Tensor | None]]]:
-        """The hooks on the module's own parameters."""
-        return [(path, hook) for path, own in self._own.items() for hook in (own._backward_hooks or {}).values()]
+    def misuse(self, tensors: Sequence[Any], state: Listed, changing: frozenset[str]) -> list[str]:
+        """What is wrong with tensors that came by another way than the module: those in its own memory are old.
+
+        Args:
+            tensors: what came, numbers among them.
+            state: whose memory may be the module's, too.
+            changing: the paths of parameters, and of the buffers that change.
+        """
+        found = []
+        for tensor in tensors:
+            path = self._own_path(tensor) if isinstance(tensor, Tensor) and not state.shares(tensor) else None
+            if path in changing:
+                is_buffer = path in state.layout.buffers
+                found.append(buffer_problem(path) if is_buffer else parameter_problem(path, ()))
+        return found
+
+    def _own_path(self, tensor: Tensor) -> str | None:
+        if tensor.layout is not torch.strided or not tensor.numel():
+            return None
+        memory = tensor.untyped_storage().data_ptr()
+        path = self._memories.get(memory)
+        # the module's tensors may have moved since, and others be where they were
+        is_there = path is not None and self.own[path].untyped_storage().data_ptr() == memory
+        return path if is_there else None
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -123,7 +123,7 @@ def a_temperature_that_cools():
     return World(net(), losses, change=every(lambda: config.update(temperature=config["temperature"] * 0.8)))
 
 
-@program(bug="a float that changes is refused where the operator takes no tensor in its place")
+@program
 def a_focal_gamma_that_grows():
     config = {"gamma": 1.0}
 
@@ -134,7 +134,7 @@ def a_focal_gamma_that_grows():
     return World(net(), losses, change=every(lambda: config.update(gamma=config["gamma"] + 0.5)))
 
 
-@program(bug="a float that changes is refused where the operator takes no tensor in its place")
+@program
 def a_label_smoothing_that_shrinks():
     config = {"smooth": 0.4}
 
@@ -145,7 +145,7 @@ def a_label_smoothing_that_shrinks():
     return World(net(), losses, change=every(lambda: config.update(smooth=config["smooth"] / 2)))
 
 
-@program(bug="a float that changes is refused where the operator takes no tensor in its place")
+@program
 def a_margin_that_grows():
     config = {"margin": 0.1}
 
@@ -481,7 +481,7 @@ def a_batch_that_is_a_buffer_of_the_model():
     return World(model, square, batch=lambda turn: model.pool)
 
 
-@program(eager="by another way", bug="an alias of the module's own memory is silently stale")
+@program(wrong="by another way")
 def a_batch_that_is_a_weight_of_the_model():
     model = net()
     return World(model, square, batch=lambda turn: model[0].weight.detach())

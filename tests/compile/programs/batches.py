@@ -141,7 +141,7 @@ def a_float_that_decays():
     return by(lambda m, b: m(b[0]) * b[1], lambda turn: (torch.randn(6, 4), 0.5**turn), steps=6)
 
 
-@program(bug="a float that changes is refused where the operator takes no tensor in its place")
+@program
 def a_float_as_a_power():
     return by(lambda m, b: m(b[0]).abs() ** b[1], lambda turn: (torch.randn(6, 4), 1.0 + 0.5 * turn), steps=5)
 
@@ -151,7 +151,7 @@ def a_float_as_a_bound():
     return by(lambda m, b: m(b[0]).clamp(-b[1], b[1]), lambda turn: (torch.randn(6, 4), 0.3 + 0.1 * turn), steps=5)
 
 
-@program(bug="a float that changes is refused where the operator takes no tensor in its place")
+@program
 def a_float_as_dropout_probability():
     return by(
         lambda m, b: torch.dropout(m(b[0]), b[1], True), lambda turn: (torch.randn(6, 4), 0.1 * (1 + turn)), steps=5

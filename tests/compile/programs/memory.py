@@ -303,7 +303,7 @@ def a_buffer_reassigned_to_its_input():
     return World(with_buffer(f), square)
 
 
-@program(bug="a buffer's `.data = ...` is lost")
+@program
 def a_buffer_written_by_data():
     def f(self, h):
         self.state.data = 0.5 * self.state + h.detach().mean(0)
@@ -350,7 +350,7 @@ def a_buffer_that_is_none_then_set_on_the_module():
     return World(model, square)
 
 
-@program(bug="writes to the module's own frozen parameters")
+@program
 def a_queue_of_keys_in_buffers():
     class Moco(nn.Module):
         def __init__(self):

@@ -65,13 +65,13 @@ def frozen_batch_norm():
     return World(model, square, routes={"loss": ["0", "3"]}, change=change)
 
 
-@program(bug="a float that changes is refused where the operator takes no tensor in its place")
+@program
 def dropout_p_changed():
     model = normed()
     return World(model, square, change=lambda: setattr(model[2], "p", 0.5))
 
 
-@program(bug="a float that changes is refused where the operator takes no tensor in its place")
+@program
 def dropout_p_changed_every_step():
     model = normed()
 
@@ -81,13 +81,13 @@ def dropout_p_changed_every_step():
     return World(model, square, change=dict.fromkeys(range(1, 6), change), steps=6)
 
 
-@program(bug="a float that changes is refused where the operator takes no tensor in its place")
+@program
 def momentum_of_batch_norm_changed():
     model = normed()
     return World(model, square, change=lambda: setattr(model[1], "momentum", 0.5))
 
 
-@program(bug="a float that changes is refused where the operator takes no tensor in its place")
+@program
 def momentum_of_batch_norm_every_step():
     model = normed()
 
@@ -103,13 +103,13 @@ def cumulative_batch_norm():
     return World(model, square)
 
 
-@program(bug="a float that changes is refused where the operator takes no tensor in its place")
+@program
 def eps_of_layer_norm_changed():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     return World(model, square, change=lambda: setattr(model[1], "eps", 0.1))
 
 
-@program(bug="a float that changes is refused where the operator takes no tensor in its place")
+@program
 def eps_changed_every_step():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
 
@@ -247,7 +247,7 @@ def a_hook_on_a_parameter_added():
     return World(model, square, change=lambda: model[0].weight.register_hook(lambda g: g.clamp(-0.01, 0.01)))
 
 
-@program(bug="what a hook on a parameter reads is baked into the graph")
+@program
 def a_hook_on_a_parameter_reads_a_closure():
     model, config = normed(), SimpleNamespace(scale=1.0)
     model[0].weight.register_hook(lambda g: g * config.scale)

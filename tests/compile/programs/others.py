@@ -151,7 +151,7 @@ def a_target_network_copied_every_two_steps():
     return World(model, lambda model, x: distilled(model, target, x), between=between)
 
 
-@program(bug="writes to the module's own frozen parameters")
+@program
 def a_target_network_inside_the_model():
     model = nn.ModuleDict({"online": net(), "target": net()})
 
@@ -164,7 +164,7 @@ def a_target_network_inside_the_model():
     return World(model, losses, routes={"loss": "online"})
 
 
-@program(bug="a frozen parameter's `.data = ...` is lost")
+@program
 def a_target_network_inside_written_by_data():
     model = nn.ModuleDict({"online": net(), "target": net().requires_grad_(False)})
 
@@ -176,7 +176,7 @@ def a_target_network_inside_written_by_data():
     return World(model, losses, routes={"loss": "online"})
 
 
-@program(bug="writes to the module's own frozen parameters")
+@program
 def a_target_network_inside_written_by_data_mul():
     model = nn.ModuleDict({"online": net(), "target": net().requires_grad_(False)})
 
@@ -301,7 +301,7 @@ def a_weight_in_a_closure_read_without_gradient():
     return World(model, losses)
 
 
-@program(eager="by another way", bug="an alias of the module's own memory is silently stale")
+@program(wrong="by another way")
 def a_detached_weight_in_a_closure():
     model = net()
     w = model[0].weight.detach()
@@ -342,7 +342,7 @@ def a_trainer_that_holds_the_model():
     return World(trainer.model, trainer.losses)
 
 
-@program(eager="by another way", bug="an alias of the module's own memory is silently stale")
+@program(wrong="by another way")
 def a_bare_tensor_that_is_a_parameters_data():
     model = net()
     model.alias = model[0].weight.data

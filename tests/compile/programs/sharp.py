@@ -53,7 +53,7 @@ def a_teacher_that_becomes_the_model():
     return World(model, losses, change=lambda: setattr(box, "teacher", model))
 
 
-@program(eager="was not there", bug="a layer exchanged between steps is silently not trained")
+@program(wrong="was not there")
 def a_layer_exchanged_for_a_new_one():
     model = net()
     return World(model, square, change=lambda: model.__setitem__(0, nn.Linear(4, 4)))
@@ -71,7 +71,7 @@ def weights_tied_between_steps():
     return World(model, square, change=lambda: setattr(model[2], "weight", model[0].weight))
 
 
-@program(wrong="has changed since the Step was built", bug="is not noticed")
+@program(wrong="has changed since the Step was built")
 def spectral_norm_put_on_between_steps():
     model = net()
     return World(model, square, change=lambda: parametrizations.spectral_norm(model[0]))
@@ -107,7 +107,7 @@ def a_list_of_weights_inside_the_model():
     return World(model, square)
 
 
-@program(eager="by another way", bug="an alias of the module's own memory is silently stale")
+@program(wrong="by another way")
 def a_view_of_a_weight_made_in_init():
     model = Calling(lambda self, h: h * self.first)
     model.first = model.linear.weight.data[0]
@@ -128,7 +128,7 @@ def a_buffer_in_a_closure():
     return World(model, losses)
 
 
-@program(eager="by another way", bug="an alias of the module's own memory is silently stale")
+@program(wrong="by another way")
 def a_view_of_a_buffer_in_a_closure():
     model = Calling(lambda self, h: h - self.mean)
     model.register_buffer("mean", torch.zeros(4))
@@ -331,7 +331,7 @@ def returns_what_a_dataclass_method_makes():
     return World(net(), losses)
 
 
-@program(bug="writes to the module's own frozen parameters")
+@program
 def a_moco_encoder_that_begins_later():
     config = SimpleNamespace(on=False)
     model = nn.ModuleDict({"q": nn.Linear(4, 4), "k": nn.Linear(4, 4).requires_grad_(False)})
@@ -345,7 +345,7 @@ def a_moco_encoder_that_begins_later():
     return World(model, losses, routes={"loss": "q"}, change=lambda: setattr(config, "on", True))
 
 
-@program(eager="writes to parameter")
+@program(wrong="writes to parameter")
 def writes_to_a_routed_weight():
     def losses(m, x):
         with torch.no_grad():
@@ -355,7 +355,7 @@ def writes_to_a_routed_weight():
     return World(net(), losses)
 
 
-@program(eager="writes to parameter")
+@program(wrong="writes to parameter")
 def writes_to_a_routed_weight_by_data():
     def losses(m, x):
         m[0].weight.data.clamp_(-0.1, 0.1)
