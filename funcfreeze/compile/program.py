@@ -18,6 +18,7 @@ from funcfreeze.compile.options import Options
 from funcfreeze.compile.outside import Outside
 from funcfreeze.compile.private import compiler, tracing
 from funcfreeze.compile.stand_ins import StandIns
+from funcfreeze.compile.tail import take_off
 from funcfreeze.computation.back_door import raise_misuse, write_problem
 from funcfreeze.computation.computation import Computation
 from funcfreeze.declare.schedules import calling
@@ -102,7 +103,9 @@ def compile_step(
             written |= late.paths
             continue
         break
-    run = compiler(options)(flat, [*fakes.state, *fakes.inputs, *outside.stand_ins, *constants])
+    tail = take_off(flat, kernels=not options.cuda_graphs)
+    examples = [*fakes.state, *fakes.inputs, *outside.stand_ins, *constants]
+    graph = compiler(options)(flat, [examples[index] for index in tail.inputs])
     fill, changing = whole.fill, whole.changing
 
     def program(state: Listed, given: Sequence[Any]) -> Run:
@@ -110,9 +113,9 @@ def compile_step(
         passed = [state.apart(given[i]) if isinstance(given[i], Tensor) else given[i] for i in others]
         read = [state.apart(tensor.detach()) for tensor in outside.tensors(state.step)]
         if not options.cuda_graphs:
-            return fill(run(*state.tensors, *passed, *read, *constants))
+            return fill(tail.run(graph, [*state.tensors, *passed, *read, *constants]))
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # torch's
-        computed = run(*state.tensors, *passed, *read, *constants)
+        computed = tail.run(graph, [*state.tensors, *passed, *read, *constants])
         return fill([value.clone() if isinstance(value, Tensor) else value for value in computed])  # replays overwrite
 
     return program

@@ -16,6 +16,10 @@ from torch import Tensor
 _LIBRARY = torch.library.Library("funcfreeze", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
+KERNELS: dict[Any, Callable[..., None]] = {}
+"""What each operator runs."""
+
+
 def opaque(name: str, overwritten: Sequence[str], rest: str, kernel: Callable[..., None]) -> Callable[..., None]:
     """An operator `funcfreeze::name` that overwrites lists of tensors.
 
@@ -30,6 +34,7 @@ def opaque(name: str, overwritten: Sequence[str], rest: str, kernel: Callable[..
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"funcfreeze::{name}", _computes_nothing, lib=_LIBRARY)
     operator: Callable[..., None] = getattr(torch.ops.funcfreeze, name).default
+    KERNELS[operator] = kernel
     return operator
 
 
