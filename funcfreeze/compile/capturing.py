@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from funcfreeze.compile.captured import Captured, captured
-from funcfreeze.compile.compiled import Returned
+from funcfreeze.compile.compiled import Returned, note_on_torch
 from funcfreeze.compile.graph import read_graph
 from funcfreeze.compile.hooks import Hooks
 from funcfreeze.compile.layout import Layout, Listed
 from funcfreeze.compile.options import Options
 from funcfreeze.compile.private import dynamo_configured
-from funcfreeze.compile.problems import Moved, NotAsDeclared, explained, is_the_users, raised_by, with_a_note
+from funcfreeze.compile.problems import Moved, NotAsDeclared, explained, is_the_users, raised_by
 from funcfreeze.compile.program import Run, compile_step
 from funcfreeze.compile.stand_ins import StandIns
 from funcfreeze.computation.computation import Computation
@@ -114,7 +114,9 @@ class Capturing:
         if is_the_users(error):
             with attributes_kept(self._computation.evaluation.functional.module):
                 self._computation.gradients(*call.state.layout.fields(call.state.tensors), batch)
-        found = with_a_note(explained(error))
+        found = explained(error)
+        if isinstance(error, AttributeError | ImportError | TypeError | AssertionError):
+            note_on_torch(found)
         raise found from found.__cause__
 
     def _key(self, layout: Layout) -> str:

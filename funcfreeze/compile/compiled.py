@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from funcfreeze.compile.layout import Listed
@@ -16,6 +17,20 @@ from funcfreeze.computation.computation import Computation
 
 if TYPE_CHECKING:
     from funcfreeze.compile.capturing import Capturing
+
+
+TESTED = (2, 15)
+"""The newest release of torch that was tried."""
+
+
+def note_on_torch(error: BaseException) -> None:
+    """Note on an error where to look, if torch is newer than what was tried: its private parts may have changed."""
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) > TESTED:
+        error.add_note(
+            f"torch {torch.__version__} is newer than {TESTED[0]}.{TESTED[1]}, the newest that this funcfreeze was "
+            "tried with; what it uses of torch's private parts is in funcfreeze/compile/private.py. Build the Step with "
+            "compile=False"
+        )
 
 
 @dataclass(frozen=True)
@@ -73,6 +88,9 @@ class CompiledStep:
         )  # compiled anew when it is called
 
     def _first(self, state: Listed) -> Capturing:
-        from funcfreeze.compile.capturing import Capturing
-
+        try:
+            from funcfreeze.compile.capturing import Capturing
+        except (ImportError, AttributeError) as error:
+            note_on_torch(error)
+            raise
         return Capturing(self._computation, self.options, self._donate, state)

@@ -1,6 +1,6 @@
 """All of torch that the compiled step uses and torch does not promise to keep, each with its reason.
 
-When a new release of torch breaks the compiled step, it breaks here. `TESTED` is the newest release that was tried.
+When a new release of torch breaks the compiled step, it breaks here; `TESTED` in `compiled` is the newest that was tried.
 """
 
 from __future__ import annotations
@@ -33,8 +33,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_map_only
 
 from funcfreeze.compile.options import Backend, Options
-
-TESTED = (2, 15)
 
 __all__ = [
     "CHECKPOINT",
@@ -200,8 +198,3 @@ def hooks_of_all_modules() -> tuple[dict[int, Any], ...]:
         of_modules._global_backward_hooks,
         of_modules._global_backward_pre_hooks,
     )
-
-
-def is_newer_than_tested() -> bool:
-    """Whether this torch is newer than the newest that was tried."""
-    return tuple(int(part) for part in torch.__version__.split(".")[:2]) > TESTED

@@ -6,14 +6,11 @@ import re
 import traceback
 from collections.abc import Iterable, Iterator
 
-import torch
-
 from funcfreeze.compile.private import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     GuardOnDataDependentSymNode,
     exc,
-    is_newer_than_tested,
 )
 
 _NEEDS_VALUES = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
@@ -148,13 +145,3 @@ def _lines_of(stack: Iterable[traceback.FrameSummary]) -> Iterator[str]:
     for frame in reversed([*stack]):
         if not any(part in frame.filename for part in _OWN):
             yield f"{frame.filename}:{frame.lineno} ({frame.line})"
-
-
-def with_a_note(error: Exception) -> Exception:
-    """The error, with a note on a torch that nobody has tried: something private to it may have changed."""
-    if is_newer_than_tested() and not isinstance(error, RuntimeError | ValueError):
-        error.add_note(
-            f"torch {torch.__version__} is newer than any that this funcfreeze was tried with; what is private to "
-            "torch and may have changed is in funcfreeze/compile/private.py. Build the Step with compile=False"
-        )
-    return error
