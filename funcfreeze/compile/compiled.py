@@ -28,8 +28,8 @@ def note_on_torch(error: BaseException) -> None:
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) > TESTED:
         error.add_note(
             f"torch {torch.__version__} is newer than {TESTED[0]}.{TESTED[1]}, the newest that this funcfreeze was "
-            "tried with; what it uses of torch's private parts is in funcfreeze/compile/private.py. Build the Step with "
-            "compile=False"
+            "tried with; what it uses of torch's private parts is in funcfreeze/compile/private.py. Build the Step "
+            "with compile=False"
         )
 
 

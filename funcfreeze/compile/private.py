@@ -1,6 +1,6 @@
 """All of torch that the compiled step uses and torch does not promise to keep, each with its reason.
 
-When a new release of torch breaks the compiled step, it breaks here; `TESTED` in `compiled` is the newest that was tried.
+When a new release of torch breaks the compiled step, it breaks here. `compiled.TESTED` is the newest that was tried.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._inductor import compile_fx
 
 import funcfreeze as ff
-from funcfreeze.optim.opaque import KERNELS
 from bench import workloads
+from funcfreeze.optim.opaque import KERNELS
 
 OPERATIONS = tuple(
     getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "convolution", "convolution_backward")
