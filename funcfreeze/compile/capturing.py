@@ -20,13 +20,13 @@ from funcfreeze.compile.hooks import Hooks
 from funcfreeze.compile.layout import Layout, Listed
 from funcfreeze.compile.options import Options
 from funcfreeze.compile.private import dynamo_configured
-from funcfreeze.compile.problems import Moved, NotAsDeclared, explained, is_the_users, raised_by
+from funcfreeze.compile.problems import Moved, explained, is_the_users, raised_by
 from funcfreeze.compile.program import Run, compile_step
 from funcfreeze.compile.stand_ins import StandIns
+from funcfreeze.computation.back_door import raise_misuse
 from funcfreeze.computation.computation import Computation
 from funcfreeze.gradients.returned import exchanged
 from funcfreeze.model.attributes import attributes_kept
-from funcfreeze.model.functional import held_by
 
 _NUMBERS = itertools.count(1)
 
@@ -133,9 +133,7 @@ class Capturing:
         assert call is not None, "called outside of a step"
         forward = read_graph(module, inputs, stand_ins.places)
         expected = [(index, inputs[index]) for index, path in enumerate(forward.places) if path is not None]
-        functional = self._computation.evaluation.functional
-        if functional.held != tuple(map(held_by, functional.modules)):
-            raise NotAsDeclared
+        raise_misuse(self._computation.evaluation.functional.problems_with_new_ones())
         program = compile_step(self._computation, forward, stand_ins, call.state, inputs, self._options, self._donate)
         self.traces += 1
         owner = weakref.ref(self)

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Interpreter, Node
 
 from funcfreeze.compile.captured import END, HELD, LOSS
 from funcfreeze.compile.checkpointing import checkpointed
 from funcfreeze.compile.private import CHECKPOINT
-from funcfreeze.compile.problems import NotAsDeclared
+from funcfreeze.compile.problems import NEEDS_VALUES, NotAsDeclared
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,21 @@ def read_graph(module: GraphModule, inputs: Sequence[Any], places: Mapping[int, 
         for part in module.modules()
         if isinstance(part, GraphModule)
     )
-    return Forward(module, at, losses, has_lstm)
+    return Forward(_telling_the_line(module), at, losses, has_lstm)
+
+
+def _telling_the_line(module: GraphModule) -> Callable[..., Sequence[Any]]:
+    """Calls the graph; where that needs a value that it does not have, the error tells the line that a node is from."""
+
+    def run(*given: Any) -> Sequence[Any]:
+        try:
+            outputs: Sequence[Any] = module(*given)
+        except NEEDS_VALUES:
+            Interpreter(module).run(*given)
+            raise
+        return outputs
+
+    return run
 
 
 def _is(node: Any, mark: Any) -> bool:

@@ -13,7 +13,7 @@ from funcfreeze.compile.private import (
     exc,
 )
 
-_NEEDS_VALUES = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
+NEEDS_VALUES = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
 
 _OWN = ("/torch/", "/optree/", "/funcfreeze/", "<frozen", "<eval_with_key>", "<string>")
 
@@ -25,7 +25,7 @@ class SwitchedOff(Exception):
 
 
 class NotAsDeclared(Exception):
-    """What `losses` returned is not what was declared."""
+    """What `losses` returned, or what the module holds, is not what was declared: an eager call says what is wrong."""
 
 
 class Moved(Exception):
@@ -40,15 +40,16 @@ def raised_by(error: Exception) -> Exception:
 def is_the_users(error: Exception) -> bool:
     """Whether the user's own code raises, so that an eager call of it says what is wrong."""
     observed = isinstance(error, exc.Unsupported) and "Observed exception" in str(error)
-    return observed or isinstance(error, NotAsDeclared) or _is_torchs(error)
+    return observed or isinstance(error, NotAsDeclared | exc.TorchRuntimeError)
 
 
 def explained(error: Exception) -> Exception:
     """The error to raise instead, or the same one: user mistakes and missing operators need no other words."""
-    if isinstance(error, _NEEDS_VALUES):
+    if isinstance(error, NEEDS_VALUES):
         if _passes(error, "/torch/autograd/"):
             return _because(error, _torchs_backward(error))
-        where = next(_users_lines(error), "in the optimizer" if _passes(error, "/optim/") else "in the forward")
+        told = next(_users_lines(error), None) or _line_told(str(error))
+        where = told or ("in the optimizer" if _passes(error, "/optim/") else "in the forward")
         return _because(error, f"{where}: {_VALUES}")
     if isinstance(error, exc.Unsupported | exc.UserError):
         return _because(error, _graph_break(error))
@@ -67,8 +68,8 @@ def explained(error: Exception) -> Exception:
         )
     if isinstance(error, NotAsDeclared):
         return RuntimeError(
-            "`losses` returned other losses to the compiler than when it was called again; what it returns must "
-            f"depend on its arguments and the model alone, {_EAGER}"
+            "`losses` or the model were not as declared when the step was compiled, and are so when they are called "
+            f"again; what `losses` returns must depend on its arguments and the model alone, {_EAGER}"
         )
     return _because(error, _unknown(error)) if _is_torchs(error) else error
 

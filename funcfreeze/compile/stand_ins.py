@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from funcfreeze.compile.layout import Listed
+from funcfreeze.compile.problems import NotAsDeclared
 from funcfreeze.computation.back_door import buffer_problem, parameter_problem
 from funcfreeze.model.functional import FunctionalModule
 
@@ -60,6 +61,7 @@ class StandIns:
             for store in ("_parameters", "_buffers")
             if (held := module.__dict__[store])
         ]
+        self._sizes = [len(held) for _, _, held in self._parts]
         self._buffer_sites = [
             (path, module.__dict__, name) for path, places in functional.buffers.items() for module, name in places[:1]
         ]
@@ -99,8 +101,14 @@ class StandIns:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Inside, the module holds the stand-ins."""
+        """Inside, the module holds the stand-ins.
+
+        Raises:
+            NotAsDeclared: it has other parameters or buffers than when the Step was built.
+        """
         kept = [part[store] for part, store, _ in self._parts]
+        if [*map(len, kept)] != self._sizes:
+            raise NotAsDeclared  # parts have other parameters or buffers now
         try:
             for part, store, ours in self._parts:
                 part[store] = ours

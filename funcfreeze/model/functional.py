@@ -260,6 +260,10 @@ class FunctionalModule:
         for path, held in buffers.items():
             if held is None:
                 yield f"the forward removed buffer {path} or set it to None; give it a value instead, zeros for example"
+        yield from self.problems_with_new_ones()
+
+    def problems_with_new_ones(self) -> Iterator[str]:
+        """Parameters and buffers that the module holds by now, and did not when its sites were noted."""
         empty = all(module.__dict__[store].get(name) is None for module, store, name in self.empty)
         if empty and all(map(eq, map(held_by, self.modules), self.held)):
             return

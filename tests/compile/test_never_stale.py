@@ -485,17 +485,16 @@ def test_numbers_of_other_kinds_are_others():
 
 
 def test_going_back_to_an_earlier_value_finds_the_earlier_graph():
-    box = types.SimpleNamespace(factor=0.0)
+    box, factors = types.SimpleNamespace(mode="one"), {"one": 1.0, "two": 2.0, "three": 3.0}
     step = ff.Step(
         nn.Linear(4, 1),
-        lambda model, batch: {"loss": model(batch).square().sum() * 0 + box.factor},
+        lambda model, batch: {"loss": model(batch).square().sum() * 0 + factors[box.mode]},
         {"loss": "*"},
         optimizer=ff.optim.sgd(0.0),
         compile={"backend": "aot_eager"},
     )
     state, x = step.init(), torch.ones(1, 4)
-    for factor in (1.0, 2.0, 1.0, 3.0, 2.0):
-        box.factor = factor
+    for box.mode in ("one", "two", "one", "three", "two"):
         state, metrics = step(state, x)
-        assert float(metrics["loss"]) == factor
+        assert float(metrics["loss"]) == factors[box.mode]
     assert step.traces == 3

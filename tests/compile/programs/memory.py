@@ -321,7 +321,7 @@ def a_buffer_counts_steps_and_is_compared():
     return World(with_buffer(f), square)
 
 
-@program(eager="late")
+@program(wrong="late")
 def a_buffer_registered_late():
     def f(self, h):
         if "late" not in self._buffers:
@@ -331,7 +331,7 @@ def a_buffer_registered_late():
     return World(Calling(f), square)
 
 
-@program(eager="late")
+@program(wrong="late")
 def a_buffer_registered_between_steps():
     model = Calling(lambda self, h: h * self.late if hasattr(self, "late") else h)
     return World(model, square, change=lambda: model.register_buffer("late", torch.full((4,), 2.0)))

@@ -247,7 +247,7 @@ def a_try_around_the_forward():
     return World(net(), losses)
 
 
-@program(refused=LINE)
+@program
 def prints():
     def losses(m, x):
         print("step")  # noqa: T201  # the point
@@ -256,7 +256,7 @@ def prints():
     return World(net(), losses)
 
 
-@program(refused=LINE)
+@program
 def warns():
     def losses(m, x):
         warnings.warn("old", stacklevel=1)
@@ -265,7 +265,7 @@ def warns():
     return World(net(), losses, around=lambda turn: warnings.catch_warnings(action="ignore"))
 
 
-@program(refused=LINE)
+@program
 def logs():
     log = logging.getLogger("lockstep")
 
