@@ -283,16 +283,15 @@ class Step:
             returned = compiled(listed, batch)
             step.add_(1)
         new = {path: value for path, value in returned.params.items() if path in lease.borrowed or not self.donate}
-        for path, value in returned.params.items():
-            if path not in new:
-                params[path].copy_(value)
-        params = {**params, **new}
+        for path in returned.params.keys() - new.keys():
+            params[path].copy_(returned.params[path])
+        params = {**params, **new} if new else params
         if self.donate:
             lease.spent = True
         else:
-            lease.borrowed |= params.keys() - set(self.plan.routed)
+            lease.borrowed |= self.computation.evaluation.unrouted
         kept = dict(zip(map(str, range(len(returned.gradients))), returned.gradients, strict=True))
-        renewed = Lease(borrowed=lease.borrowed - set(self.plan.routed) - new.keys(), gradients=kept)
+        renewed = Lease(borrowed=(lease.borrowed & self.computation.evaluation.unrouted) - new.keys(), gradients=kept)
         buffers = {**buffers, **returned.buffers} if returned.buffers else buffers
         in_place = returned.optimizer is None
         fields = (params, buffers, optimizer if in_place else returned.optimizer, step)
@@ -302,7 +301,7 @@ class Step:
 
     def _owns(self, lease: Lease) -> bool:
         """Whether all that a step overwrites may be overwritten."""
-        return not lease.borrowed_optimizer and lease.borrowed.isdisjoint(self.plan.routed)
+        return not lease.borrowed_optimizer and lease.borrowed <= self.computation.evaluation.unrouted
 
     def _owned(self, state: State) -> tuple[dict[str, Tensor], dict[str, Tensor], Any, Tensor]:
         """The state's fields, copied where somebody else may hold them, or where two of them share their memory."""

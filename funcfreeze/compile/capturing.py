@@ -7,6 +7,7 @@ import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any, NoReturn
 
 import torch
@@ -19,7 +20,7 @@ from funcfreeze.compile.graph import read_graph
 from funcfreeze.compile.hooks import Hooks
 from funcfreeze.compile.layout import Layout, Listed
 from funcfreeze.compile.options import Options
-from funcfreeze.compile.private import dynamo_configured
+from funcfreeze.compile.private import DynamoConfigured
 from funcfreeze.compile.problems import Moved, explained, is_the_users, raised_by
 from funcfreeze.compile.program import Run, compile_step
 from funcfreeze.compile.stand_ins import StandIns
@@ -78,7 +79,7 @@ class Capturing:
     def __call__(self, state: Listed, batch: Any) -> Returned:
         """Take a step that overwrites the state's tensors."""
         functional = self._computation.evaluation.functional
-        with functional.alone, torch.enable_grad(), dynamo_configured():
+        with functional.alone, torch.enable_grad(), DynamoConfigured():
             self._stand_ins.follow(state.own)
             call = Call(state)
             try:
@@ -132,7 +133,8 @@ class Capturing:
         call, stand_ins = self._call, self._stand_ins
         assert call is not None, "called outside of a step"
         forward = read_graph(module, inputs, stand_ins.places)
-        expected = [(index, inputs[index]) for index, path in enumerate(forward.places) if path is not None]
+        places = [index for index, path in enumerate(forward.places) if path is not None]
+        expected = [inputs[index] for index in places]
         raise_misuse(self._computation.evaluation.functional.problems_with_new_ones())
         program = compile_step(self._computation, forward, stand_ins, call.state, inputs, self._options, self._donate)
         self.traces += 1
@@ -142,7 +144,7 @@ class Capturing:
             step = owner()
             assert step is not None, "whoever compiled is gone"
             assert step._call is not None, "called outside of a step"
-            if not all(given[index] is tensor for index, tensor in expected):
+            if not all(map(is_, map(given.__getitem__, places), expected)):
                 raise Moved
             step._call.is_running = True
             step._call.run = ran = program(step._call.state, given)

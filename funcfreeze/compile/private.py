@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from logging import Logger
 from typing import Any
 
@@ -90,29 +90,31 @@ def compiler(options: Options) -> Backend:
     return inductor
 
 
-@contextmanager
-def dynamo_configured() -> Iterator[None]:
+class DynamoConfigured:
     """Inside, this thread's compilations go by the settings above.
 
     They are made when a compilation starts: making them takes longer than all else that a call does.
     """
-    handler, thread, stack = callback_handler, threading.get_ident(), ExitStack()
 
-    def start(_: Any) -> None:
-        if threading.get_ident() == thread:
-            stack.enter_context(config.patch(_known_settings()))
+    def __enter__(self) -> None:
+        self._thread = threading.get_ident()
+        self._patch: AbstractContextManager[Any] = nullcontext()
+        callback_handler.register_start_callback(self._start)
+        callback_handler.register_end_callback(self._end)
 
-    def end(_: Any) -> None:
-        if threading.get_ident() == thread:
-            stack.close()
+    def __exit__(self, *_: object) -> None:
+        callback_handler.remove_start_callback(self._start)
+        callback_handler.remove_end_callback(self._end)
 
-    handler.register_start_callback(start)
-    handler.register_end_callback(end)
-    try:
-        yield
-    finally:
-        handler.remove_start_callback(start)
-        handler.remove_end_callback(end)
+    def _start(self, _: Any) -> None:
+        if threading.get_ident() == self._thread:
+            self._patch = config.patch(_known_settings())
+            self._patch.__enter__()
+
+    def _end(self, _: Any) -> None:
+        if threading.get_ident() == self._thread:
+            self._patch.__exit__(None, None, None)
+            self._patch = nullcontext()
 
 
 def _known_settings() -> dict[str, Any]:

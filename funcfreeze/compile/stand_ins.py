@@ -56,12 +56,13 @@ class StandIns:
             for module, name in places
         }
         self._parts = [
-            (module.__dict__, store, {name: at.get((id(module), name), kept) for name, kept in held.items()})
+            (module.__dict__, store, {name: at.get((id(module), name), kept) for name, kept in held.items()}, held)
             for module in functional.modules
             for store in ("_parameters", "_buffers")
             if (held := module.__dict__[store])
         ]
-        self._sizes = [len(held) for _, _, held in self._parts]
+        self._own_stores = [held for *_, held in self._parts]
+        self._sizes = [*map(len, self._own_stores)]
         self._buffer_sites = [
             (path, module.__dict__, name) for path, places in functional.buffers.items() for module, name in places[:1]
         ]
@@ -106,16 +107,15 @@ class StandIns:
         Raises:
             NotAsDeclared: it has other parameters or buffers than when the Step was built.
         """
-        kept = [part[store] for part, store, _ in self._parts]
-        if [*map(len, kept)] != self._sizes:
+        if [*map(len, self._own_stores)] != self._sizes:
             raise NotAsDeclared  # parts have other parameters or buffers now
         try:
-            for part, store, ours in self._parts:
+            for part, store, ours, _ in self._parts:
                 part[store] = ours
             yield
         finally:
-            for (part, store, _), before in zip(self._parts, kept, strict=True):
-                part[store] = before
+            for part, store, _, own in self._parts:
+                part[store] = own
 
     def reassigned(self) -> dict[str, Tensor]:
         """The buffers that a call put in the place of stand-ins, which come back; asked while these are held."""

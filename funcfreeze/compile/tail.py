@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from operator import itemgetter
+from typing import Any
 
 from torch.fx import GraphModule, Node
 
 from funcfreeze.optim.opaque import KERNELS
 
+Call = tuple[Callable[..., None], tuple[Any, ...], dict[str, Any]]
+"""A kernel and what it is given, with nodes for tensors."""
 
-class At(NamedTuple):
-    """A tensor that a kernel is given: an input of the graph, or one of its outputs."""
-
-    is_input: bool
-    place: int
+Take = Callable[[Sequence[Any]], Any]
+"""An argument of a kernel, from the inputs of a graph and what it gave, in one list."""
 
 
 @dataclass(frozen=True)
@@ -29,33 +29,20 @@ class Tail:
     Attributes:
         inputs: the inputs that the graph still takes.
         outputs: how many outputs it had.
-        calls: kernels, and what they are given, with an `At` for every tensor.
+        calls: kernels, and what they are given.
     """
 
     inputs: tuple[int, ...]
     outputs: int
-    calls: tuple[tuple[Callable[..., None], tuple[Any, ...], dict[str, Any]], ...]
+    calls: tuple[tuple[Callable[..., None], tuple[Take, ...], dict[str, Take]], ...]
 
     def run(self, graph: Callable[..., Sequence[Any]], given: Sequence[Any]) -> Sequence[Any]:
         """Call the graph, then the kernels; returns what the graph gave at first."""
         computed = graph(*[given[index] for index in self.inputs])
-
-        def tensor(at: Any) -> Any:
-            return (given if at.is_input else computed)[at.place]
-
+        both = [*given, *computed]
         for kernel, args, kwargs in self.calls:
-            kernel(*_filled(args, tensor), **_filled(kwargs, tensor))
+            kernel(*[take(both) for take in args], **{name: take(both) for name, take in kwargs.items()})
         return computed[: self.outputs]
-
-
-def _filled(value: Any, tensor: Callable[[At], Any]) -> Any:
-    if isinstance(value, At):
-        return tensor(value)
-    if isinstance(value, dict):
-        return {key: _filled(part, tensor) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_filled(part, tensor) for part in value]
-    return value
 
 
 def take_off(module: GraphModule, kernels: bool) -> Tail:
@@ -71,17 +58,22 @@ def take_off(module: GraphModule, kernels: bool) -> Tail:
     outputs = [*output.args[0]]
     number = len(outputs)
     taken = _last_calls(module, places) if kernels else []
-    calls = []
-    for node in taken:
 
-        def at(given: Node) -> Any:
-            if given in places:
-                return At(True, places[given])
-            if given not in outputs:
-                outputs.append(given)
-            return At(False, outputs.index(given))
+    def place(given: Node) -> int:
+        if given in places:
+            return places[given]
+        if given not in outputs:
+            outputs.append(given)
+        return len(places) + outputs.index(given)
 
-        calls.append((KERNELS[node.target], _mapped(node.args, at), _mapped(node.kwargs, at)))
+    calls = [
+        (
+            kernel,
+            tuple(_take(value, place) for value in args),
+            {name: _take(value, place) for name, value in kwargs.items()},
+        )
+        for kernel, args, kwargs in _together(taken)
+    ]
     for node in reversed(taken):
         graph.erase_node(node)
     output.args = (tuple(outputs),)
@@ -90,6 +82,36 @@ def take_off(module: GraphModule, kernels: bool) -> Tail:
         graph.erase_node(node)
     module.recompile()
     return Tail(tuple(index for node, index in places.items() if node not in unused), number, tuple(calls))
+
+
+def _together(nodes: Sequence[Node]) -> list[Call]:
+    """Calls of one kernel with the same numbers as one call: in a graph each has few parameters, for the compiler."""
+    calls: list[Call] = []
+    for node in nodes:
+        call = (KERNELS[node.target], node.args, dict(node.kwargs))
+        joined = _joined(calls[-1], call) if calls else None
+        calls[-1 if joined else len(calls) :] = [joined or call]
+    return calls
+
+
+def _joined(one: Call, other: Call) -> Call | None:
+    """Both calls as one, if they differ in lists of tensors alone."""
+    same = one[0] is other[0] and len(one[1]) == len(other[1]) and one[2].keys() == other[2].keys()
+    if not same:
+        return None
+    args = [_added(*pair) for pair in zip(one[1], other[1], strict=True)]
+    kwargs = {name: _added(value, other[2][name]) for name, value in one[2].items()}
+    return None if any(value is _APART for value in (*args, *kwargs.values())) else (one[0], tuple(args), kwargs)
+
+
+_APART = object()
+
+
+def _added(one: Any, other: Any) -> Any:
+    """Two arguments as one: lists of tensors put together, others if they are the same."""
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple) and any(isinstance(x, Node) for x in one):
+        return [*one, *other]
+    return one if type(one) is type(other) and one == other else _APART
 
 
 def _last_calls(module: GraphModule, places: dict[Node, int]) -> list[Node]:
@@ -106,11 +128,13 @@ def _last_calls(module: GraphModule, places: dict[Node, int]) -> list[Node]:
     return found
 
 
-def _mapped(value: Any, at: Callable[[Node], Any]) -> Any:
+def _take(value: Any, place: Callable[[Node], int]) -> Take:
     if isinstance(value, Node):
-        return at(value)
-    if isinstance(value, dict):
-        return {key: _mapped(part, at) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return tuple(_mapped(part, at) for part in value)
-    return value
+        return itemgetter(place(value))
+    if not isinstance(value, list | tuple) or not any(isinstance(part, Node) for part in value):
+        return lambda both: value
+    if len(value) == 1:
+        (only,) = (place(part) for part in value)
+        return lambda both: [both[only]]
+    several = itemgetter(*map(place, value))  # quicker than a loop: there may be thousands
+    return lambda both: [*several(both)]

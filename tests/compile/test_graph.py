@@ -117,8 +117,7 @@ def test_a_hook_keeps_no_more_apart_than_eagerly(hooked):
 
 
 @pytest.mark.parametrize("make", [ff.optim.adam, partial(ff.optim.sgd, momentum=0.9)])
-def test_optimizers_kernels_run_after_the_graph_and_overwrite_a_bounded_number_of_parameters_each(make, monkeypatch):
-    """In a graph (CUDA graphs record them there) passes of the compiler take the square of that number."""
+def test_optimizers_kernels_run_after_the_graph(make, monkeypatch):
     calls, graphs = [], []
     for operator, kernel in KERNELS.items():
 
@@ -138,7 +137,7 @@ def test_optimizers_kernels_run_after_the_graph_and_overwrite_a_bounded_number_o
         model, lambda model, x: {"a": model(x).sum()}, {"a": "*"}, optimizer=make(0.1), compile={"backend": backend}
     )
     step(step.init(), torch.randn(3, 2))
-    assert calls == [32, 32, 16]
+    assert calls == [80]
     assert graphs == [(81, set())]  # 80 parameters and the batch; nothing of the optimizer
 
 
