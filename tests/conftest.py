@@ -22,12 +22,9 @@ def _float64_and_fresh_numbers(request: pytest.FixtureRequest):
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_gpu = pytest.mark.skip(reason="no CUDA device")
-    known = pytest.mark.xfail(reason="torch before 2.13 cannot trace what compiled steps hide from Dynamo", strict=True)
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(no_gpu)
-        if "capture" in item.keywords and torch.__version__ < "2.13":
-            item.add_marker(known)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ only marked (`end`), and told by an eager call.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -80,13 +79,14 @@ def captured(
             else:
                 is_odd = is_odd or value is not None or name not in declared
         for name in declared:
-            is_odd = is_odd or not (name in found or (is_dataclass(found) and name in _field_names(found)))
+            is_odd = is_odd or not (name in found or name in _field_names(found))
     held: list[tuple[Tensor, Tensor]] = []
     return Captured(marked, {name: _apart(value, held) for name, value in metrics.items()}, held, END(is_odd, key))
 
 
 def _field_names(value: Any) -> list[str]:
-    return [field.name for field in fields(value)]
+    """The fields of a dataclass, none of anything else. Not every release of Dynamo traces `dataclasses.fields`."""
+    return [*getattr(value, "__dataclass_fields__", ())]
 
 
 def _apart(value: Any, held: list[tuple[Tensor, Tensor]]) -> Any:
@@ -104,6 +104,9 @@ def _apart(value: Any, held: list[tuple[Tensor, Tensor]]) -> Any:
     return value
 
 
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
 def _note(value: Any, held: list[tuple[Tensor, Tensor]]) -> None:
     if isinstance(value, Tensor):
         held.append((value, HELD(value.detach())))
@@ -113,6 +116,6 @@ def _note(value: Any, held: list[tuple[Tensor, Tensor]]) -> None:
     elif isinstance(value, list | tuple):
         for part in value:
             _note(part, held)
-    elif is_dataclass(value):
+    elif not isinstance(value, _PLAIN):
         for name in _field_names(value):
             _note(getattr(value, name), held)

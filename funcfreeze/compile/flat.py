@@ -97,6 +97,6 @@ def _lift(module: GraphModule, outside: Sequence[Tensor]) -> list[Tensor]:
         for node in users[id(tensor)]:
             node.replace_all_uses_with(last)
             graph.erase_node(node)
-    for name in {str(node.target) for nodes in users.values() for node in nodes}:
-        delattr(module, name)
+    for name, _ in [*module.named_buffers(recurse=False), *module.named_parameters(recurse=False)]:
+        delattr(module, name)  # also of those that nothing needs any more
     return held[len(outside) :]

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from funcfreeze.compile.captured import END, HELD, LOSS
 from funcfreeze.compile.checkpointing import checkpointed
-from funcfreeze.compile.private import CHECKPOINT
+from funcfreeze.compile.private import CHECKPOINT, FUNCTION, HOOKS_ARE_FUNCTIONS
 from funcfreeze.compile.problems import NEEDS_VALUES, NotAsDeclared
 
 
@@ -71,6 +71,8 @@ def read_graph(module: GraphModule, inputs: Sequence[Any], places: Mapping[int, 
             graph.erase_node(node)
     for node in graph.find_nodes(op="call_function", target=CHECKPOINT):
         node.target, node.kwargs = checkpointed, {}  # Dynamo's operator only tags; the real one saves memory
+    if HOOKS_ARE_FUNCTIONS:
+        _keep_losses_apart(module)
     module.recompile()
     has_lstm = any(
         part.graph.find_nodes(op="call_function", target=torch.lstm)
@@ -92,6 +94,21 @@ def _telling_the_line(module: GraphModule) -> Callable[..., Sequence[Any]]:
         return outputs
 
     return run
+
+
+def _keep_losses_apart(module: GraphModule) -> None:
+    """Where a function does nothing forward it may have been a hook, above which losses must not be added up."""
+    for node in module.graph.find_nodes(op="call_function", target=FUNCTION):
+        forward = getattr(module, str(node.args[0].target)).graph
+        if {called.target for called in forward.nodes if called.op == "call_method"} == {"view_as"}:
+            for result in [*node.users]:
+                with module.graph.inserting_after(result):
+                    module.graph.call_function(_hooked, (result,))
+
+
+def _hooked(result: Any) -> None:
+    if isinstance(result, Tensor) and result.requires_grad:
+        result.register_hook(lambda gradient: gradient)  # type: ignore[no-untyped-call]  # torch's
 
 
 def _is(node: Any, mark: Any) -> bool:

@@ -53,6 +53,12 @@ __all__ = [
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 """Dynamo's operator for activation checkpointing. Public would be a way to have it traced as it is written."""
 
+FUNCTION = torch.ops.higher_order.autograd_function_apply
+"""Dynamo's operator for an `autograd.Function`."""
+
+HOOKS_ARE_FUNCTIONS = "register_hook" not in torch._ops._higher_order_ops
+"""Whether Dynamo makes such a function of a hook on an activation, as it did before torch 2.13."""
+
 OUTSIDE_CUDA_GRAPHS = [tag for name, tag in torch.Tag.__members__.items() if name == "cudagraph_unsafe"]
 """The tag of an operator that must run at every step, in releases that have it."""
 

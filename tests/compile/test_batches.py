@@ -36,6 +36,7 @@ def assert_same(losses, batches, traces):
     assert compiled.traces == traces
 
 
+@pytest.mark.xfail(torch.__version__ < "2.13", reason="Dynamo learned `vars(...).values()` in torch 2.13", strict=True)
 def test_every_kind_of_container():
     def losses(m, batch):
         x = sum(leaf for tree in batch.values() for leaf in held(tree) if isinstance(leaf, torch.Tensor))

