@@ -21,7 +21,7 @@ from funcfreeze.compile.hooks import Hooks
 from funcfreeze.compile.layout import Layout, Listed
 from funcfreeze.compile.options import Options
 from funcfreeze.compile.private import DynamoConfigured
-from funcfreeze.compile.problems import Moved, explained, is_the_users, raised_by
+from funcfreeze.compile.problems import NEEDS_VALUES, Moved, explained, is_the_users, raised_by
 from funcfreeze.compile.program import Run, compile_step
 from funcfreeze.compile.stand_ins import StandIns
 from funcfreeze.computation.back_door import raise_misuse
@@ -136,7 +136,13 @@ class Capturing:
         places = [index for index, path in enumerate(forward.places) if path is not None]
         expected = [inputs[index] for index in places]
         raise_misuse(self._computation.evaluation.functional.problems_with_new_ones())
-        program = compile_step(self._computation, forward, stand_ins, call.state, inputs, self._options, self._donate)
+        try:
+            program = compile_step(
+                self._computation, forward, stand_ins, call.state, inputs, self._options, self._donate
+            )
+        except NEEDS_VALUES as error:
+            error.add_note(forward.value_from)
+            raise
         self.traces += 1
         owner = weakref.ref(self)
 

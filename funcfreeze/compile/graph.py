@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +25,14 @@ class Forward:
         places: for each input the path of the parameter or buffer it is, or None.
         losses: loss name -> its place among the outputs.
         has_lstm: whether it calls torch's LSTM.
+        value_from: where the user's code first asks for the value of a tensor, as a traceback; empty if nowhere.
     """
 
     run: Callable[..., Sequence[Any]]
     places: list[str | None]
     losses: dict[str, int]
     has_lstm: bool
+    value_from: str
 
     @property
     def others(self) -> list[int]:
@@ -79,7 +81,12 @@ def read_graph(module: GraphModule, inputs: Sequence[Any], places: Mapping[int, 
         for part in module.modules()
         if isinstance(part, GraphModule)
     )
-    return Forward(_telling_the_line(module), at, losses, has_lstm)
+    return Forward(_telling_the_line(module), at, losses, has_lstm, next(_asking_for_values(module), ""))
+
+
+def _asking_for_values(module: GraphModule) -> Iterator[str]:
+    for node in module.graph.find_nodes(op="call_method", target="item"):
+        yield node.stack_trace or ""
 
 
 def _telling_the_line(module: GraphModule) -> Callable[..., Sequence[Any]]:

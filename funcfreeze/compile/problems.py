@@ -48,7 +48,8 @@ def explained(error: Exception) -> Exception:
     if isinstance(error, NEEDS_VALUES):
         if _passes(error, "/torch/autograd/"):
             return _because(error, _torchs_backward(error))
-        told = next(_users_lines(error), None) or _line_told(str(error))
+        notes = "\n".join(getattr(error, "__notes__", ()))
+        told = next(_users_lines(error), None) or _line_told(f"{error}\n{notes}")
         where = told or ("in the optimizer" if _passes(error, "/optim/") else "in the forward")
         return _because(error, f"{where}: {_VALUES}")
     if isinstance(error, exc.Unsupported | exc.UserError):

@@ -105,17 +105,20 @@ def compile_step(
         break
     tail = take_off(flat, kernels=not options.cuda_graphs)
     examples = [*fakes.state, *fakes.inputs, *outside.stand_ins, *constants]
-    graph = compiler(options)(flat, [examples[index] for index in tail.inputs])
+    with torch.no_grad():
+        graph = compiler(options)(flat, [examples[index] for index in tail.inputs])
     fill, changing = whole.fill, whole.changing
 
     def program(state: Listed, given: Sequence[Any]) -> Run:
         raise_misuse(stand_ins.misuse([given[index] for index in others], state, changing))
         passed = [state.apart(given[i]) if isinstance(given[i], Tensor) else given[i] for i in others]
         read = [state.apart(tensor.detach()) for tensor in outside.tensors(state.step)]
+        if options.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # torch's
+        with torch.no_grad():
+            computed = tail.run(graph, [*state.tensors, *passed, *read, *constants])
         if not options.cuda_graphs:
-            return fill(tail.run(graph, [*state.tensors, *passed, *read, *constants]))
-        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # torch's
-        computed = tail.run(graph, [*state.tensors, *passed, *read, *constants])
+            return fill(computed)
         return fill([value.clone() if isinstance(value, Tensor) else value for value in computed])  # replays overwrite
 
     return program
