@@ -63,24 +63,36 @@ def test_they_are_detached_keep_their_values_and_their_kind(make, engine):
         assert any(tensor.requires_grad for tensor in tensors(given[0])), "the user's own container was not written to"
 
 
-def test_in_a_compiled_step():
-    """All kinds in one graph."""
+@pytest.mark.parametrize("name", [name for name in CONTAINERS if name != "namespace"])
+def test_in_a_compiled_step(name):
+    make = CONTAINERS[name]
 
     def with_metrics(m, batch):
-        return losses(m, batch), {name: make(*values(m, batch)) for name, make in CONTAINERS.items()}
+        return losses(m, batch), {"out": make(*values(m, batch))}
 
     m, batch = model(), torch.randn(4, 3)
-    wanted = with_metrics(copy.deepcopy(m), batch)[1]
-    step = ff.Step(m, with_metrics, ROUTES, optimizer=ff.optim.sgd(0.5), compile={"backend": "aot_eager"})
-    state, metrics = step(step.init(), batch)
+    wanted = with_metrics(copy.deepcopy(m), batch)[1]["out"]
+    step = ff.Step(m, with_metrics, ROUTES, optimizer=ff.optim.sgd(0.5), compile={"backend": lambda g, _: g.forward})
+    state = step.init()
+    state, metrics = step(state, batch)
     state, later = step(state, torch.randn(4, 3))
     assert step.traces == 1
-    for name, tree in wanted.items():
-        assert kinds(metrics[name]) == kinds(later[name]) == kinds(tree)
-        assert not any(tensor.requires_grad for tensor in tensors(metrics[name]))
-        for got, expected in zip(tensors(metrics[name]), tensors(tree), strict=True):
-            torch.testing.assert_close(got, expected.detach())
-        assert not torch.equal(tensors(metrics[name])[0], tensors(later[name])[0])
+    assert kinds(metrics["out"]) == kinds(later["out"]) == kinds(wanted)
+    assert not any(tensor.requires_grad for tensor in tensors(metrics["out"]))
+    for got, expected in zip(tensors(metrics["out"]), tensors(wanted), strict=True):
+        torch.testing.assert_close(got, expected.detach())
+    assert not torch.equal(tensors(metrics["out"])[0], tensors(later["out"])[0])
+
+
+def test_a_namespace_in_a_compiled_step():
+    """Dynamo makes none."""
+
+    def with_metrics(m, batch):
+        return losses(m, batch), {"out": CONTAINERS["namespace"](*values(m, batch))}
+
+    step = ff.Step(model(), with_metrics, ROUTES, optimizer=ff.optim.sgd(0.5), compile={"backend": "aot_eager"})
+    with pytest.raises(RuntimeError, match=r"containers\.py:\d+ \(.*SimpleNamespace.*one graph.*compile=False"):
+        step(step.init(), torch.randn(4, 3))
 
 
 @EVERY
