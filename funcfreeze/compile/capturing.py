@@ -78,8 +78,7 @@ class Capturing:
 
     def __call__(self, state: Listed, batch: Any) -> Returned:
         """Take a step that overwrites the state's tensors."""
-        functional = self._computation.evaluation.functional
-        with functional.alone, torch.enable_grad(), DynamoConfigured():
+        with torch.enable_grad(), DynamoConfigured():
             self._stand_ins.follow(state.own)
             call = Call(state)
             try:
@@ -98,7 +97,7 @@ class Capturing:
         module, losses, declared = evaluation.functional.module, evaluation.losses, evaluation.plan.losses
         while True:
             key = self._key(call.state.layout)
-            self._call = call
+            around, self._call = self._call, call
             try:
                 with self._stand_ins.held():
                     found = self._captured(losses, module, batch, declared, key)
@@ -106,7 +105,7 @@ class Capturing:
             except Moved:
                 self._moves += 1
             finally:
-                self._call = None
+                self._call = around
 
     def _raise(self, error: Exception, call: Call, batch: Any) -> NoReturn:
         """Raise what the user should see of an error: their own where an eager call raises it, too."""

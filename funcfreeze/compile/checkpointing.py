@@ -57,12 +57,17 @@ class _DrawnBefore(TorchDispatchMode):
 
     def __init__(self, drawn: Sequence[Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
-        self._drawn = iter(drawn)
+        self._drawn = drawn
+        self._next = iter(drawn)
+
+    def __enter__(self) -> Any:
+        self._next = iter(self._drawn)  # every engine call that comes by runs the part again
+        return super().__enter__()  # type: ignore[no-untyped-call]  # torch's
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **(kwargs or {}))
-        drawn = next(self._drawn)
+        drawn = next(self._next)
         return args[0].copy_(drawn) if func._schema.is_mutable else drawn

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -67,7 +66,6 @@ class CompiledStep:
         self.options = options
         self._computation = computation
         self._donate = donate
-        self._lock = threading.RLock()
         self._capturing: Capturing | None = None
 
     @property
@@ -77,7 +75,7 @@ class CompiledStep:
 
     def __call__(self, state: Listed, batch: Any) -> Returned:
         """Take a step that overwrites the state's tensors."""
-        with self._lock:
+        with self._computation.evaluation.functional.alone:
             if self._capturing is None:
                 self._capturing = self._first(state)
             return self._capturing(state, batch)

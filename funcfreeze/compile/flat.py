@@ -86,6 +86,8 @@ def _lift(module: GraphModule, outside: Sequence[Tensor]) -> list[Tensor]:
     held = [*outside]
     for node in graph.find_nodes(op="get_attr"):
         value = getattr(module, node.target)
+        if not isinstance(value, Tensor):
+            continue
         if id(value) not in users:
             users[id(value)] = []
             held.append(value)

@@ -85,8 +85,9 @@ def read_graph(module: GraphModule, inputs: Sequence[Any], places: Mapping[int, 
 
 
 def _asking_for_values(module: GraphModule) -> Iterator[str]:
-    for node in module.graph.find_nodes(op="call_method", target="item"):
-        yield node.stack_trace or ""
+    for node in module.graph.nodes:
+        if node.target == "item" or "numpy" in str(node.target):
+            yield node.stack_trace or ""
 
 
 def _telling_the_line(module: GraphModule) -> Callable[..., Sequence[Any]]:

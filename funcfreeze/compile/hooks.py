@@ -54,7 +54,13 @@ _CALLED: weakref.WeakValueDictionary[int, Called] = weakref.WeakValueDictionary(
 def _call(gradient: Tensor, number: int) -> Tensor:
     own = gradient.clone()
     made = _CALLED[number].hook(own)
-    return own if made is None or made is own else made.clone()
+    if made is None or made is own:
+        return own
+    if made.shape != gradient.shape:
+        raise RuntimeError(
+            f"a hook on a parameter returned shape {tuple(made.shape)} for a gradient of shape {tuple(gradient.shape)}"
+        )
+    return torch.empty_like(gradient).copy_(made)  # with the strides that were traced
 
 
 _LIBRARY.impl("hook", _call, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,15 @@ Kind = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]
 
 Fields = tuple[dict[str, Tensor], dict[str, Tensor], Any, Tensor]
 """Params, buffers, optimizer and step of a state."""
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A leaf of the optimizer's state that is no tensor. 1, 1.0 and True are different ones, every NaN the same."""
+
+    index: int
+    shown: str
+    leaf: Any = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -33,14 +42,14 @@ class Layout:
     params: tuple[str, ...]
     buffers: tuple[str, ...]
     optimizer: optree.PyTreeSpec
-    constants: tuple[tuple[int, Any], ...]
+    constants: tuple[Constant, ...]
     kinds: tuple[Kind, ...]
 
     def fields(self, tensors: Sequence[Tensor]) -> Fields:
         """The four fields of a state, from its tensors."""
         rest = iter(tensors)
         params = {path: next(rest) for path in self.params}
-        constants = dict(self.constants)
+        constants = {constant.index: constant.leaf for constant in self.constants}
         leaves = [constants[index] if index in constants else next(rest) for index in range(self.optimizer.num_leaves)]
         step = next(rest)
         buffers = {path: next(rest) for path in self.buffers}
@@ -82,7 +91,7 @@ class Listed:
         """The count of steps."""
         return self.tensors[-1 - len(self.layout.buffers)]
 
-    @property
+    @cached_property
     def own(self) -> list[Tensor]:
         """The parameters and the buffers."""
         return self.tensors[: len(self.layout.params)] + self.tensors[len(self.tensors) - len(self.layout.buffers) :]
@@ -94,7 +103,7 @@ class Listed:
 
     def apart(self, tensor: Tensor) -> Tensor:
         """The tensor, or a copy if it shares memory with the state, which a step overwrites."""
-        return tensor.clone() if self.shares(tensor) else tensor
+        return _cloned(tensor) if self.shares(tensor) else tensor
 
     def shares(self, tensor: Tensor) -> bool:
         """Whether it is in memory of the state."""
@@ -109,7 +118,11 @@ class Listed:
             ValueError: a sparse tensor, which compilers do not take.
         """
         leaves, structure = optree.tree_flatten(optimizer, none_is_leaf=True)
-        constants = tuple((index, leaf) for index, leaf in enumerate(leaves) if not isinstance(leaf, Tensor))
+        constants = tuple(
+            Constant(index, f"{type(leaf)} {leaf!r}", leaf)
+            for index, leaf in enumerate(leaves)
+            if not isinstance(leaf, Tensor)
+        )
         kept = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         tensors = [*params.values(), *kept, step, *buffers.values()]
         sparse = [path for path, tensor in {**params, **buffers}.items() if tensor.layout is not torch.strided]
@@ -124,10 +137,18 @@ class Listed:
     def overwritten(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Write these buffers over those of the state; returns the ones that do not fit."""
         held = dict(zip(self.layout.buffers, self.tensors[len(self.tensors) - len(self.layout.buffers) :], strict=True))
-        fits = [path for path, new in buffers.items() if _fits(held[path], new)]
+        apart = {path: self.apart(buffer) for path, buffer in buffers.items()}  # one may be what another was
+        fits = {path for path, new in apart.items() if _fits(held[path], new)}
         if fits:
-            torch._foreach_copy_([held[path] for path in fits], [buffers[path] for path in fits])
-        return {path: buffer for path, buffer in buffers.items() if path not in fits}
+            torch._foreach_copy_([held[path] for path in fits], [apart[path] for path in fits])
+        return {path: buffer for path, buffer in apart.items() if path not in fits}
+
+
+def _cloned(tensor: Tensor) -> Tensor:
+    """A copy with the same strides, for which code was compiled."""
+    storage = tensor.untyped_storage().clone()  # type: ignore[no-untyped-call]  # torch's
+    apart = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return apart.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def _fits(one: Tensor, other: Tensor) -> bool:

@@ -49,14 +49,18 @@ class Outside(TorchDispatchMode):
         self.written: set[int | None] = set()
 
     def tensors(self, step: Tensor) -> list[Tensor]:
-        """All of them now, in the order of the stand-ins."""
-        return [read(step) for read in self._read]
+        """All of them now, in the order of the stand-ins, and of their kind.
+
+        Raises:
+            ValueError: one has another shape or device than when the step was traced.
+        """
+        return [_as(read(step), stand_in) for read, stand_in in zip(self._read, self.stand_ins, strict=True)]
 
     def keep(self, called: Any) -> None:
         """Keep what the graph calls alive as long as this is."""
         self._kept.append(called)
 
-    def scheduled(self, schedule: Callable[[Any], Any], step: Any) -> Tensor:
+    def scheduled(self, schedule: Callable[[Any], Any], _: Any) -> Tensor:
         """A stand-in for what a function of the step gives; it is called at every step, before the graph."""
 
         def read(step: Tensor) -> Tensor:
@@ -91,6 +95,16 @@ class Outside(TorchDispatchMode):
             self._kept.append(known_by)
             self.stand_ins.append(self._mode.from_tensor(example, static_shapes=True))
         return self.stand_ins[index]
+
+
+def _as(tensor: Tensor, wanted: Tensor) -> Tensor:
+    """The tensor in the dtype for which code was compiled: a schedule may give now this, now that."""
+    if (tensor.shape, tensor.device) != (wanted.shape, wanted.device) or tensor.stride() != wanted.stride():
+        raise ValueError(
+            f"a rate, a weight or another tensor that the optimizer reads had shape {tuple(wanted.shape)} on "
+            f"{wanted.device} when the step was traced, and has {tuple(tensor.shape)} on {tensor.device} now"
+        )
+    return tensor if tensor.dtype == wanted.dtype else tensor.to(wanted.dtype)
 
 
 def _statistics(func: Any, args: Sequence[Any]) -> list[Tensor]:

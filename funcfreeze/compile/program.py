@@ -90,10 +90,13 @@ def compile_step(
     fakes = stand_ins_of([inputs[index] for index in others], state)
     number = len(state.tensors)
     hooks = parameter_hooks(stand_ins.own)
+    leaves = frozenset(
+        place for place, index in enumerate(others) if isinstance(inputs[index], Tensor) and inputs[index].requires_grad
+    )
     written: frozenset[str] = frozenset()
     while True:
         outside = Outside(fakes.mode, state.step)
-        whole = Whole(computation, forward, hooks, state.layout, outside, written)
+        whole = Whole(computation, forward, hooks, leaves, state.layout, outside, written)
         try:
             with tracing(fakes.mode, forward.has_lstm), calling(outside.scheduled), outside:
                 flat, constants = flatten(
@@ -115,8 +118,11 @@ def compile_step(
         read = [state.apart(tensor.detach()) for tensor in outside.tensors(state.step)]
         if options.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # torch's
+        own = [tensor.clone() for tensor in state.tensors] if hooks else state.tensors  # a hook may raise half way
         with torch.no_grad():
-            computed = tail.run(graph, [*state.tensors, *passed, *read, *constants])
+            computed = tail.run(graph, [*own, *passed, *read, *constants])
+            if hooks:
+                torch._foreach_copy_(state.tensors, own)
         if not options.cuda_graphs:
             return fill(computed)
         return fill([value.clone() if isinstance(value, Tensor) else value for value in computed])  # replays overwrite
@@ -141,6 +147,7 @@ class Whole:
         computation: what the step computes.
         forward: the captured forward.
         hooks: those on parameters, by path.
+        leaves: which of the inputs from elsewhere require grad.
         layout: how the state's tensors are listed, which come first of all inputs.
         outside: what notes writes.
         written: the parameters that the forward is known to write to.
@@ -158,12 +165,13 @@ class Whole:
         computation: Computation,
         forward: Forward,
         hooks: Sequence[tuple[str, Callable[[Tensor], Tensor]]],
+        leaves: frozenset[int],
         layout: Layout,
         outside: Outside,
         written: frozenset[str],
     ) -> None:
         self._computation, self._forward, self._hooks = computation, forward, hooks
-        self._layout, self._outside, self._written = layout, outside, written
+        self._leaves, self._layout, self._outside, self._written = leaves, layout, outside, written
 
     def __call__(self, *given: Any) -> list[Any]:
         """The tensors and sizes that the graph gives."""
@@ -184,7 +192,10 @@ class Whole:
             copied.update({path: buffer.clone() for path, buffer in buffers.items()})
             named |= copied
             before = {path: memory_of(tensor) for path, tensor in named.items()}
-            rest = iter(given[number:])
+            rest = iter(
+                value.detach().requires_grad_() if place in self._leaves else value
+                for place, value in enumerate(given[number:])
+            )
             returned.extend(forward.run(*[next(rest) if path is None else named[path] for path in forward.places]))
             changed.update(
                 {
@@ -214,8 +225,8 @@ class Whole:
             now = {path: take(results) for path, take in new.items()}
             return Run(
                 [take(results) for take in outputs],
-                {path: tensor for path, tensor in now.items() if path in buffers},
-                {path: tensor for path, tensor in now.items() if path not in buffers},
+                {path: tensor for path, tensor in now.items() if path in layout.buffers},
+                {path: tensor for path, tensor in now.items() if path not in layout.buffers},
                 state,
                 [take(results) for take in kept],
             )

@@ -61,10 +61,11 @@ class StandIns:
             for store in ("_parameters", "_buffers")
             if (held := module.__dict__[store])
         ]
+        self._modules = functional.modules
         self._own_stores = [held for *_, held in self._parts]
-        self._sizes = [*map(len, self._own_stores)]
+        self._present = self._there()
         self._buffer_sites = [
-            (path, module.__dict__, name) for path, places in functional.buffers.items() for module, name in places[:1]
+            (path, module.__dict__, name) for path, places in functional.buffers.items() for module, name in places
         ]
 
     def follow(self, tensors: Sequence[Tensor]) -> None:
@@ -100,6 +101,10 @@ class StandIns:
         is_there = path is not None and self.own[path].untyped_storage().data_ptr() == memory
         return path if is_there else None
 
+    def _there(self) -> list[bool]:
+        """For all that the module's parts may hold, whether it is there."""
+        return [tensor is not None for store in self._own_stores for tensor in store.values()]
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Inside, the module holds the stand-ins.
@@ -107,7 +112,7 @@ class StandIns:
         Raises:
             NotAsDeclared: it has other parameters or buffers than when the Step was built.
         """
-        if [*map(len, self._own_stores)] != self._sizes:
+        if self._there() != self._present:
             raise NotAsDeclared  # parts have other parameters or buffers now
         try:
             for part, store, ours, _ in self._parts:
@@ -125,4 +130,14 @@ class StandIns:
             if now is not self.tensors[path]:
                 found[path] = now
                 part["_buffers"][name] = self.tensors[path]
+        if found:
+            self._leave_behind({id(self.tensors[path]) for path in found})
         return found
+
+    def _leave_behind(self, reassigned: set[int]) -> None:
+        """Where an attribute still holds what a buffer was, it keeps that value: the stand-in will have the new one."""
+        for module in self._modules:
+            own = vars(module)
+            for name, value in own.items():
+                if id(value) in reassigned:
+                    own[name] = value.clone()

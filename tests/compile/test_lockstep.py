@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+import zlib
 
 import programs
 import pytest
@@ -25,16 +26,20 @@ def _fresh_dynamo():
 NUMBERS = ("metrics", "moved", "buffers", "seen")
 
 
+PINNED = torch.__version__.startswith("2.13.")
+"""What Dynamo refuses or gets wrong differs from release to release; the programs say what this one does."""
+
+
 def expected(name):
     found = PROGRAMS[name]
     reason = found.bug or found.known or (found.old if torch.__version__ < "2.13" else None)
-    return pytest.param(name, marks=pytest.mark.xfail(reason=reason, strict=True) if reason else ())
+    return pytest.param(name, marks=pytest.mark.xfail(reason=reason, strict=PINNED) if reason else ())
 
 
 ALL = "FUNCFREEZE_ALL_PROGRAMS" in os.environ
 """Three of five programs, each of a kind with others, run only with this set, as `.ci/versions` does: a minute less."""
 
-CHOSEN = [name for index, name in enumerate(PROGRAMS) if ALL or index % 5 < 2]
+CHOSEN = [name for name in PROGRAMS if ALL or name.startswith("found") or zlib.crc32(name.encode()) % 5 < 2]
 
 
 @pytest.mark.parametrize("name", map(expected, CHOSEN))
@@ -42,21 +47,23 @@ def test_lockstep(name):
     try:
         in_lockstep(PROGRAMS[name])
     except Exception:
-        if torch.__version__ < "2.13" and plain_is_wrong_too(PROGRAMS[name]):
-            pytest.xfail(f"plain torch.compile of torch {torch.__version__} refuses this, or gets it wrong, too")
+        if not PINNED and is_as_good_as_plain(PROGRAMS[name]):
+            pytest.xfail(f"plain torch.compile of torch {torch.__version__} does this in another way")
         raise
 
 
-def plain_is_wrong_too(found):
-    """Whether plain `torch.compile` cannot do it, either: it learned some of this in torch 2.13."""
-    eager, plain = run(found.make, False), run_plain(found.make)
-    if plain.error is not None:
-        return True
+def is_as_good_as_plain(found):
+    """Whether the compiled step is right by now, or plain `torch.compile` refuses the program, or gets it wrong."""
+    eager = run(found.make, False)
+    return is_right(eager, run(found.make, COMPILED)) or not is_right(eager, run_plain(found.make), NUMBERS)
+
+
+def is_right(eager, other, only=()):
     try:
-        compare(eager, plain, NUMBERS)
+        compare(eager, other, only)
     except AssertionError:
-        return True
-    return False
+        return False
+    return other.error is None
 
 
 def in_lockstep(found):
@@ -71,7 +78,9 @@ def in_lockstep(found):
         assert matches(found.eager, eager.error), eager.error
         assert compiled.error is None
         assert all(record["own tensors kept"] for record in compiled.records) or "buffer" in found.make.__name__
-        compare(run_plain(found.make), compiled, ("metrics", "moved"))
+        plain = run_plain(found.make)
+        assert plain.error is None
+        compare(plain, compiled, ("metrics", "moved"))
         return
     if eager.error is not None:
         raise eager.error
@@ -86,11 +95,13 @@ def in_lockstep(found):
         assert compiled.traces <= found.traces
 
 
-@pytest.mark.parametrize("name", [name for name, found in PROGRAMS.items() if found.refused and not found.ours])
+@pytest.mark.skipif(not PINNED, reason="another release")
+@pytest.mark.parametrize("name", [name for name in CHOSEN if PROGRAMS[name].refused and not PROGRAMS[name].ours])
 def test_plain_compile_refuses_too(name):
     assert run_plain(PROGRAMS[name].make).error is not None
 
 
+@pytest.mark.skipif(not PINNED, reason="another release")
 @pytest.mark.parametrize("name", [name for name, found in PROGRAMS.items() if found.known])
 def test_plain_compile_is_wrong_too(name):
     eager, plain = run(PROGRAMS[name].make, False), run_plain(PROGRAMS[name].make)

@@ -1,0 +1,128 @@
+"""What reviewers found: programs in which a compiled step was wrong once."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from lockstep import World, program
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import funcfreeze as ff
+from programs.modules import Calling, square
+
+
+def net():
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+
+
+def with_buffers(f, **buffers):
+    model = Calling(f)
+    for name, value in buffers.items():
+        model.register_buffer(name, value)
+    return model
+
+
+@program
+def a_slice_of_the_state_in_the_batch():
+    def drive(step, state, turn, batch):
+        return step(state, (batch, state.params["0.weight"][:, ::2]))
+
+    def losses(m, batch):
+        return {"loss": (m(batch[0])[:, :2] * batch[1].sum(0)).square().mean()}
+
+    return World(net(), losses, drive=drive)
+
+
+@program
+def a_rate_that_changes_its_dtype():
+    def rate(step):
+        return 0.1 if int(step) < 2 else (0.1 * torch.exp(-step / 10)).float()
+
+    return World(net(), square, optimizer=ff.optim.sgd(rate), rtol=1e-6)
+
+
+@program
+def a_hook_that_returns_other_strides():
+    model = net()
+    model[0].weight.register_hook(lambda gradient: torch.linalg.qr(gradient)[0])
+    return World(model, square)
+
+
+@program
+def buffers_that_change_places():
+    def f(self, h):
+        self.cur, self.prev = self.prev, self.cur
+        return h * self.cur + self.prev
+
+    return World(with_buffers(f, cur=torch.rand(4), prev=torch.rand(4)), square)
+
+
+@program
+def a_buffer_moved_on_to_the_next():
+    def f(self, h):
+        self.prev = self.cur
+        self.cur = h.detach().mean(0)
+        return h * self.prev
+
+    return World(with_buffers(f, cur=torch.rand(4), prev=torch.rand(4)), square)
+
+
+@program
+def an_attribute_that_keeps_the_buffer_before():
+    def f(self, h):
+        moved = self.cur - self.old
+        self.old = self.cur
+        self.cur = h.detach().mean(0)
+        return h * moved
+
+    model = with_buffers(f, cur=torch.rand(4))
+    model.old = torch.zeros(4)
+    return World(model, square, steps=5)
+
+
+@program(wrong="is gone")
+def a_bias_taken_away():
+    model = net()
+    return World(model, square, change=lambda: setattr(model[0], "bias", None))
+
+
+@program
+def dropout_in_a_checkpoint_that_runs_more_than_twice():
+    model = nn.ModuleDict(
+        {
+            "c": nn.Linear(4, 4),
+            "t": nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.0)),
+            "a": nn.Linear(4, 1),
+            "b": nn.Linear(4, 1),
+        }
+    )
+
+    def losses(m, x):
+        h = checkpoint(m["t"], m["c"](x), use_reentrant=False)
+        return {"a": m["a"](h).square().mean(), "b": m["b"](h).mean()}
+
+    return World(model, losses, routes={"a": ["a", "t"], "b": ["b", "c"]})
+
+
+@program
+def a_batch_that_requires_grad():
+    def losses(m, x):
+        y = m(x)
+        (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return {"loss": y.square().mean() + gradient.square().mean()}
+
+    return World(net(), losses, batch=lambda turn: torch.randn(6, 4).requires_grad_())
+
+
+@program
+def a_hook_that_counts():
+    model, seen = net(), SimpleNamespace(calls=0)
+
+    def hook(gradient):
+        seen.calls += 1
+        return gradient * seen.calls
+
+    model[2].weight.register_hook(hook)
+    return World(model, square, seen=lambda: seen.calls)
