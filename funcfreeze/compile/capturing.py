@@ -22,7 +22,7 @@ from funcfreeze.compile.layout import Layout, Listed
 from funcfreeze.compile.options import Options
 from funcfreeze.compile.private import DynamoConfigured
 from funcfreeze.compile.problems import NEEDS_VALUES, Moved, explained, is_the_users, raised_by
-from funcfreeze.compile.program import Run, compile_step
+from funcfreeze.compile.program import Program, Run, compile_step
 from funcfreeze.compile.stand_ins import StandIns
 from funcfreeze.computation.back_door import raise_misuse
 from funcfreeze.computation.computation import Computation
@@ -49,13 +49,10 @@ class Capturing:
         options: how to compile.
         donate: whether a step overwrites the state it is given, or copies of it.
         state: the first state.
-
-    Attributes:
-        traces: how many times it has been traced and compiled so far.
     """
 
     def __init__(self, computation: Computation, options: Options, donate: bool, state: Listed) -> None:
-        self.traces = 0
+        self._programs: list[tuple[Expected, Program]] = []
         self._options = options
         self._computation = computation
         self._donate = donate
@@ -69,9 +66,9 @@ class Capturing:
         self._moves = 0
         number = next(_NUMBERS)
         # Dynamo keeps what it compiled with the code object, and which sizes it saw change with its name and line:
-        # everyone gets a code object, a name and a line of their own
+        # everyone gets a code object, a name and a line of their own, and globals, where it puts what it calls
         code = captured.__code__.replace(co_name=f"captured_{number}", co_firstlineno=number)
-        own = types.FunctionType(code, captured.__globals__)
+        own = types.FunctionType(code, dict(captured.__globals__))
         self._captured: Callable[..., Captured] = torch.compile(
             own, fullgraph=True, dynamic=options.dynamic, backend=_backend_of(weakref.ref(self))
         )
@@ -100,7 +97,10 @@ class Capturing:
             around, self._call = self._call, call
             try:
                 with self._stand_ins.held():
+                    traces = self.traces
                     found = self._captured(losses, module, batch, declared, key)
+                    if self.traces != traces:
+                        raise_misuse(self._stand_ins.problems())
                     return found, self._stand_ins.reassigned()
             except Moved:
                 self._moves += 1
@@ -132,8 +132,7 @@ class Capturing:
         call, stand_ins = self._call, self._stand_ins
         assert call is not None, "called outside of a step"
         forward = read_graph(module, inputs, stand_ins.places)
-        places = [index for index, path in enumerate(forward.places) if path is not None]
-        expected = [inputs[index] for index in places]
+        expected = Expected(stand_ins, forward.places, inputs)
         raise_misuse(self._computation.evaluation.functional.problems_with_new_ones())
         try:
             program = compile_step(
@@ -142,24 +141,60 @@ class Capturing:
         except NEEDS_VALUES as error:
             error.add_note(forward.value_from)
             raise
-        self.traces += 1
-        owner = weakref.ref(self)
+        self._programs.append((expected, program))
+        return _runs(weakref.ref(self), len(self._programs) - 1)
 
-        def run(*given: Any) -> list[Any]:
-            step = owner()
-            assert step is not None, "whoever compiled is gone"
-            assert step._call is not None, "called outside of a step"
-            if not all(map(is_, map(given.__getitem__, places), expected)):
-                raise Moved
-            step._call.is_running = True
-            step._call.run = ran = program(step._call.state, given)
-            return ran.outputs
+    def run(self, number: int, given: Sequence[Any]) -> list[Any]:
+        """Call what was built, with the inputs of its graph."""
+        call, (expected, program) = self._call, self._programs[number]
+        assert call is not None, "called outside of a step"
+        if not expected.are(given):
+            raise Moved
+        call.is_running = True
+        call.run = run = program(call.state, given)
+        return run.outputs
 
-        return run
+    @property
+    def traces(self) -> int:
+        """How many times it has been traced and compiled so far."""
+        return len(self._programs)
+
+
+def _runs(owner: weakref.ref[Capturing], number: int) -> Callable[..., list[Any]]:
+    """What Dynamo calls, and keeps for good: it must not keep its owner, and tensors with that."""
+
+    def run(*given: Any) -> list[Any]:
+        step = owner()
+        assert step is not None, "whoever compiled is gone"
+        return step.run(number, given)
+
+    return run
+
+
+class Expected:
+    """The tensors of the module among a graph's inputs, as they have to come at every call."""
+
+    def __init__(self, stand_ins: StandIns, places: Sequence[str | None], inputs: Sequence[Any]) -> None:
+        self._stand_ins = stand_ins
+        self._paths = [(index, path) for index, path in enumerate(places) if path is not None]
+        self._at = [index for index, _ in self._paths]
+        self._own = {index for index, path in self._paths if inputs[index] is stand_ins.own[path]}
+        self._exchanges = -1
+        self._tensors: list[Tensor] = []
+
+    def are(self, given: Sequence[Any]) -> bool:
+        """Whether they are among these inputs where they should be."""
+        stand_ins = self._stand_ins
+        if self._exchanges != stand_ins.exchanges:
+            self._exchanges = stand_ins.exchanges
+            self._tensors = [
+                (stand_ins.own if index in self._own else stand_ins.tensors)[path] for index, path in self._paths
+            ]
+        return all(map(is_, map(given.__getitem__, self._at), self._tensors))
 
 
 def _backend_of(owner: weakref.ref[Capturing]) -> Callable[[GraphModule, list[Any]], Callable[..., list[Any]]]:
-    """The backend that Dynamo calls, and keeps for good: it must not keep its owner, and the model with that."""
+    """The backend that Dynamo calls, and keeps for good, too."""
 
     def backend(module: GraphModule, inputs: list[Any]) -> Callable[..., list[Any]]:
         step = owner()

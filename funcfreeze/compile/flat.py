@@ -72,11 +72,20 @@ def flatten(f: Callable[..., list[Any]], given: Sequence[Any], outside: Sequence
 
 
 def _simplify(module: GraphModule) -> None:
-    """Leave out what costs a compiler time and does nothing: no gradient is ever taken of this graph."""
-    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):
-        node.replace_all_uses_with(node.args[0])
-        module.graph.erase_node(node)
-    module.graph.eliminate_dead_code()
+    """Leave out what costs a compiler time and does nothing: no gradient is ever taken of this graph.
+
+    A detached tensor is the same tensor, unless one of the two is given other memory or another form in place.
+    """
+    graph = module.graph
+    if not any(_reforms(node) for node in graph.nodes):
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+
+
+def _reforms(node: Node) -> bool:
+    return torch.Tag.inplace_view in getattr(node.target, "tags", ()) or "set_" in str(node.target)
 
 
 def _lift(module: GraphModule, outside: Sequence[Tensor]) -> list[Tensor]:

@@ -126,8 +126,11 @@ class DynamoConfigured:
 def _known_settings() -> dict[str, Any]:
     known = config.get_config_copy()
     logging = {
-        "reorderable_logging_functions": {print, warnings.warn},  # after the graph, with what it computed
-        "ignore_logging_functions": {f for name, f in vars(Logger).items() if name.startswith(_LEVELS)},
+        "reorderable_logging_functions": {print},  # after the graph, with what it computed
+        "ignore_logging_functions": {
+            warnings.warn,
+            *(f for name, f in vars(Logger).items() if name.startswith(_LEVELS)),
+        },
     }
     kept = {name: known[name] | functions for name, functions in logging.items()}
     return {**kept, **{name: value for name, value in _WHILE_DYNAMO_TRACES.items() if name in known}}

@@ -32,6 +32,7 @@ class StandIns:
     Attributes:
         own: path -> the module's own tensor; held, or an id could be another tensor's.
         places: id -> the path of a parameter or buffer, for stand-ins and the module's own tensors alike.
+        exchanges: how often a stand-in was exchanged for another.
     """
 
     def __init__(
@@ -49,23 +50,28 @@ class StandIns:
         } | {path: tensor.detach() for path, tensor in buffers.items()}
         self.places = {id(tensor): path for held in (own, self.tensors) for path, tensor in held.items()}
         self._source: list[Tensor] = [*params.values(), *buffers.values()]
+        self._functional = functional
+        self._parts = self._made()
+        self._own_stores = [held for *_, held in self._parts]
+        self._present = self._there(self._own_stores)
+        self._buffer_sites = [
+            (path, module.__dict__, name) for path, places in functional.buffers.items() for module, name in places
+        ]
+        self.exchanges = 0
+
+    def _made(self) -> list[tuple[dict[str, Any], str, dict[str, Any], dict[str, Any]]]:
+        """Of every part of the module: its dict, the name of a store in that, ours for it and its own."""
         at = {
             (id(module), name): self.tensors[path]
-            for sites in (functional.parameters, functional.buffers)
+            for sites in (self._functional.parameters, self._functional.buffers)
             for path, places in sites.items()
             for module, name in places
         }
-        self._parts = [
+        return [
             (module.__dict__, store, {name: at.get((id(module), name), kept) for name, kept in held.items()}, held)
-            for module in functional.modules
+            for module in self._functional.modules
             for store in ("_parameters", "_buffers")
             if (held := module.__dict__[store])
-        ]
-        self._modules = functional.modules
-        self._own_stores = [held for *_, held in self._parts]
-        self._present = self._there()
-        self._buffer_sites = [
-            (path, module.__dict__, name) for path, places in functional.buffers.items() for module, name in places
         ]
 
     def follow(self, tensors: Sequence[Tensor]) -> None:
@@ -101,9 +107,10 @@ class StandIns:
         is_there = path is not None and self.own[path].untyped_storage().data_ptr() == memory
         return path if is_there else None
 
-    def _there(self) -> list[bool]:
-        """For all that the module's parts may hold, whether it is there."""
-        return [tensor is not None for store in self._own_stores for tensor in store.values()]
+    @staticmethod
+    def _there(stores: Sequence[Mapping[str, Any]]) -> list[bool]:
+        """For all that stores may hold, whether it is there."""
+        return [tensor is not None for store in stores for tensor in store.values()]
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -112,7 +119,7 @@ class StandIns:
         Raises:
             NotAsDeclared: it has other parameters or buffers than when the Step was built.
         """
-        if self._there() != self._present:
+        if self._there(self._own_stores) != self._present:
             raise NotAsDeclared  # parts have other parameters or buffers now
         try:
             for part, store, ours, _ in self._parts:
@@ -123,21 +130,32 @@ class StandIns:
                 part[store] = own
 
     def reassigned(self) -> dict[str, Tensor]:
-        """The buffers that a call put in the place of stand-ins, which come back; asked while these are held."""
+        """The buffers that a call put in the place of stand-ins; asked while these are held.
+
+        Whoever kept the tensor that was there has its value for good; another stands in from now on.
+        """
         found = {}
         for path, part, name in self._buffer_sites:
             now = part["_buffers"].get(name)
-            if now is not self.tensors[path]:
+            if now is not self.tensors[path] and now is not None:
                 found[path] = now
+        for path in found:
+            before, fresh = self.tensors[path], self.tensors[path].detach()
+            before.data = before.clone()
+            self.tensors[path] = fresh
+            self.places[id(fresh)] = self.places.pop(id(before))
+            self.exchanges += 1
+        for path, part, name in self._buffer_sites if found else ():
+            if path in found:
                 part["_buffers"][name] = self.tensors[path]
-        if found:
-            self._leave_behind({id(self.tensors[path]) for path in found})
         return found
 
-    def _leave_behind(self, reassigned: set[int]) -> None:
-        """Where an attribute still holds what a buffer was, it keeps that value: the stand-in will have the new one."""
-        for module in self._modules:
-            own = vars(module)
-            for name, value in own.items():
-                if id(value) in reassigned:
-                    own[name] = value.clone()
+    def problems(self) -> list[str]:
+        """What a call did to the set of parameters and buffers, which is undone; asked while stand-ins are held."""
+        found = [*self._functional.problems_with_new_ones()]
+        stores = [ours for _, _, ours, _ in self._parts]
+        if not found and self._there(stores) != self._present:
+            found = ["the forward removed a parameter or a buffer, or set it to None; give it a value instead"]
+        if found:
+            self._parts = self._made()
+        return found

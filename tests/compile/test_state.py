@@ -299,17 +299,18 @@ def test_inference_mode_around_a_step_does_not_matter():
 
 
 def test_nothing_is_kept_alive():
-    """Neither a step that is gone nor the batch it was traced for."""
+    """Neither a step that is gone, with the parameters of model and state, nor the batch it was traced for."""
     model, batch = network(), torch.randn(5, 4)
     step = make(model)
-    step(step.init(), batch)
-    gone = [weakref.ref(model), weakref.ref(batch)]
+    state, _ = step(step.init(), batch)
+    gone = [weakref.ref(batch), weakref.ref(model), weakref.ref(model["body"].weight)]
+    kept = weakref.ref(state.params["body.weight"])
     del batch
     gc.collect()
-    assert gone[1]() is None
-    del step, model
-    gc.collect()
     assert gone[0]() is None
+    del step, model, state
+    gc.collect()
+    assert [each() for each in (*gone, kept)] == [None] * 4
 
 
 def test_a_deep_copy_is_compiled_anew():

@@ -126,3 +126,43 @@ def a_hook_that_counts():
 
     model[2].weight.register_hook(hook)
     return World(model, square, seen=lambda: seen.calls)
+
+
+@program
+def a_list_that_keeps_the_buffers_before():
+    seen: list[torch.Tensor] = []
+
+    def f(self, h):
+        moved = sum(seen[-2:], torch.zeros(4))
+        seen.append(self.cur)
+        self.cur = h.detach().mean(0)
+        return h * moved + self.cur
+
+    return World(with_buffers(f, cur=torch.rand(4)), square, seen=lambda: seen, steps=5)
+
+
+@program
+def a_detached_value_of_before_in_a_momentum_teacher():
+    model = nn.ModuleDict({"s": nn.Linear(4, 3), "t": nn.Linear(4, 3).requires_grad_(False)})
+
+    def losses(m, x):
+        before = m["t"].weight.detach()
+        m["t"].weight.data = 0.9 * m["t"].weight.data + 0.1 * m["s"].weight.data
+        return {"loss": (m["s"](x) - nn.functional.linear(x, before)).square().mean()}
+
+    return World(model, losses, routes={"loss": "s"})
+
+
+@program
+def random_numbers_in_a_checkpoint_that_two_losses_visit():
+    model = nn.ModuleDict({"i": nn.Linear(4, 8), "t": nn.Linear(8, 8), "o": nn.Linear(8, 3)}).eval()
+
+    def block(h, t):
+        h = t(h * (1 + torch.zeros_like(h).bernoulli_(1.0)))
+        return h + torch.zeros_like(h).bernoulli_(1.0)
+
+    def losses(m, x):
+        h = checkpoint(block, m["i"](x), m["t"], use_reentrant=False)
+        return {"a": m["o"](h).square().mean(), "b": h.mean()}
+
+    return World(model, losses, routes={"a": "*", "b": {"i": -0.1}})
