@@ -37,7 +37,8 @@ def stand_ins_of(inputs: Sequence[Any], state: Listed) -> StandIns:
         if state.shares(given):
             with mode:
                 made = torch.empty_strided(made.shape, made.stride(), dtype=made.dtype, device=made.device)
-        return made.detach() if made.requires_grad else made  # a copy would not know the number that it stands for
+        # a copy of one that requires no grad would not know the number that it may stand for
+        return made.detach().requires_grad_() if made.requires_grad else made
 
     fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in state.tensors]
     return StandIns(mode, [fake(given) for given in inputs], fakes)

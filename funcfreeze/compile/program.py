@@ -90,13 +90,10 @@ def compile_step(
     fakes = stand_ins_of([inputs[index] for index in others], state)
     number = len(state.tensors)
     hooks = parameter_hooks(stand_ins.own)
-    leaves = frozenset(
-        place for place, index in enumerate(others) if isinstance(inputs[index], Tensor) and inputs[index].requires_grad
-    )
     written: frozenset[str] = frozenset()
     while True:
         outside = Outside(fakes.mode, state.step)
-        whole = Whole(computation, forward, hooks, leaves, state.layout, outside, written)
+        whole = Whole(computation, forward, hooks, state.layout, outside, written)
         try:
             with tracing(fakes.mode, forward.has_lstm), calling(outside.scheduled), outside:
                 flat, constants = flatten(
@@ -147,7 +144,6 @@ class Whole:
         computation: what the step computes.
         forward: the captured forward.
         hooks: those on parameters, by path.
-        leaves: which of the inputs from elsewhere require grad.
         layout: how the state's tensors are listed, which come first of all inputs.
         outside: what notes writes.
         written: the parameters that the forward is known to write to.
@@ -165,13 +161,12 @@ class Whole:
         computation: Computation,
         forward: Forward,
         hooks: Sequence[tuple[str, Callable[[Tensor], Tensor]]],
-        leaves: frozenset[int],
         layout: Layout,
         outside: Outside,
         written: frozenset[str],
     ) -> None:
         self._computation, self._forward, self._hooks = computation, forward, hooks
-        self._leaves, self._layout, self._outside, self._written = leaves, layout, outside, written
+        self._layout, self._outside, self._written = layout, outside, written
 
     def __call__(self, *given: Any) -> list[Any]:
         """The tensors and sizes that the graph gives."""
@@ -192,10 +187,7 @@ class Whole:
             copied.update({path: buffer.clone() for path, buffer in buffers.items()})
             named |= copied
             before = {path: memory_of(tensor) for path, tensor in named.items()}
-            rest = iter(
-                value.detach().requires_grad_() if place in self._leaves else value
-                for place, value in enumerate(given[number:])
-            )
+            rest = iter(given[number:])
             returned.extend(forward.run(*[next(rest) if path is None else named[path] for path in forward.places]))
             changed.update(
                 {

@@ -93,7 +93,7 @@ def outcome(step, state, batch):
     return state, metrics["loss"], {path: tensor.clone() for path, tensor in state.params.items()}
 
 
-ON_INDUCTOR = ("eval", "an attribute", "a dict in an attribute", "a tensor in place", "another tensor", "a hook")
+ON_INDUCTOR = ("eval", "a tensor in place", "a hook")
 """One of each kind; the others differ only in where they are looked at, which no backend knows of."""
 
 
