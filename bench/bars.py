@@ -133,8 +133,9 @@ def measure(rounds: int) -> dict[str, Measures]:
         "memory, adversarial MLP, 3 losses": memory(workloads.confusion(size=8192)),
         "memory, 16 losses on one trunk": memory(workloads.many_heads(16, size=8192)),
         "overhead of a compiled step": {
-            f"microseconds, {name}, {count} parameters": overhead(count, make(1e-3))
+            f"microseconds, {name}, {count} parameters, {what}": taken
             for name, make in (("sgd", ff.optim.sgd), ("adam", ff.optim.adam))
             for count in (4, 400)
+            for what, taken in overhead(count, make(1e-3)).items()
         },
     }

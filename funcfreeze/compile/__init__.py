@@ -4,7 +4,7 @@
 - `capturing`: at a call Dynamo runs its guards, captures `losses` (`captured`) on the user's module if they do not
   hold, and has the graph made a step. Meanwhile the module holds `stand_ins`; `hooks`: where Dynamo does not look.
 - `graph`: what Dynamo's graph takes and gives; `checkpointing` in it; `program`: the step made of it, and compiled;
-  `flat`: its trace; `outside`: what our own part reads from elsewhere.
+  `flat`: its trace; `outside`: what our own part reads from elsewhere; `tail`: what is called after the graph.
 - `private`: all that is used of torch's private parts; `problems`: what a compiler says, in the user's terms.
 """
 

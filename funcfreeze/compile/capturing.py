@@ -131,6 +131,7 @@ class Capturing:
         """What Dynamo is to call for a graph that it captured."""
         call, stand_ins = self._call, self._stand_ins
         assert call is not None, "called outside of a step"
+        stand_ins.look_again()
         forward = read_graph(module, inputs, stand_ins.places)
         expected = Expected(stand_ins, forward.places, inputs)
         raise_misuse(self._computation.evaluation.functional.problems_with_new_ones())

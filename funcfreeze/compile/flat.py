@@ -15,7 +15,7 @@ from funcfreeze.compile.private import FakeTensorMode, as_dynamos, make_fx, stan
 
 
 @dataclass(frozen=True)
-class StandIns:
+class Fakes:
     """Fake tensors for a graph's inputs and a state, of the mode in which Dynamo compiles."""
 
     mode: FakeTensorMode
@@ -23,7 +23,7 @@ class StandIns:
     state: Sequence[Tensor]
 
 
-def stand_ins_of(inputs: Sequence[Any], state: Listed) -> StandIns:
+def fakes_of(inputs: Sequence[Any], state: Listed) -> Fakes:
     """Fakes for the inputs as Dynamo wants their sizes, and for the state's tensors, whose sizes are fixed.
 
     Inputs in the state's memory get fakes in memory of their own, as they will be copied at every call.
@@ -41,7 +41,7 @@ def stand_ins_of(inputs: Sequence[Any], state: Listed) -> StandIns:
         return made.detach().requires_grad_() if made.requires_grad else made
 
     fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in state.tensors]
-    return StandIns(mode, [fake(given) for given in inputs], fakes)
+    return Fakes(mode, [fake(given) for given in inputs], fakes)
 
 
 class Flat(NamedTuple):

@@ -136,6 +136,8 @@ class Listed:
 
     def overwritten(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Write these buffers over those of the state; returns the ones that do not fit."""
+        if not buffers:
+            return {}
         held = dict(zip(self.layout.buffers, self.tensors[len(self.tensors) - len(self.layout.buffers) :], strict=True))
         apart = {path: self.apart(buffer) for path, buffer in buffers.items()}  # one may be what another was
         fits = {path for path, new in apart.items() if _fits(held[path], new)}

@@ -10,7 +10,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funcfreeze.compile.flat import flatten, stand_ins_of
+from funcfreeze.compile.flat import fakes_of, flatten
 from funcfreeze.compile.graph import Forward
 from funcfreeze.compile.hooks import parameter_hooks
 from funcfreeze.compile.layout import Layout, Listed
@@ -87,7 +87,7 @@ def compile_step(
         static: whether states are overwritten in place, so that their tensors stay where they are.
     """
     others = forward.others
-    fakes = stand_ins_of([inputs[index] for index in others], state)
+    fakes = fakes_of([inputs[index] for index in others], state)
     number = len(state.tensors)
     hooks = parameter_hooks(stand_ins.own)
     written: frozenset[str] = frozenset()

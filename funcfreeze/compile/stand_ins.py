@@ -40,11 +40,7 @@ class StandIns:
     ) -> None:
         own = {**functional.present_parameters(), **functional.present_buffers()}
         self.own = own
-        self._memories = {
-            tensor.untyped_storage().data_ptr(): path
-            for path, tensor in own.items()
-            if tensor.layout is torch.strided and tensor.numel()
-        }
+        self._memories = _by_address(own)
         self.tensors: dict[str, Tensor] = {
             path: nn.Parameter(tensor.detach(), requires_grad=path in grad) for path, tensor in params.items()
         } | {path: tensor.detach() for path, tensor in buffers.items()}
@@ -81,6 +77,10 @@ class StandIns:
         for stand_in, tensor in zip(self.tensors.values(), tensors, strict=True):
             stand_in.data = tensor
         self._source = [*tensors]
+
+    def look_again(self) -> None:
+        """Note where the module's own tensors are now: `model.to(...)` moves them."""
+        self._memories = _by_address(self.own)
 
     def misuse(self, tensors: Sequence[Any], state: Listed, changing: frozenset[str]) -> list[str]:
         """What is wrong with tensors that came by another way than the module: those in its own memory are old.
@@ -159,3 +159,11 @@ class StandIns:
         if found:
             self._parts = self._made()
         return found
+
+
+def _by_address(tensors: Mapping[str, Tensor]) -> dict[int, str]:
+    return {
+        tensor.untyped_storage().data_ptr(): path
+        for path, tensor in tensors.items()
+        if tensor.layout is torch.strided and tensor.numel()
+    }

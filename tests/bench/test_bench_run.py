@@ -268,4 +268,5 @@ def test_the_bars_run():
     assert bars.gradients_only(workloads.many_heads(2, size=4, width=8), 2)["routed / summed"] > 0
     assert 0 < bars.outside_the_engine(workloads.transformer(2, width=8), 2)["part outside"] < 1
     assert set(bars.memory(adversarial)["bytes"]) == {"summed", "recipe", "routed"}
-    assert overhead.overhead(4, ff.optim.adam(1e-3), rounds=2) > 0
+    measured = overhead.overhead(4, ff.optim.adam(1e-3), rounds=2)
+    assert min(measured["step"], measured["guards alone"]) > 0
