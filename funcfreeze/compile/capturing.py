@@ -63,6 +63,7 @@ class Capturing:
         grad = {path for path, required in zip(routing.paths, routing.requires_grad, strict=True) if required}
         self._stand_ins = StandIns(functional, params, buffers, grad)
         self._call: Call | None = None
+        self._problems: list[str] = []
         self._moves = 0
         number = next(_NUMBERS)
         # Dynamo keeps what it compiled with the code object, and which sizes it saw change with its name and line:
@@ -75,6 +76,7 @@ class Capturing:
 
     def __call__(self, state: Listed, batch: Any) -> Returned:
         """Take a step that overwrites the state's tensors."""
+        raise_misuse(self._problems)
         with torch.enable_grad(), DynamoConfigured():
             self._stand_ins.follow(state.own)
             call = Call(state)
@@ -99,8 +101,8 @@ class Capturing:
                 with self._stand_ins.held():
                     traces = self.traces
                     found = self._captured(losses, module, batch, declared, key)
-                    if self.traces != traces:
-                        raise_misuse(self._stand_ins.problems())
+                    if self.traces != traces:  # raised now, it would come after the state was overwritten
+                        self._problems = self._stand_ins.problems()
                     return found, self._stand_ins.reassigned()
             except Moved:
                 self._moves += 1
