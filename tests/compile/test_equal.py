@@ -191,8 +191,13 @@ class Everything(nn.Module):
         return h * h[h > 0].mean()
 
 
+OLD = pytest.mark.xfail(torch.__version__ < "2.13", reason="Dynamo lost a dynamic size in a hook before torch 2.13")
+
+
 @pytest.mark.parametrize(
-    ("make", "dynamic", "traces"), [(PlainTensor, None, 2), (Everything, True, 1)], ids=["few", "fused"]
+    ("make", "dynamic", "traces"),
+    [(PlainTensor, None, 2), pytest.param(Everything, True, 1, marks=OLD)],
+    ids=["few", "fused"],
 )
 def test_inductor_equals_plain_pytorch(make, dynamic, traces):
     """`few` parameters get code from the optimizer's formula, many the fused kernel."""
