@@ -10,6 +10,9 @@ import torch
 
 SEED = int(os.environ["FUNCFREEZE_TEST_SEED"])
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # each has its share of the cores, or they wait for one another's threads
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+
 
 @pytest.fixture(autouse=True)
 def _float64_and_fresh_numbers(request: pytest.FixtureRequest):
