@@ -14,10 +14,10 @@ from torch import Tensor
 
 from funcfreeze.compile.problems import SwitchedOff
 
-_LIBRARY = torch.library.Library("funcfreeze", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define("loss(Tensor loss, str name) -> Tensor")  # type: ignore[no-untyped-call]
-_LIBRARY.define("held(Tensor tensor) -> Tensor")  # type: ignore[no-untyped-call]
-_LIBRARY.define("end(bool is_odd, str key) -> Tensor")  # type: ignore[no-untyped-call]
+_LIBRARY = torch.library.Library("funcfreeze", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch's
+_LIBRARY.define("loss(Tensor loss, str name) -> Tensor")  # type: ignore[no-untyped-call]  # torch's
+_LIBRARY.define("held(Tensor tensor) -> Tensor")  # type: ignore[no-untyped-call]  # torch's
+_LIBRARY.define("end(bool is_odd, str key) -> Tensor")  # type: ignore[no-untyped-call]  # torch's
 
 _FAKES: Mapping[str, Callable[..., Tensor]] = {
     "loss": lambda loss, name: torch.empty_like(loss),

@@ -21,9 +21,9 @@ from funcfreeze.model.functional import FunctionalModule
 
 _OF_MODULES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-
-_LIBRARY = torch.library.Library("funcfreeze", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define("hook(Tensor gradient, int number) -> Tensor", tags=OUTSIDE_CUDA_GRAPHS)  # type: ignore[no-untyped-call]
+_LIBRARY = torch.library.Library("funcfreeze", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch's
+_SCHEMA = "hook(Tensor gradient, int number) -> Tensor"
+_LIBRARY.define(_SCHEMA, tags=OUTSIDE_CUDA_GRAPHS)  # type: ignore[no-untyped-call]  # torch's
 torch.library.register_fake("funcfreeze::hook", lambda gradient, number: torch.empty_like(gradient), lib=_LIBRARY)
 
 Hook = Callable[[Tensor], Tensor | None]
@@ -63,7 +63,7 @@ def _call(gradient: Tensor, number: int) -> Tensor:
     return torch.empty_like(gradient).copy_(made)  # with the strides that were traced
 
 
-_LIBRARY.impl("hook", _call, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("hook", _call, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]  # torch's
 
 
 def parameter_hooks(params: Mapping[str, Tensor]) -> list[tuple[str, Called]]:

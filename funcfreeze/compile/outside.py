@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from funcfreeze.compile.private import FakeTensorMode, TorchDispatchMode, is_traced, tree_map_only, untraced
+from funcfreeze.declare.schedules import Check
 from funcfreeze.model.memory import memory_of
 from funcfreeze.model.watching import tensors_given
 
@@ -40,7 +41,7 @@ class Outside(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, mode: FakeTensorMode, step: Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self._mode, self._step = mode, step
         self._known: dict[int, int] = {}
         self._read: list[Callable[[Tensor], Tensor]] = []
@@ -60,14 +61,14 @@ class Outside(TorchDispatchMode):
         """Keep what the graph calls alive as long as this is."""
         self._kept.append(called)
 
-    def scheduled(self, schedule: Callable[[Any], Any], _: Any) -> Tensor:
-        """A stand-in for what a function of the step gives; it is called at every step, before the graph."""
+    def scheduled(self, schedule: Callable[[Any], Any], check: Check) -> Tensor:
+        """A stand-in for what a function of the step gives; it is called, and checked, before every step."""
 
         def read(step: Tensor) -> Tensor:
-            value = schedule(step)
-            return (
-                value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=step.device)
-            )
+            value = check(schedule(step))
+            if isinstance(value, Tensor):
+                return value
+            return torch.full((), value, dtype=torch.float64, device=step.device)
 
         return self._stand_in(schedule, read)
 

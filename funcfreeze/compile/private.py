@@ -92,7 +92,8 @@ def compiler(options: Options) -> Backend:
     from torch import _TorchCompileInductorWrapper
 
     given = {**_DEFAULTS, **options.options}
-    inductor: Backend = _TorchCompileInductorWrapper(options.mode, given, options.dynamic)  # type: ignore[no-untyped-call]
+    wrapper = _TorchCompileInductorWrapper
+    inductor: Backend = wrapper(options.mode, given, options.dynamic)  # type: ignore[no-untyped-call]  # torch's
     return inductor
 
 
@@ -149,7 +150,7 @@ def stand_in_mode() -> FakeTensorMode:
 
 def stand_in(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
     """A fake for an input of Dynamo's graph, with the sizes that Dynamo made dynamic."""
-    context = TracingContext.get().tensor_to_context.get(tensor)  # type: ignore[no-untyped-call]
+    context = TracingContext.get().tensor_to_context.get(tensor)  # type: ignore[no-untyped-call]  # torch's
     return mode.from_tensor(tensor, symbolic_context=context, source=context.tensor_source if context else None)
 
 

@@ -1,4 +1,4 @@
-"""The tensors that Dynamo sees in a module: one for each of the state's, the same objects at every call.
+"""The tensors that Dynamo sees in a module: one for each of the state's, at every call the same objects.
 
 They are in the module while Dynamo guards, traces and runs, and only then. They have the memory of the state's tensors,
 so what `losses` keeps of one is as live as a parameter kept by hand; and they require grad as the routes say, whatever
@@ -7,7 +7,7 @@ the module's own do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from operator import is_
 from typing import Any
@@ -26,8 +26,9 @@ class StandIns:
 
     Args:
         functional: the module.
-        tensors: path -> the state's tensor, parameters and buffers.
-        requires_grad: the paths of parameters that require grad.
+        params: path -> the state's tensor.
+        buffers: the same.
+        grad: the paths of parameters that require grad.
 
     Attributes:
         own: path -> the module's own tensor; held, or an id could be another tensor's.
@@ -36,7 +37,7 @@ class StandIns:
     """
 
     def __init__(
-        self, functional: FunctionalModule, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], grad: Any
+        self, functional: FunctionalModule, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], grad: Set[str]
     ) -> None:
         own = {**functional.present_parameters(), **functional.present_buffers()}
         self.own = own

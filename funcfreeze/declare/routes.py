@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -140,13 +141,18 @@ def _evaluate(weight: Weight, step: Tensor | None) -> float | Tensor:
             f"the weight {weight!r} is a schedule of the step, and there is no step here: use ff.Step, or pass its "
             "value as a number"
         )
-    value = value_at(weight, step)  # type: ignore[arg-type]  # mypy takes an int for a Real, and a float for none
+    schedule: Callable[[Any], Any] = weight  # type: ignore[assignment]  # mypy takes an int for a Real, a float for none
+    value: float | Tensor = value_at(schedule, step, partial(_checked, schedule))
+    return value
+
+
+def _checked(schedule: Callable[[Any], Any], value: Any) -> float | Tensor:
     if isinstance(value, Tensor) and value.ndim == 0:
         return value.detach()
     if isinstance(value, Real) and math.isfinite(value):
         return float(value)
     shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-    raise ValueError(f"the schedule {weight!r} must return a finite number or a 0-d tensor, it returned {shown}")
+    raise ValueError(f"the schedule {schedule!r} must return a finite number or a 0-d tensor, it returned {shown}")
 
 
 def scalar_like(weight: float | Tensor, like: Tensor) -> float | Tensor:

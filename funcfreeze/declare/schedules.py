@@ -131,18 +131,23 @@ class Schedule:
         return cls(data["name"], tuple(data["arguments"].items()), data["scale"])
 
 
-_calling: ContextVar[Callable[[Callable[[Any], Any], Any], Any] | None] = ContextVar("calling", default=None)
+Check = Callable[[Any], Any]
+"""Gives a schedule's value back, or raises on one that is no number."""
+
+Caller = Callable[[Callable[[Any], Any], Check], Any]
+
+_calling: ContextVar[Caller | None] = ContextVar("calling", default=None)
 
 
-def value_at(schedule: Callable[[Any], Any], step: Any) -> Any:
-    """A schedule's value at a step: the schedules above, and any other function of the step."""
+def value_at(schedule: Callable[[Any], Any], step: Any, check: Check) -> Any:
+    """A schedule's checked value at a step: of the schedules above, and of any other function of the step."""
     call = _calling.get()
-    return schedule(step) if call is None or isinstance(schedule, Schedule) else call(schedule, step)
+    return check(schedule(step)) if call is None or isinstance(schedule, Schedule) else call(schedule, check)
 
 
 @contextmanager
-def calling(call: Callable[[Callable[[Any], Any], Any], Any]) -> Iterator[None]:
-    """Inside, `value_at` leaves it to `call` to call functions that are no data: a tracer cannot see what they read."""
+def calling(call: Caller) -> Iterator[None]:
+    """Inside, `value_at` leaves functions that are no data to `call`: a tracer cannot see what they read."""
     token = _calling.set(call)
     try:
         yield

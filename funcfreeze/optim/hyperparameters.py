@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,7 +76,11 @@ def rate_at(owner: str, lr: LearningRate, step: int | Tensor | None) -> Rate:
         return lr
     if step is None:
         raise TypeError(f"{owner}: lr is a schedule and must be told the step: update(grads, state, params, step=...)")
-    value = value_at(lr, step)
+    rate: Rate = value_at(lr, step, partial(_checked, owner))
+    return rate
+
+
+def _checked(owner: str, value: Any) -> Rate:
     if isinstance(value, Tensor) and value.ndim == 0:
         return value
     if isinstance(value, Tensor):

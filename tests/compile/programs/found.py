@@ -166,3 +166,16 @@ def random_numbers_in_a_checkpoint_that_two_losses_visit():
         return {"a": m["o"](h).square().mean(), "b": h.mean()}
 
     return World(model, losses, routes={"a": "*", "b": {"i": -0.1}})
+
+
+@program(wrong="must return a finite number or a 0-d tensor, it returned nan")
+def a_weight_that_becomes_nan():
+    def weight(step):
+        return float("nan") if int(step) > 1 else 1.0
+
+    return World(net(), square, routes={"loss": ff.Route("*", weight=weight)})
+
+
+@program(wrong="sgd: the lr schedule must give a number or a 0-d tensor, got NoneType")
+def a_rate_that_becomes_none():
+    return World(net(), square, optimizer=ff.optim.sgd(lambda step: None if int(step) > 1 else 0.1))
