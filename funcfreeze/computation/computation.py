@@ -76,7 +76,18 @@ class Computation:
             RuntimeError: `losses` uses the model's tensors as it must not.
         """
         watched = not (self.evaluation.seen.watched and self.engine.finds_other_leaves)
-        return self._merged(params, buffers, optimizer, step, batch, self.evaluation.watch(params) if watched else None)
+        watch = self.evaluation.watch(params) if watched else None
+        outcome = self._run(self.engine.merged, params, buffers, optimizer, step, batch, watch)
+        beside: Beside = outcome.rest or NOTHING
+        self._refuse_other_leaves(outcome.other_leaves, params)
+        raise_misuse(
+            form_problem(path, params[path], value)
+            for path, value in beside.written.items()
+            if form_of(value) != form_of(params[path])
+        )
+        _check_names(outcome.losses, beside.metrics)
+        gradients = self._unscaled(_touched(self.routing.paths, outcome.gradients), optimizer)
+        return Computed(gradients, outcome.losses, beside.metrics, beside.buffers, beside.written)
 
     def differentiated(
         self, evaluate: Evaluate, params: Mapping[str, Tensor], optimizer: Any, step: Tensor
@@ -96,27 +107,6 @@ class Computation:
         outcome = self._run(self.engine.separate, params, buffers, optimizer, step, batch, watch)
         rows = zip(self.routing.losses, outcome.gradients, strict=True)
         return {loss: self._unscaled(_touched(self.routing.paths, row), optimizer) for loss, row in rows}
-
-    def _merged(
-        self,
-        params: Mapping[str, Tensor],
-        buffers: Mapping[str, Tensor],
-        optimizer: Any,
-        step: Tensor,
-        batch: Any,
-        watch: Watch | None,
-    ) -> Computed:
-        outcome = self._run(self.engine.merged, params, buffers, optimizer, step, batch, watch)
-        beside: Beside = outcome.rest or NOTHING
-        self._refuse_other_leaves(outcome.other_leaves, params)
-        raise_misuse(
-            form_problem(path, params[path], value)
-            for path, value in beside.written.items()
-            if form_of(value) != form_of(params[path])
-        )
-        _check_names(outcome.losses, beside.metrics)
-        gradients = self._unscaled(_touched(self.routing.paths, outcome.gradients), optimizer)
-        return Computed(gradients, outcome.losses, beside.metrics, beside.buffers, beside.written)
 
     def _run(
         self,
