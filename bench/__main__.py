@@ -1,6 +1,7 @@
 """`python -m bench`: workloads x peers x measures; `report FILE.json`: tables and a picture of that.
 
-`check`: whether all peers make the same update, in float64, without measuring; `bars`: the timed bars.
+`check`: whether all peers make the same update, in float64, without measuring; `bars`: the timed bars; `startup`: CPU
+seconds to a first step.
 What is measured is printed as tables; `--out FILE.json` keeps it as JSON besides.
 """
 
@@ -22,6 +23,7 @@ from bench.machine import describe, settle, versions
 from bench.peers import PEERS
 from bench.plot import draw
 from bench.run import MEASURES, Options, run
+from bench.startup import startup, summary
 from bench.table import document, put_into, section
 
 ROOT = Path(__file__).parent.parent
@@ -30,11 +32,11 @@ ROOT = Path(__file__).parent.parent
 def parser() -> argparse.ArgumentParser:
     """Options before the command's name are the matrix's own."""
     made = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    made.add_argument("command", nargs="?", choices=["matrix", "report", "check", "bars"], default="matrix")
+    made.add_argument("command", nargs="?", choices=["matrix", "report", "check", "bars", "startup"], default="matrix")
     made.add_argument("file", nargs="?", type=Path, help="with `report`: the JSON to report on")
     made.add_argument("--device", default="cpu", help="cpu or cuda")
     made.add_argument("--scale", choices=workloads.SCALES, help="small on the CPU, large on CUDA unless told otherwise")
-    made.add_argument("--rounds", type=int, default=30, help="rounds in which every contender runs once")
+    made.add_argument("--rounds", type=int, help="rounds in which every contender runs once; 30, or 3 processes")
     made.add_argument("--out", type=Path, help="keep the measures as JSON there, too; tables are printed either way")
     made.add_argument("--readme", type=Path, help="with `report`: a README whose section is replaced")
     for name, chosen in (("workloads", workloads.WORKLOADS), ("peers", PEERS), ("measures", MEASURES)):
@@ -55,11 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check(options)
         return
     data: dict[str, Any] = {}
-    for data in [bars(options.rounds)] if options.command == "bars" else matrix(options):
+    for data in {"matrix": matrix, "bars": bars, "startup": startups}[options.command](options):
         if options.out is not None:  # after every workload: a long run that is stopped leaves what it measured
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(data, indent=1) + "\n")
-    print(listing(data) if options.command == "bars" else document(data), end="")
+    print(document(data) if options.command == "matrix" else listing(data), end="")
 
 
 def check(options: argparse.Namespace) -> None:
@@ -77,18 +79,34 @@ def check(options: argparse.Namespace) -> None:
 def matrix(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Workloads x peers x measures."""
     chosen = {name: tuple(getattr(options, name)) for name in ("workloads", "peers", "measures")}
-    scale = options.scale or ("large" if options.device.startswith("cuda") else "small")
-    return run(Options(device=options.device, scale=scale, rounds=options.rounds, **chosen))
+    return run(Options(device=options.device, scale=_scale(options), rounds=options.rounds or 30, **chosen))
 
 
-def bars(rounds: int) -> dict[str, Any]:
+def _scale(options: argparse.Namespace) -> str:
+    return options.scale or ("large" if options.device.startswith("cuda") else "small")
+
+
+def bars(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The timed bars of the first releases, on the CPU."""
+    rounds = options.rounds or 30
+    yield {**_head("cpu", rounds), "measures": measure(rounds)}
+
+
+def startups(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """CPU seconds to a first step of every workload: the results so far."""
+    rounds = options.rounds or 3
+    head, measures, runs = _head(options.device, rounds), {}, {}
+    for name, taken in startup(options.workloads, options.device, _scale(options), rounds):
+        measures[name], runs[name] = summary(taken), taken
+        yield {**head, "measures": measures, "runs": runs}
+
+
+def _head(device: str, rounds: int) -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
-        "machine": describe(torch.device("cpu")),
+        "machine": describe(torch.device(device)),
         "versions": versions(),
         "rounds": rounds,
-        "measures": measure(rounds),
     }
 
 
