@@ -200,7 +200,7 @@ class Step:
             that is not of `funcfreeze.optim`.
         """
         state = check_fits(state, self.specification)
-        lease_of(state).gradients = {}
+        lease_of(state).gradients = ()
         if self.compiled is not None:
             return self._compiled_step(self.compiled, state, batch)
         return self._eager_step(state, self.computation.gradients(*state.fields, batch))
@@ -276,30 +276,34 @@ class Step:
         """The same in one graph, which overwrites the tensors of the state or copies of them."""
         lease = lease_of(state)
         listed = listing_of(state)
-        with torch.inference_mode(False), torch.no_grad():
+        with grad_mode(False):
             if isinstance(listed, Listed) and self.donate and self._owns(lease):
                 params, buffers, optimizer, step = state.fields
             else:
                 params, buffers, optimizer, step = self._owned(state)
                 listed = Listed.of(params, buffers, optimizer, step)
-            returned = compiled(listed, batch)
+            metrics, run = compiled(listed, batch)
             step.add_(1)
-        new = {path: value for path, value in returned.params.items() if path in lease.borrowed or not self.donate}
-        for path in returned.params.keys() - new.keys():
-            params[path].copy_(returned.params[path])
-        params = {**params, **new} if new else params
+        unrouted = self.computation.evaluation.unrouted
+        new = {path: value for path, value in run.params.items() if path in lease.borrowed or not self.donate}
+        for path in run.params.keys() - new.keys():
+            params[path].copy_(run.params[path])
         if self.donate:
             lease.spent = True
         else:
-            lease.borrowed |= self.computation.evaluation.unrouted
-        kept = dict(zip(map(str, range(len(returned.gradients))), returned.gradients, strict=True))
-        renewed = Lease(borrowed=(lease.borrowed & self.computation.evaluation.unrouted) - new.keys(), gradients=kept)
-        buffers = {**buffers, **returned.buffers} if returned.buffers else buffers
-        in_place = returned.optimizer is None
-        fields = (params, buffers, optimizer if in_place else returned.optimizer, step)
-        relisted = listed if in_place and not returned.buffers and not new else None
-        after = make_state(self.specification.named(fields), renewed, self.specification, relisted)
-        return after, {**returned.losses, **returned.metrics}
+            lease.borrowed |= unrouted
+        renewed = Lease(borrowed=(lease.borrowed & unrouted) - new.keys(), gradients=run.gradients)
+        is_in_place = run.optimizer is None and not run.buffers and not new
+        fields = (
+            {**params, **new} if new else params,
+            {**buffers, **run.buffers} if run.buffers else buffers,
+            optimizer if run.optimizer is None else run.optimizer,
+            step,
+        )
+        after = make_state(
+            self.specification.named(fields), renewed, self.specification, listed if is_in_place else None
+        )
+        return after, metrics
 
     def _owns(self, lease: Lease) -> bool:
         """Whether all that a step overwrites may be overwritten."""
@@ -352,7 +356,7 @@ class Step:
             lease.spent = True
         else:
             lease.borrowed |= params.keys() - routed  # both states hold these now: neither may write to them
-        kept = {path: gradient for path, gradient in gradients.items() if gradient.is_cpu}
+        kept = [gradient for gradient in gradients.values() if gradient.is_cpu]
         renewed = Lease(borrowed=lease.borrowed - copied - computed.written.keys(), gradients=kept)
         fields = self.specification.named((params, computed.buffers, optimizer, step))
         return make_state(fields, renewed, self.specification)

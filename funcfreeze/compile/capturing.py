@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress, count
 from operator import is_
 from typing import Any, NoReturn
 
@@ -15,21 +15,22 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from funcfreeze.compile.captured import Captured, captured
-from funcfreeze.compile.compiled import Returned, note_on_torch
+from funcfreeze.compile.compiled import Run, note_on_torch
 from funcfreeze.compile.graph import read_graph
 from funcfreeze.compile.hooks import Hooks
 from funcfreeze.compile.layout import Layout, Listed
 from funcfreeze.compile.options import Options
-from funcfreeze.compile.private import DynamoConfigured
+from funcfreeze.compile.private import DynamoConfigured, leave_unguarded
 from funcfreeze.compile.problems import NEEDS_VALUES, Moved, explained, is_the_users, raised_by
-from funcfreeze.compile.program import Program, Run, compile_step
+from funcfreeze.compile.program import Program, compile_step
 from funcfreeze.compile.stand_ins import StandIns
 from funcfreeze.computation.back_door import raise_misuse
 from funcfreeze.computation.computation import Computation
+from funcfreeze.gradients.modes import grad_mode
 from funcfreeze.gradients.returned import exchanged
 from funcfreeze.model.attributes import attributes_kept
 
-_NUMBERS = itertools.count(1)
+_NUMBERS = count(1)
 
 
 @dataclass
@@ -74,11 +75,11 @@ class Capturing:
             own, fullgraph=True, dynamic=options.dynamic, backend=_backend_of(weakref.ref(self))
         )
 
-    def __call__(self, state: Listed, batch: Any) -> Returned:
-        """Take a step that overwrites the state's tensors."""
+    def __call__(self, state: Listed, batch: Any) -> tuple[dict[str, Any], Run]:
+        """Take a step that overwrites the state's tensors; returns the metrics, losses among them, and the rest."""
         raise_misuse(self._problems)
-        with torch.enable_grad(), DynamoConfigured():
-            self._stand_ins.follow(state.own)
+        with grad_mode(True), DynamoConfigured():
+            self._stand_ins.follow(state)
             call = Call(state)
             try:
                 found, reassigned = self._called(call, batch)
@@ -88,7 +89,7 @@ class Capturing:
         assert run is not None, "the captured graph did not run"
         metrics = _with_values(found, self._stand_ins)
         buffers = state.overwritten({**run.buffers, **reassigned})
-        return Returned(found.losses, metrics, buffers, run.params, run.optimizer, run.gradients)
+        return {**found.losses, **metrics}, run._replace(buffers=buffers)
 
     def _called(self, call: Call, batch: Any) -> tuple[Captured, dict[str, Tensor]]:
         """What Dynamo gives, and the buffers that the forward put in the place of others."""
@@ -136,6 +137,8 @@ class Capturing:
         stand_ins.look_again()
         forward = read_graph(module, inputs, stand_ins.places)
         expected = Expected(stand_ins, forward.places, inputs)
+        placeholders = module.graph.find_nodes(op="placeholder")
+        leave_unguarded([placeholders[index] for index in expected.stand_ins_at])
         raise_misuse(self._computation.evaluation.functional.problems_with_new_ones())
         try:
             program = compile_step(
@@ -175,25 +178,35 @@ def _runs(owner: weakref.ref[Capturing], number: int) -> Callable[..., list[Any]
 
 
 class Expected:
-    """The tensors of the module among a graph's inputs, as they have to come at every call."""
+    """The tensors of the module among a graph's inputs, as they have to come at every call.
+
+    Dynamo guards that they are alike, and not the same; that is left out for stand-ins.
+    """
 
     def __init__(self, stand_ins: StandIns, places: Sequence[str | None], inputs: Sequence[Any]) -> None:
         self._stand_ins = stand_ins
         self._paths = [(index, path) for index, path in enumerate(places) if path is not None]
-        self._at = [index for index, _ in self._paths]
+        self._is_expected = [path is not None for path in places]
+        self._others = [index for index, path in enumerate(places) if path is None]
         self._own = {index for index, path in self._paths if inputs[index] is stand_ins.own[path]}
         self._exchanges = -1
         self._tensors: list[Tensor] = []
 
     def are(self, given: Sequence[Any]) -> bool:
-        """Whether they are among these inputs where they should be."""
+        """Whether they are among these inputs where they should be, and no stand-in where it should not be."""
         stand_ins = self._stand_ins
         if self._exchanges != stand_ins.exchanges:
             self._exchanges = stand_ins.exchanges
             self._tensors = [
                 (stand_ins.own if index in self._own else stand_ins.tensors)[path] for index, path in self._paths
             ]
-        return all(map(is_, map(given.__getitem__, self._at), self._tensors))
+        are = all(map(is_, compress(given, self._is_expected), self._tensors))
+        return are and not any(stand_ins.stands_in(given[index]) for index in self._others)
+
+    @property
+    def stand_ins_at(self) -> list[int]:
+        """Where stand-ins are expected."""
+        return [index for index, _ in self._paths if index not in self._own]
 
 
 def _backend_of(owner: weakref.ref[Capturing]) -> Callable[[GraphModule, list[Any]], Callable[..., list[Any]]]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,21 +31,19 @@ def note_on_torch(error: BaseException) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Returned:
-    """What a compiled step gives.
+class Run(NamedTuple):
+    """What a run of a compiled step gives.
 
     Attributes:
-        losses: by name.
-        metrics: what came beside them.
-        buffers: those that could not be overwritten in place, by path.
+        outputs: those of the captured graph.
+        buffers: the new values of those that the forward wrote to, by path; in the end, of those that could not be
+            overwritten in place.
         params: the new values of parameters that no loss may update, and that the forward wrote to.
         optimizer: the optimizer's new state, or None if all of it was overwritten in place.
         gradients: large gradients on the CPU, kept only to keep their memory.
     """
 
-    losses: Mapping[str, Any]
-    metrics: Mapping[str, Any]
+    outputs: list[Any]
     buffers: Mapping[str, Tensor]
     params: Mapping[str, Tensor]
     optimizer: Any
@@ -73,8 +70,8 @@ class CompiledStep:
         """How many times it has been traced and compiled so far."""
         return 0 if self._capturing is None else self._capturing.traces
 
-    def __call__(self, state: Listed, batch: Any) -> Returned:
-        """Take a step that overwrites the state's tensors."""
+    def __call__(self, state: Listed, batch: Any) -> tuple[dict[str, Any], Run]:
+        """Take a step that overwrites the state's tensors; returns the metrics, losses among them, and the rest."""
         with self._computation.evaluation.functional.alone:
             if self._capturing is None:
                 self._capturing = self._first(state)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import optree
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -45,31 +46,55 @@ def fakes_of(inputs: Sequence[Any], state: Listed) -> Fakes:
 
 
 class Flat(NamedTuple):
-    """A flat graph, and tensors that it takes after its other inputs, the same at every call."""
+    """A function as a flat graph.
+
+    Attributes:
+        graph: gives the tensors and sizes of what the function returns, in order.
+        constants: tensors that it takes after its other inputs, the same at every call.
+        returned: what the function returned in the trace, a pytree.
+        whole: from what the graph gives to what the function returns.
+    """
 
     graph: GraphModule
     constants: list[Tensor]
+    returned: Any
+    whole: Callable[[Sequence[Any]], Any]
 
 
-def flatten(f: Callable[..., list[Any]], given: Sequence[Any], outside: Sequence[Tensor], static: int) -> Flat:
+def flatten(f: Callable[..., Any], given: Sequence[Any], outside: Sequence[Tensor], static: int) -> Flat:
     """The graph of a function; tensors that it met outside become inputs after those given.
 
     Args:
-        f: the function.
+        f: the function, from tensors and sizes to a pytree.
         given: stand-ins for its inputs.
         outside: stand-ins for tensors that it meets; grows while it is called.
         static: so many of the inputs stay where they are.
     """
-    module = make_fx(f)(*given)
+    returned: list[Any] = []
+
+    def computed(*given: Any) -> tuple[Any, ...]:
+        returned[:] = [f(*given)]
+        return tuple(filter(_is_computed, optree.tree_leaves(returned[0], none_is_leaf=True)))
+
+    module = make_fx(computed)(*given)
     _simplify(module)
     constants = _lift(module, outside)
     for node in module.graph.nodes:
         node.meta.pop("stack_trace", None)  # would be part of the cache's key
-    (output,) = module.graph.find_nodes(op="output")
-    output.args = (tuple(output.args[0]),)
     module.recompile()
     as_dynamos(module, static)
-    return Flat(module, constants)
+    leaves, structure = optree.tree_flatten(returned[0], none_is_leaf=True)
+
+    def whole(results: Sequence[Any]) -> Any:
+        rest = iter(results)
+        return structure.unflatten([next(rest) if _is_computed(leaf) else leaf for leaf in leaves])
+
+    return Flat(module, constants, returned[0], whole)
+
+
+def _is_computed(leaf: Any) -> bool:
+    """Whether a graph gives it at every call anew; other things are the same as in the trace."""
+    return isinstance(leaf, Tensor | torch.SymInt | torch.SymFloat | torch.SymBool)
 
 
 def _simplify(module: GraphModule) -> None:

@@ -55,11 +55,11 @@ class Layout:
         buffers = {path: next(rest) for path in self.buffers}
         return params, buffers, optree.tree_unflatten(self.optimizer, leaves), step
 
-    def written(self, before: Any, after: Any) -> tuple[optree.PyTreeSpec, list[Any]] | None:
-        """Write the optimizer's new state over the old one where it fits.
+    def written(self, before: Any, after: Any) -> Any:
+        """Write the optimizer's new state over the old one if it fits.
 
         Returns:
-            None if everything fitted, else the new state's structure and leaves.
+            None if it fitted, else a copy of the new state.
 
         Raises:
             TypeError: something in the state that is no tensor changes from step to step.
@@ -67,7 +67,7 @@ class Layout:
         old, structure = optree.tree_flatten(before, none_is_leaf=True)
         new, renewed = optree.tree_flatten(after, none_is_leaf=True)
         if structure != renewed or any(_misfits(one, other) for one, other in zip(old, new, strict=True)):
-            return renewed, [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in new]
+            return optree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, after)
         # all are copied before the first is overwritten: a new one may be an old one in another place, or a view of it
         values = [
             other.clone() if isinstance(other, Tensor) and one is not other else None

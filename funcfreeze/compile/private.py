@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from logging import Logger
 from typing import Any
@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.nn.modules import module as of_modules
@@ -139,6 +139,20 @@ def _known_settings() -> dict[str, Any]:
 
 _LEVELS = ("debug", "info", "warn", "error", "exception", "critical", "log")
 """How the methods of a logger begin that log; transformers adds some."""
+
+
+def leave_unguarded(inputs: Sequence[Node]) -> None:
+    """Leave out Dynamo's guards on tensors that are a graph's inputs: the caller sees to it that they are the same.
+
+    There are as many as the model has tensors. Public would be `guard_filter_fn`, with which all guards are made twice.
+    """
+    sources = {node._dynamo_source for node in inputs}  # type: ignore[attr-defined]  # Dynamo sets it
+    guards = TracingContext.get().guards_context.dynamo_guards
+    guards.inner = type(guards.inner)(
+        guard
+        for guard in guards.inner
+        if guard.originating_source not in sources or guard.create_fn_name() != "TENSOR_MATCH"
+    )
 
 
 def stand_in_mode() -> FakeTensorMode:

@@ -7,8 +7,10 @@ the module's own do.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -46,38 +48,42 @@ class StandIns:
             path: nn.Parameter(tensor.detach(), requires_grad=path in grad) for path, tensor in params.items()
         } | {path: tensor.detach() for path, tensor in buffers.items()}
         self.places = {id(tensor): path for held in (own, self.tensors) for path, tensor in held.items()}
-        self._source: list[Tensor] = [*params.values(), *buffers.values()]
+        self._source: Listed | None = None
         self._functional = functional
-        self._parts = self._made()
-        self._own_stores = [held for *_, held in self._parts]
-        self._present = self._there(self._own_stores)
+        self._stores = [
+            held
+            for module in functional.modules
+            for name in ("_parameters", "_buffers")
+            if (held := vars(module)[name])
+        ]
+        self._ours = [dict(store) for store in self._stores]
+        self._own = [dict(store) for store in self._stores]
+        self._names, self._held = _names_in(self._stores), _held_by(self._stores)
+        self._sizes = [*map(len, self._stores)]
+        ours = {id(store): ours for store, ours in zip(self._stores, self._ours, strict=True)}
+        for name, sites in (("_parameters", functional.parameters), ("_buffers", functional.buffers)):
+            for path, places in sites.items():
+                for module, place in places:
+                    ours[id(vars(module)[name])][place] = self.tensors[path]
         self._buffer_sites = [
-            (path, module.__dict__, name) for path, places in functional.buffers.items() for module, name in places
+            (path, store := vars(module)["_buffers"], ours[id(store)], name)
+            for path, places in functional.buffers.items()
+            for module, name in places
         ]
         self.exchanges = 0
 
-    def _made(self) -> list[tuple[dict[str, Any], str, dict[str, Any], dict[str, Any]]]:
-        """Of every part of the module: its dict, the name of a store in that, ours for it and its own."""
-        at = {
-            (id(module), name): self.tensors[path]
-            for sites in (self._functional.parameters, self._functional.buffers)
-            for path, places in sites.items()
-            for module, name in places
-        }
-        return [
-            (module.__dict__, store, {name: at.get((id(module), name), kept) for name, kept in held.items()}, held)
-            for module in self._functional.modules
-            for store in ("_parameters", "_buffers")
-            if (held := module.__dict__[store])
-        ]
-
-    def follow(self, tensors: Sequence[Tensor]) -> None:
-        """Take the memory of these tensors, a state's parameters and buffers."""
-        if all(map(is_, tensors, self._source)):
+    def follow(self, state: Listed) -> None:
+        """Take the memory of a state's parameters and buffers."""
+        if state is self._source:
             return
-        for stand_in, tensor in zip(self.tensors.values(), tensors, strict=True):
+        for stand_in, tensor in zip(self.tensors.values(), state.own, strict=True):
             stand_in.data = tensor
-        self._source = [*tensors]
+        self._source = state
+
+    def stands_in(self, given: Any) -> bool:
+        """Whether it is a stand-in, and not a tensor of the module or another thing."""
+        path = self.places.get(id(given))
+        return path is not None and given is self.tensors[path]
 
     def look_again(self) -> None:
         """Note where the module's own tensors are now: `model.to(...)` moves them."""
@@ -108,11 +114,6 @@ class StandIns:
         is_there = path is not None and self.own[path].untyped_storage().data_ptr() == memory
         return path if is_there else None
 
-    @staticmethod
-    def _there(stores: Sequence[Mapping[str, Any]]) -> list[bool]:
-        """For all that stores may hold, whether it is there."""
-        return [tensor is not None for store in stores for tensor in store.values()]
-
     @contextmanager
     def held(self) -> Iterator[None]:
         """Inside, the module holds the stand-ins.
@@ -120,15 +121,25 @@ class StandIns:
         Raises:
             NotAsDeclared: it has other parameters or buffers than when the Step was built.
         """
-        if self._there(self._own_stores) != self._present:
-            raise NotAsDeclared  # parts have other parameters or buffers now
+        self._look_for_others()
         try:
-            for part, store, ours, _ in self._parts:
-                part[store] = ours
+            _update(self._stores, self._ours)
             yield
         finally:
-            for part, store, _, own in self._parts:
-                part[store] = own
+            _update(self._stores, self._own)
+            if [*map(len, self._stores)] != self._sizes:  # all of ours are there again, and others besides
+                for store, own in zip(self._stores, self._own, strict=True):
+                    store.clear()
+                    store.update(own)
+
+    def _look_for_others(self) -> None:
+        """Note what the module holds now: a part may have been given another tensor of its own."""
+        held, names = _held_by(self._stores), _names_in(self._stores)
+        if len(held) == len(self._held) and all(map(is_, held, self._held)) and names == self._names:
+            return
+        if names != self._names or any((a is None) != (b is None) for a, b in zip(held, self._held, strict=True)):
+            raise NotAsDeclared
+        self._own, self._held = [dict(store) for store in self._stores], held
 
     def reassigned(self) -> dict[str, Tensor]:
         """The buffers that a call put in the place of stand-ins; asked while these are held.
@@ -136,8 +147,8 @@ class StandIns:
         Whoever kept the tensor that was there has its value for good; another stands in from now on.
         """
         found = {}
-        for path, part, name in self._buffer_sites:
-            now = part["_buffers"].get(name)
+        for path, store, _, name in self._buffer_sites:
+            now = store.get(name)
             if now is not self.tensors[path] and now is not None:
                 found[path] = now
         for path in found:
@@ -146,20 +157,30 @@ class StandIns:
             self.tensors[path] = fresh
             self.places[id(fresh)] = self.places.pop(id(before))
             self.exchanges += 1
-        for path, part, name in self._buffer_sites if found else ():
+        for path, _, ours, name in self._buffer_sites if found else ():
             if path in found:
-                part["_buffers"][name] = self.tensors[path]
+                ours[name] = self.tensors[path]
         return found
 
     def problems(self) -> list[str]:
         """What a call did to the set of parameters and buffers, which is undone; asked while stand-ins are held."""
         found = [*self._functional.problems_with_new_ones()]
-        stores = [ours for _, _, ours, _ in self._parts]
-        if not found and self._there(stores) != self._present:
+        now = [tensor is not None for tensor in _held_by(self._stores)]
+        if not found and now != [tensor is not None for tensor in self._held]:
             found = ["the forward removed a parameter or a buffer, or set it to None; give it a value instead"]
-        if found:
-            self._parts = self._made()
         return found
+
+
+def _update(stores: Sequence[dict[str, Any]], values: Sequence[dict[str, Any]]) -> None:
+    deque(map(dict.update, stores, values), maxlen=0)  # the quickest loop there is: there may be hundreds
+
+
+def _names_in(stores: Sequence[dict[str, Any]]) -> list[str]:
+    return [*chain.from_iterable(stores)]
+
+
+def _held_by(stores: Sequence[dict[str, Any]]) -> list[Any]:
+    return [*chain.from_iterable(map(dict.values, stores))]
 
 
 def _by_address(tensors: Mapping[str, Tensor]) -> dict[int, str]:

@@ -38,7 +38,7 @@ class Tail:
 
     def run(self, graph: Callable[..., Sequence[Any]], given: Sequence[Any]) -> Sequence[Any]:
         """Call the graph, then the kernels; returns what the graph gave at first."""
-        computed = graph(*[given[index] for index in self.inputs])
+        computed = graph(*map(given.__getitem__, self.inputs))
         both = [*given, *computed]
         for kernel, args, kwargs in self.calls:
             kernel(*[take(both) for take in args], **{name: take(both) for name, take in kwargs.items()})
@@ -136,5 +136,4 @@ def _take(value: Any, place: Callable[[Node], int]) -> Take:
     if len(value) == 1:
         (only,) = (place(part) for part in value)
         return lambda both: [both[only]]
-    several = itemgetter(*map(place, value))  # quicker than a loop: there may be thousands
-    return lambda both: [*several(both)]
+    return itemgetter(*map(place, value))  # quicker than a loop: there may be thousands

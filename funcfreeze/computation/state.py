@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -31,7 +31,7 @@ class Lease:
     spent: bool = False
     borrowed: set[str] = field(default_factory=set)
     borrowed_optimizer: bool = False
-    gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    gradients: Sequence[Tensor] = ()
 
 
 class State:
