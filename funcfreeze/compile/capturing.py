@@ -95,19 +95,22 @@ class Capturing:
         """What Dynamo gives, and the buffers that the forward put in the place of others."""
         evaluation = self._computation.evaluation
         module, losses, declared = evaluation.functional.module, evaluation.losses, evaluation.plan.losses
+        stores = self._stand_ins.stores
         while True:
             key = self._key(call.state.layout)
+            stores.look()
             around, self._call = self._call, call
             try:
-                with self._stand_ins.held():
-                    traces = self.traces
-                    found = self._captured(losses, module, batch, declared, key)
-                    if self.traces != traces:  # raised now, it would come after the state was overwritten
-                        self._problems = self._stand_ins.problems()
-                    return found, self._stand_ins.reassigned()
+                stores.put()
+                traces = self.traces
+                found = self._captured(losses, module, batch, declared, key)
+                if self.traces != traces:  # raised now, it would come after the state was overwritten
+                    self._problems = self._stand_ins.problems()
+                return found, self._stand_ins.reassigned()
             except Moved:
                 self._moves += 1
             finally:
+                stores.take_back()
                 self._call = around
 
     def _raise(self, error: Exception, call: Call, batch: Any) -> NoReturn:
@@ -124,11 +127,9 @@ class Capturing:
 
     def _key(self, layout: Layout) -> str:
         """Stands for what a program takes for granted and Dynamo does not guard."""
-        number = next((index for index, known in enumerate(self._layouts) if known is layout or known == layout), None)
-        if number is None:
-            number = len(self._layouts)
+        if layout not in self._layouts:  # looks for the same one first
             self._layouts.append(layout)
-        return f"{number} {self._hooks.number()} {self._moves}"
+        return f"{self._layouts.index(layout)} {self._hooks.number()} {self._moves}"
 
     def build(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., list[Any]]:
         """What Dynamo is to call for a graph that it captured."""
@@ -201,7 +202,7 @@ class Expected:
                 (stand_ins.own if index in self._own else stand_ins.tensors)[path] for index, path in self._paths
             ]
         are = all(map(is_, compress(given, self._is_expected), self._tensors))
-        return are and not any(stand_ins.stands_in(given[index]) for index in self._others)
+        return are and not any(map(stand_ins.stands_in, map(given.__getitem__, self._others)))
 
     @property
     def stand_ins_at(self) -> list[int]:

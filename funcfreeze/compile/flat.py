@@ -84,10 +84,14 @@ def flatten(f: Callable[..., Any], given: Sequence[Any], outside: Sequence[Tenso
     module.recompile()
     as_dynamos(module, static)
     leaves, structure = optree.tree_flatten(returned[0], none_is_leaf=True)
+    computed_at = [index for index, leaf in enumerate(leaves) if _is_computed(leaf)]
+    kept = [None if _is_computed(leaf) else leaf for leaf in leaves]
 
     def whole(results: Sequence[Any]) -> Any:
-        rest = iter(results)
-        return structure.unflatten([next(rest) if _is_computed(leaf) else leaf for leaf in leaves])
+        now = [*kept]
+        for index, result in zip(computed_at, results, strict=True):
+            now[index] = result
+        return structure.unflatten(now)
 
     return Flat(module, constants, returned[0], whole)
 

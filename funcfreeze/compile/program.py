@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -75,6 +76,8 @@ def compile_step(
     with grad_mode(False):
         graph = compiler(options)(flat.graph, [examples[index] for index in tail.inputs])
 
+    runs: WeakKeyDictionary[Listed, Callable[[Sequence[Any]], Any]] = WeakKeyDictionary()
+
     def program(state: Listed, given: Sequence[Any]) -> Run:
         given = [given[index] for index in others]
         raise_misuse(stand_ins.misuse(given, state, changing))
@@ -82,15 +85,20 @@ def compile_step(
         read = [state.apart(tensor.detach()) for tensor in outside.tensors(state.step)]
         if are_replayed:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # torch's
-        own = [tensor.clone() for tensor in state.tensors] if hooks else state.tensors  # a hook may raise half way
         with grad_mode(False):
-            computed = tail.run(graph, [*own, *passed, *read, *flat.constants])
-            if hooks:
+            if hooks:  # one may raise half way
+                own = [tensor.clone() for tensor in state.tensors]
+                computed = tail.after(graph, own)([*passed, *read, *flat.constants])
                 torch._foreach_copy_(state.tensors, own)
+            else:
+                run = runs.get(state)
+                if run is None:
+                    runs[state] = run = tail.after(graph, state.tensors)
+                computed = run([*passed, *read, *flat.constants])
         if are_replayed:  # replays overwrite what they gave
             computed = [value.clone() if isinstance(value, Tensor) else value for value in computed]
-        run: Run = flat.whole(computed)
-        return run
+        given_back: Run = flat.whole(computed)
+        return given_back
 
     return program
 

@@ -7,18 +7,14 @@ the module's own do.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
-from itertools import chain
-from operator import is_
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from funcfreeze.compile.layout import Listed
-from funcfreeze.compile.problems import NotAsDeclared
+from funcfreeze.compile.stores import Stores
 from funcfreeze.computation.back_door import buffer_problem, parameter_problem
 from funcfreeze.model.functional import FunctionalModule
 
@@ -35,6 +31,7 @@ class StandIns:
     Attributes:
         own: path -> the module's own tensor; held, or an id could be another tensor's.
         places: id -> the path of a parameter or buffer, for stand-ins and the module's own tensors alike.
+        stores: what puts the stand-ins into the module, and takes them back.
         exchanges: how often a stand-in was exchanged for another.
     """
 
@@ -50,23 +47,12 @@ class StandIns:
         self.places = {id(tensor): path for held in (own, self.tensors) for path, tensor in held.items()}
         self._source: Listed | None = None
         self._functional = functional
-        self._stores = [
-            held
-            for module in functional.modules
-            for name in ("_parameters", "_buffers")
-            if (held := vars(module)[name])
-        ]
-        self._ours = [dict(store) for store in self._stores]
-        self._own = [dict(store) for store in self._stores]
-        self._names, self._held = _names_in(self._stores), _held_by(self._stores)
-        self._sizes = [*map(len, self._stores)]
-        ours = {id(store): ours for store, ours in zip(self._stores, self._ours, strict=True)}
-        for name, sites in (("_parameters", functional.parameters), ("_buffers", functional.buffers)):
+        self.stores = Stores(functional.modules)
+        for store, sites in (("_parameters", functional.parameters), ("_buffers", functional.buffers)):
             for path, places in sites.items():
-                for module, place in places:
-                    ours[id(vars(module)[name])][place] = self.tensors[path]
+                self.stores.exchange(store, places, self.tensors[path])
         self._buffer_sites = [
-            (path, store := vars(module)["_buffers"], ours[id(store)], name)
+            (path, vars(module)["_buffers"], name)
             for path, places in functional.buffers.items()
             for module, name in places
         ]
@@ -114,40 +100,13 @@ class StandIns:
         is_there = path is not None and self.own[path].untyped_storage().data_ptr() == memory
         return path if is_there else None
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Inside, the module holds the stand-ins.
-
-        Raises:
-            NotAsDeclared: it has other parameters or buffers than when the Step was built.
-        """
-        self._look_for_others()
-        try:
-            _update(self._stores, self._ours)
-            yield
-        finally:
-            _update(self._stores, self._own)
-            if [*map(len, self._stores)] != self._sizes:  # all of ours are there again, and others besides
-                for store, own in zip(self._stores, self._own, strict=True):
-                    store.clear()
-                    store.update(own)
-
-    def _look_for_others(self) -> None:
-        """Note what the module holds now: a part may have been given another tensor of its own."""
-        held, names = _held_by(self._stores), _names_in(self._stores)
-        if len(held) == len(self._held) and all(map(is_, held, self._held)) and names == self._names:
-            return
-        if names != self._names or any((a is None) != (b is None) for a, b in zip(held, self._held, strict=True)):
-            raise NotAsDeclared
-        self._own, self._held = [dict(store) for store in self._stores], held
-
     def reassigned(self) -> dict[str, Tensor]:
         """The buffers that a call put in the place of stand-ins; asked while these are held.
 
         Whoever kept the tensor that was there has its value for good; another stands in from now on.
         """
         found = {}
-        for path, store, _, name in self._buffer_sites:
+        for path, store, name in self._buffer_sites:
             now = store.get(name)
             if now is not self.tensors[path] and now is not None:
                 found[path] = now
@@ -156,31 +115,16 @@ class StandIns:
             before.data = before.clone()
             self.tensors[path] = fresh
             self.places[id(fresh)] = self.places.pop(id(before))
+            self.stores.exchange("_buffers", self._functional.buffers[path], fresh)
             self.exchanges += 1
-        for path, _, ours, name in self._buffer_sites if found else ():
-            if path in found:
-                ours[name] = self.tensors[path]
         return found
 
     def problems(self) -> list[str]:
         """What a call did to the set of parameters and buffers, which is undone; asked while stand-ins are held."""
         found = [*self._functional.problems_with_new_ones()]
-        now = [tensor is not None for tensor in _held_by(self._stores)]
-        if not found and now != [tensor is not None for tensor in self._held]:
+        if not found and self.stores.has_lost():
             found = ["the forward removed a parameter or a buffer, or set it to None; give it a value instead"]
         return found
-
-
-def _update(stores: Sequence[dict[str, Any]], values: Sequence[dict[str, Any]]) -> None:
-    deque(map(dict.update, stores, values), maxlen=0)  # the quickest loop there is: there may be hundreds
-
-
-def _names_in(stores: Sequence[dict[str, Any]]) -> list[str]:
-    return [*chain.from_iterable(stores)]
-
-
-def _held_by(stores: Sequence[dict[str, Any]]) -> list[Any]:
-    return [*chain.from_iterable(map(dict.values, stores))]
 
 
 def _by_address(tensors: Mapping[str, Tensor]) -> dict[int, str]:

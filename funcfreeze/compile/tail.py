@@ -18,8 +18,18 @@ from funcfreeze.optim.opaque import KERNELS
 Call = tuple[Callable[..., None], tuple[Any, ...], dict[str, Any]]
 """A kernel and what it is given, with nodes for tensors."""
 
-Take = Callable[[Sequence[Any]], Any]
-"""An argument of a kernel, from the inputs of a graph and what it gave, in one list."""
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument of a kernel.
+
+    Attributes:
+        places: where its tensors are among the inputs of a graph and then what it gave.
+        made: the argument, from these tensors.
+    """
+
+    places: tuple[int, ...]
+    made: Callable[[tuple[Any, ...]], Any]
 
 
 @dataclass(frozen=True)
@@ -29,20 +39,60 @@ class Tail:
     Attributes:
         inputs: the inputs that the graph still takes.
         outputs: how many outputs it had.
-        calls: kernels, and what they are given.
+        calls: kernels, and what they are given: so many by their places, the rest by these names.
     """
 
     inputs: tuple[int, ...]
     outputs: int
-    calls: tuple[tuple[Callable[..., None], tuple[Take, ...], dict[str, Take]], ...]
+    calls: tuple[tuple[Callable[..., None], tuple[Argument, ...], dict[str, Argument]], ...]
 
-    def run(self, graph: Callable[..., Sequence[Any]], given: Sequence[Any]) -> Sequence[Any]:
-        """Call the graph, then the kernels; returns what the graph gave at first."""
-        computed = graph(*map(given.__getitem__, self.inputs))
-        both = [*given, *computed]
-        for kernel, args, kwargs in self.calls:
-            kernel(*[take(both) for take in args], **{name: take(both) for name, take in kwargs.items()})
-        return computed[: self.outputs]
+    def after(self, graph: Callable[..., Sequence[Any]], first: Sequence[Any]) -> Callable[[Sequence[Any]], Any]:
+        """A function of the other inputs, which calls the graph and then the kernels.
+
+        Args:
+            graph: without the kernels.
+            first: its first inputs, which are the same at every call: arguments made of these alone are made once.
+
+        Returns:
+            From the other inputs to what the graph gave at first.
+        """
+        number = len(first)
+        own = [first[index] for index in self.inputs if index < number]
+        others = [index - number for index in self.inputs if index >= number]
+        calls = [
+            (
+                kernel,
+                [_made_of(argument, first) for argument in args],
+                {name: _made_of(argument, first) for name, argument in kwargs.items()},
+            )
+            for kernel, args, kwargs in self.calls
+        ]
+
+        def run(rest: Sequence[Any]) -> Sequence[Any]:
+            computed = graph(*own, *map(rest.__getitem__, others))
+            later = [*rest, *computed]
+            for kernel, args, kwargs in calls:
+                kernel(*[take(later) for take in args], **{name: take(later) for name, take in kwargs.items()})
+            return computed[: self.outputs]
+
+        return run
+
+
+def _made_of(argument: Argument, first: Sequence[Any]) -> Callable[[Sequence[Any]], Any]:
+    """The argument, from the tensors that come after the first ones."""
+    number = len(first)
+    if all(place < number for place in argument.places):
+        made = argument.made(tuple(first[place] for place in argument.places))
+        return lambda later: made
+    if any(place < number for place in argument.places):
+        return lambda later: argument.made(
+            tuple(first[place] if place < number else later[place - number] for place in argument.places)
+        )
+    if len(argument.places) == 1:
+        (only,) = argument.places
+        return lambda later: argument.made((later[only - number],))
+    several = itemgetter(*[place - number for place in argument.places])  # quicker than a loop: there may be hundreds
+    return lambda later: argument.made(several(later))
 
 
 def take_off(module: GraphModule, kernels: bool) -> Tail:
@@ -69,8 +119,8 @@ def take_off(module: GraphModule, kernels: bool) -> Tail:
     calls = [
         (
             kernel,
-            tuple(_take(value, place) for value in args),
-            {name: _take(value, place) for name, value in kwargs.items()},
+            tuple(_argument(value, place) for value in args),
+            {name: _argument(value, place) for name, value in kwargs.items()},
         )
         for kernel, args, kwargs in _together(taken)
     ]
@@ -128,12 +178,9 @@ def _last_calls(module: GraphModule, places: dict[Node, int]) -> list[Node]:
     return found
 
 
-def _take(value: Any, place: Callable[[Node], int]) -> Take:
+def _argument(value: Any, place: Callable[[Node], int]) -> Argument:
     if isinstance(value, Node):
-        return itemgetter(place(value))
-    if not isinstance(value, list | tuple) or not any(isinstance(part, Node) for part in value):
-        return lambda both: value
-    if len(value) == 1:
-        (only,) = (place(part) for part in value)
-        return lambda both: [both[only]]
-    return itemgetter(*map(place, value))  # quicker than a loop: there may be thousands
+        return Argument((place(value),), itemgetter(0))
+    if isinstance(value, list | tuple) and any(isinstance(part, Node) for part in value):
+        return Argument(tuple(map(place, value)), tuple)
+    return Argument((), lambda _: value)
