@@ -114,7 +114,8 @@ def _graph_break(error: exc.Unsupported | exc.UserError) -> str:
 
 def _line_told(message: str) -> str | None:
     """The innermost line of user code that a message of Dynamo's tells."""
-    told = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n +([^\n]*)', message)
+    frames = r'File "([^"]+)", line (\d+), in [^\n]*(?:\n +(?! |File )([^\n]*))?'  # not every frame has its line's text
+    told = re.findall(frames, message)
     own = [f"{file}:{line} ({text})" for file, line, text in told if not any(part in file for part in _OWN)]
     return own[-1] if own else None
 

@@ -188,3 +188,11 @@ def test_a_compiler_that_is_switched_off():
 def test_options_are_never_ignored(compile, message):
     with pytest.raises(ValueError, match=message):
         make(nn.Linear(4, 4), compile=compile)
+
+
+def test_the_users_line_is_told_by_the_thousandth_step_of_a_process(monkeypatch):
+    monkeypatch.setattr("funcfreeze.compile.capturing._NUMBERS", iter([100_000]))  # past the last line of the file
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=None))
+    step = make(model, lambda model, x: {"loss": model(x).square().mean()})
+    with pytest.raises(RuntimeError, match=r"test_refused\.py:\d+ \(.*which a compiled step"):
+        step(step.init(), torch.randn(8, 4))
