@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import funcfreeze as ff
-from bench import alone, bars, overhead, peers, run, table, workloads
+from bench import alone, bars, overhead, peers, run, startup, table, workloads
 from bench.__main__ import main, readme_section
 from bench.contender import Absent, Contender, Peer
 from bench.counts import multiply_adds, products
@@ -270,3 +270,33 @@ def test_the_bars_run():
     assert set(bars.memory(adversarial)["bytes"]) == {"summed", "recipe", "routed"}
     measured = overhead.overhead(4, ff.optim.adam(1e-3), rounds=2)
     assert min(measured["step"], measured["guards alone"]) > 0
+
+
+def test_startups_are_of_fresh_processes_in_turn(monkeypatch, capsys, tmp_path):
+    seconds = {"by-hand-compiled": iter([4.0, 1.0, 6.0, 1.0]), "funcfreeze-compiled": iter([5.0, 0.5, 7.0, 0.5])}
+    asked = []
+
+    def with_caches(folder, workload, peer, device, scale, measures):
+        asked.append((folder, peer))
+        return {"first-step": {"cpu seconds": next(seconds[peer])}}
+
+    monkeypatch.setattr(startup, "with_caches", with_caches)
+    main(["startup", "--workloads", "gan", "--rounds", "2", "--out", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    cold = {"by-hand-compiled": 5.0, "funcfreeze-compiled": 6.0, "ratio": 1.2}
+    warm = {"by-hand-compiled": 1.0, "funcfreeze-compiled": 0.5, "ratio": 0.5}
+    assert found["measures"]["gan"] == {"cold, cpu seconds": cold, "warm, cpu seconds": warm}
+    assert [peer for _, peer in asked[::2]] == [*startup.PAIR[::-1], *startup.PAIR]
+    assert len({folder for folder, _ in asked}) == 4, "a warm process finds the caches of a cold one, and no other's"
+    assert "ratio 1.2" in capsys.readouterr().out
+
+
+def test_a_first_step_that_fails_has_no_ratio():
+    runs = {peer: {"cold": [{"failed": "no"}], "warm": [{"cpu seconds": 1.0}]} for peer in startup.PAIR}
+    assert set(startup.summary(runs)) == {"warm, cpu seconds"}
+
+
+def test_a_first_step_says_how_it_was_compiled():
+    found = alone.measure("actor-critic", "funcfreeze", "cpu", "small", ["first-step"])["first-step"]
+    assert found["cpu seconds"] > 0
+    assert (found["graphs made"], found["graphs from a cache"]) == (0, 0)
