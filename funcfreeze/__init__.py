@@ -13,6 +13,8 @@ from funcfreeze.declare.selectors import path as path
 from funcfreeze.declare.selectors import regex as regex
 from funcfreeze.declare.selectors import where as where
 from funcfreeze.loops.backward import backward as backward
+from funcfreeze.loops.combine import combine as combine
+from funcfreeze.loops.combine import plan as plan
 from funcfreeze.loops.differentiate import grad as grad
 from funcfreeze.loops.differentiate import grad_and_value as grad_and_value
 from funcfreeze.optim import apply_updates as apply_updates

@@ -166,6 +166,8 @@ def planned_backward(
     leaves: Sequence[Tensor],
     routing: Routing,
     weights: Sequence[float | Tensor],
+    *,
+    retain_graph: bool = False,
 ) -> list[Tensor | None]:
     """Every leaf's merged gradient. The graph is used up: its list of nodes is emptied, so that memory goes as it can.
 
@@ -176,10 +178,14 @@ def planned_backward(
         leaves: its leaf tensors, in the routing's order.
         routing: which loss may update which leaf.
         weights: the value of every weight index.
+        retain_graph: keep the graph, list of nodes included.
     """
     passes = plan_passes(graph.structure, routing.weights)
     nodes = {node: graph.nodes[node] for planned in passes for node in planned.done}
-    graph.nodes.clear()
+    if retain_graph:
+        passes = tuple(planned._replace(retain=True) for planned in passes)
+    else:
+        graph.nodes.clear()
     return _run(passes, nodes, leaves, graph.seeds, weights, routing.losses)
 
 

@@ -27,3 +27,9 @@ def walk(
         tuple(outputs), tuple(cotangents), retain_graph, create_graph, tuple(inputs), True, accumulate_grad=False
     )
     return found
+
+
+def is_kept() -> bool:
+    """Inside a node's backward: whether the engine's call that runs it retains the graph."""
+    kept: bool = torch._C._autograd._get_current_graph_task_keep_graph()
+    return kept

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +11,11 @@ from funcfreeze.declare.plan import resolve_plan
 from funcfreeze.declare.selectors import RouteError
 from funcfreeze.gradients import Routing
 from funcfreeze.gradients.graph import NO_LEAF
-from funcfreeze.gradients.hooks import handles_made
 from funcfreeze.gradients.returned import check_losses
-from funcfreeze.gradients.routed import LiveGraph, planned_backward, read_losses
+from funcfreeze.gradients.routed import planned_backward, read_losses
 from funcfreeze.gradients.sums import plus
+from funcfreeze.loops.freedom import note_call, without_hooks_where_free
 from funcfreeze.model.acceptance import as_module, refuse_unusable
-from funcfreeze.model.attributes import nodes_made
 from funcfreeze.model.sites import module_leaves
 
 
@@ -65,42 +61,13 @@ def backward(losses: Mapping[str, Tensor | None], routes: object, model: nn.Modu
         raise RouteError(
             "no parameter of this model is in the graph of the losses; were they computed from another model?"
         )
-    if not _is_free_of_hooks(graph, parameters):
-        graph = graph._replace(structure=graph.structure._replace(hooked=None))
+    graph = without_hooks_where_free(graph, parameters)
     with torch.inference_mode(False), torch.no_grad():
         gradients = planned_backward(graph, parameters, routing, weights)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 _accumulate(parameter, gradient)
-    _LAST_CALL.set(_Moment.now())
-
-
-class _Moment(NamedTuple):
-    """A point in time as hooks and graphs see it: handles made in the process, nodes made in this thread."""
-
-    handles: int
-    nodes: int
-    thread: int
-
-    @staticmethod
-    def now() -> _Moment:
-        return _Moment(handles_made(), nodes_made(), threading.get_ident())
-
-
-_LAST_CALL: ContextVar[_Moment | None] = ContextVar("last_call", default=None)
-"""When `backward` last returned in this context: before anything that is newer, as far as this thread made it."""
-
-
-def _is_free_of_hooks(graph: LiveGraph, parameters: Sequence[Tensor]) -> bool:
-    """Whether no hook can be on the graph: none was registered since a moment before all of its nodes were made."""
-    last, now = _LAST_CALL.get(), _Moment.now()
-    if last is None or (last.handles, last.thread) != (now.handles, now.thread):
-        return False
-    ends = set(graph.structure.leaves[::2])  # what accumulates a gradient has no number; its hooks are the parameter's
-    made = (node._sequence_nr() for index, node in enumerate(graph.nodes) if index not in ends)
-    return all(last.nodes <= number < now.nodes for number in made) and not any(
-        parameter._backward_hooks for parameter in parameters
-    )
+    note_call()
 
 
 def _accumulate(parameter: Tensor, gradient: Tensor) -> None:

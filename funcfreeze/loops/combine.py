@@ -1,0 +1,224 @@
+"""The law for any loop and any trainer: one scalar whose `.backward()` is the planned backward.
+
+It hangs on the parameters by one node of autograd's, which gives each of them its merged gradient. So whatever hangs on
+a parameter or on `loss.backward()` works as it does for a plain loss: accumulation, scalers, hooks, trainers' loops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from funcfreeze.declare.plan import Plan, resolve_plan
+from funcfreeze.declare.selectors import RouteError
+from funcfreeze.gradients import Routing
+from funcfreeze.gradients.graph import NO_LEAF
+from funcfreeze.gradients.hooks import noticing_hooks
+from funcfreeze.gradients.passes import plan_passes
+from funcfreeze.gradients.returned import check_losses
+from funcfreeze.gradients.routed import LiveGraph, planned_backward, read_losses
+from funcfreeze.gradients.seed import seed_of
+from funcfreeze.gradients.walk import is_kept
+from funcfreeze.gradients.weights import UNIT_WEIGHT
+from funcfreeze.loops.freedom import Moment, hooked_anywhere, note_call, without_hooks_where_free
+from funcfreeze.model.acceptance import as_module, refuse_unusable
+from funcfreeze.model.sites import module_leaves
+
+
+def plan(model: nn.Module | Mapping[str, nn.Module], routes: object) -> Plan:
+    """The resolved table of which loss may update which parameters, without a `Step`: to print, and to pass on.
+
+    Raises:
+        RouteError: everything that is wrong with the routes, at once.
+
+    >>> from torch import nn
+    >>> net = nn.ModuleDict({"encoder": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
+    >>> print(plan(net, {"cls": "*", "adv": {"encoder": -0.1}}))
+    parameter       elements  cls   adv
+    encoder.weight         4    1  -0.1
+    encoder.bias           2    1  -0.1
+    head.weight            2    1     ·
+    head.bias              1    1     ·
+    cls updates 4 of 4 parameters (9 of 9 elements)
+    adv updates 2 of 4 parameters (6 of 9 elements)
+    """
+    module = as_module(model)
+    refuse_unusable(module)
+    return resolve_plan(routes, module_leaves(module))
+
+
+def combine(
+    losses: Mapping[str, Tensor | None],
+    routes: object,
+    model: nn.Module | Mapping[str, nn.Module],
+    *,
+    step: int | Tensor | None = None,
+) -> Tensor:
+    """One loss for all: its value is their plain sum, its `.backward()` gives every parameter its merged gradient.
+
+    A line in the loop that is there; whatever the loop does with a loss it does with this one: divides it by the
+    number of accumulated batches, scales it, calls `.backward()` itself, asks `torch.autograd.grad` for gradients.
+    A cotangent that arrives multiplies the gradients of all losses, as their weights do.
+
+    Hooks on a parameter run once, on its merged gradient, and not where no loss touches it; such a parameter keeps the
+    `.grad` it has. Hooks on activations run as they would for each loss alone. Tensors that require grad and belong to
+    no parameter of the model (inputs, other models' parameters) get the gradient of the plain sum, as from any
+    backward: detach or freeze what needs none, since a graph that reaches them may have to be walked once for each
+    loss. Under `torch.no_grad()` the result is the plain sum, since trainers evaluate so.
+
+    Args:
+        losses: name -> 0-d floating tensor on a live graph; for a loss that is absent this time None, and nothing else.
+        routes: loss name -> which parameters it may update (see `Route`), or what `plan` made of them, which is
+            quicker.
+        model: the module whose parameters the losses were computed from, or a mapping of modules.
+        step: the count of steps, for weights that are schedules.
+
+    Returns:
+        A 0-d tensor, at least float32, on the device of the first loss that is present.
+
+    Raises:
+        RouteError: everything that is wrong with the routes or the losses, at once.
+        TypeError: the model is wrapped by DDP, sharded by `fully_shard`, or a ScriptModule; or a weight is a schedule
+            and there is no `step`.
+
+    >>> from torch import nn
+    >>> net = nn.ModuleDict({"encoder": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
+    >>> cls = net["head"](net["encoder"](torch.ones(1, 2))).sum()
+    >>> loss = combine({"cls": cls, "adv": -cls}, {"cls": "*", "adv": "encoder"}, net)
+    >>> loss.backward()
+    >>> loss.item(), net["encoder"].weight.grad, net["head"].bias.grad
+    (0.0, tensor([[0., 0.],
+            [0., 0.]]), tensor([1.]))
+    """
+    module = as_module(model)
+    refuse_unusable(module)
+    leaves = module_leaves(module)
+    routing = Routing.of(resolve_plan(routes, leaves))
+    weights = routing.weight_values(None if step is None else torch.as_tensor(step))
+    present = check_losses(losses, routing, inside_func=not torch.is_grad_enabled())
+    parameters = [leaf.tensor for leaf in leaves]
+    value = _sum(present, parameters[0].device)
+    if not torch.is_grad_enabled():
+        return value
+    graph, parameters, routing = _read(present, parameters, routing)
+    graph = without_hooks_where_free(graph, parameters)
+    passes = plan_passes(graph.structure, routing.weights)
+    wanted = sorted({leaf for planned in passes for leaf, _, _ in planned.leaves})
+    call = _Call(graph, [loss.detach() if loss is not None else None for loss in present], parameters, routing, weights)
+    call.wanted, call.moment = wanted, note_call()
+    # without any parameter to hang on it is still a loss: of absent losses alone, say
+    inputs = [parameters[index] for index in wanted] or [torch.zeros((), requires_grad=True)]
+    combined: Tensor = _Combined.apply(call, value, *inputs)  # type: ignore[no-untyped-call]  # torch's
+    return combined
+
+
+def _sum(losses: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    """The plain sum of the present losses, in the dtype that all of them fit in, at least float32."""
+    values = [loss.detach() for loss in losses if loss is not None]
+    dtype = reduce(torch.promote_types, [value.dtype for value in values], torch.float32)
+    if not values:
+        return torch.zeros((), dtype=dtype, device=device)
+    total = values[0].to(dtype, copy=True)
+    for value in values[1:]:
+        total += value.to(total.device)
+    return total
+
+
+def _read(
+    losses: Sequence[Tensor | None], parameters: list[Tensor], routing: Routing
+) -> tuple[LiveGraph, list[Tensor], Routing]:
+    """The losses' graph, all leaves that it ends in, and a routing in which every loss updates those of no model."""
+    graph = read_losses(losses, parameters, hooked=())
+    ends = [*zip(graph.structure.leaves[::2], graph.structure.leaves[1::2], strict=True)]
+    if graph.nodes and all(leaf == NO_LEAF for _, leaf in ends):
+        raise RouteError(
+            "no parameter of this model is in the graph of the losses; were they computed from another model?"
+        )
+    found = [getattr(graph.nodes[node], "variable", None) for node, leaf in ends if leaf == NO_LEAF]
+    others = [tensor for tensor in found if tensor is not None]
+    if not others:
+        return graph, parameters, routing
+    ours = len(parameters)
+    everything = tuple((ours + index, UNIT_WEIGHT) for index in range(len(others)))
+    wider = replace(routing, weights=tuple((*row, *everything) for row in routing.weights))
+    parameters = [*parameters, *others]
+    return read_losses(losses, parameters, hooked=()), parameters, wider
+
+
+class _Call:
+    """A graph that waits for its backward.
+
+    Attributes:
+        wanted: the leaves that get a gradient.
+        moment: when the losses were complete.
+    """
+
+    wanted: list[int]
+    moment: Moment
+
+    def __init__(
+        self,
+        graph: LiveGraph,
+        losses: Sequence[Tensor | None],
+        leaves: Sequence[Tensor],
+        routing: Routing,
+        weights: Sequence[float | Tensor],
+    ) -> None:
+        self._graph: LiveGraph | None = graph
+        self._losses, self._leaves, self._routing, self._weights = losses, leaves, routing, weights
+        self._handles = Moment.now().handles
+
+    def gradients(self, cotangent: Tensor) -> list[Tensor | None]:
+        """The merged gradients of the leaves that are wanted, times the cotangent."""
+        graph = self._graph
+        if graph is None:
+            raise RuntimeError(
+                "backward through the graph of a combined loss a second time; pass retain_graph=True to the first "
+                "call, or combine the losses of a new forward"
+            )
+        if Moment.now().handles != self._handles:
+            graph = hooked_anywhere(graph)  # something was hooked since the losses were combined
+        seeds = [None if loss is None else seed_of(loss, cotangent) for loss in self._losses]
+        keeps = is_kept()
+        if not keeps:
+            self._graph = None
+        with noticing_hooks() as noticed, _hooks_left_out([self._leaves[index] for index in self.wanted]):
+            found = planned_backward(
+                graph._replace(seeds=seeds), self._leaves, self._routing, self._weights, retain_graph=keeps
+            )
+        if noticed.all_known and not noticed.nodes:
+            self.moment.handles += noticed.registrations  # of hooks that are gone
+            self._handles += noticed.registrations
+        return [found[index] for index in self.wanted]
+
+
+@contextmanager
+def _hooks_left_out(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, leaves' hooks do not run: they will, on the merged gradients."""
+    hooks = [leaf._backward_hooks for leaf in leaves if leaf._backward_hooks]
+    kept = [dict(held) for held in hooks]
+    for held in hooks:
+        held.clear()
+    try:
+        yield
+    finally:
+        for held, before in zip(hooks, kept, strict=True):
+            held.update(before)
+
+
+class _Combined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: _Call, value: Tensor, *leaves: Tensor) -> Tensor:
+        ctx.call, ctx.number = call, len(leaves)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.call.gradients(cotangent)
+        return None, None, *gradients, *[None] * (ctx.number - len(gradients))
