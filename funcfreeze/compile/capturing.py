@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress, count
 from operator import is_
@@ -64,8 +64,8 @@ class Capturing:
         grad = {path for path, required in zip(routing.paths, routing.requires_grad, strict=True) if required}
         self._stand_ins = StandIns(functional, params, buffers, grad)
         self._call: Call | None = None
-        self._problems: list[str] = []
-        self._moves = 0
+        self._problems: dict[int, list[str]] = {}
+        self._moves: list[Hashable] = []
         number = next(_NUMBERS)
         # Dynamo keeps what it compiled with the code object, and which sizes it saw change with its name and line:
         # everyone gets a code object, a name and a line of their own, and globals, where it puts what it calls
@@ -77,7 +77,6 @@ class Capturing:
 
     def __call__(self, state: Listed, batch: Any) -> tuple[dict[str, Any], Run]:
         """Take a step that overwrites the state's tensors; returns the metrics, losses among them, and the rest."""
-        raise_misuse(self._problems)
         with grad_mode(True), DynamoConfigured():
             self._stand_ins.follow(state)
             call = Call(state)
@@ -85,8 +84,7 @@ class Capturing:
                 found, reassigned = self._called(call, batch)
             except Exception as error:
                 self._raise(raised_by(error), call, batch)
-        run = call.run
-        assert run is not None, "the captured graph did not run"
+        run = _run_of(call)
         metrics = _with_values(found, self._stand_ins)
         buffers = state.overwritten({**run.buffers, **reassigned})
         return {**found.losses, **metrics}, run._replace(buffers=buffers)
@@ -96,8 +94,9 @@ class Capturing:
         evaluation = self._computation.evaluation
         module, losses, declared = evaluation.functional.module, evaluation.losses, evaluation.plan.losses
         stores = self._stand_ins.stores
+        moved: Hashable = None
         while True:
-            key = self._key(call.state.layout)
+            key = self._key(call.state.layout, moved)
             stores.look()
             around, self._call = self._call, call
             try:
@@ -105,10 +104,10 @@ class Capturing:
                 traces = self.traces
                 found = self._captured(losses, module, batch, declared, key)
                 if self.traces != traces:  # raised now, it would come after the state was overwritten
-                    self._problems = self._stand_ins.problems()
-                return found, self._stand_ins.reassigned()
-            except Moved:
-                self._moves += 1
+                    self._problems[traces] = self._stand_ins.problems()
+                return found, self._stand_ins.reassigned(_run_of(call).buffers)
+            except Moved as other:  # going back to what was there before finds the program for that again
+                moved = other.found
             finally:
                 stores.take_back()
                 self._call = around
@@ -125,11 +124,19 @@ class Capturing:
             note_on_torch(found)
         raise found from found.__cause__
 
-    def _key(self, layout: Layout) -> str:
-        """Stands for what a program takes for granted and Dynamo does not guard."""
+    def _key(self, layout: Layout, moved: Hashable) -> str:
+        """Stands for what a program takes for granted and Dynamo does not guard.
+
+        Args:
+            layout: of the state.
+            moved: what another program found in this call that it was not made for, or None.
+        """
         if layout not in self._layouts:  # looks for the same one first
             self._layouts.append(layout)
-        return f"{self._layouts.index(layout)} {self._hooks.number()} {self._moves}"
+        if moved is not None and moved not in self._moves:
+            self._moves.append(moved)
+        number = 0 if moved is None else 1 + self._moves.index(moved)
+        return f"{self._layouts.index(layout)} {self._hooks.number()} {number}"
 
     def build(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., list[Any]]:
         """What Dynamo is to call for a graph that it captured."""
@@ -156,7 +163,8 @@ class Capturing:
         call, (expected, program) = self._call, self._programs[number]
         assert call is not None, "called outside of a step"
         if not expected.are(given):
-            raise Moved
+            raise Moved((number, tuple(map(self._stand_ins.known_as, given))))
+        raise_misuse(self._problems.get(number, ()))
         call.is_running = True
         call.run = run = program(call.state, given)
         return run.outputs
@@ -165,6 +173,11 @@ class Capturing:
     def traces(self) -> int:
         """How many times it has been traced and compiled so far."""
         return len(self._programs)
+
+
+def _run_of(call: Call) -> Run:
+    assert call.run is not None, "the captured graph did not run"
+    return call.run
 
 
 def _runs(owner: weakref.ref[Capturing], number: int) -> Callable[..., list[Any]]:

@@ -42,7 +42,7 @@ class Outside(TorchDispatchMode):
 
     def __init__(self, mode: FakeTensorMode, step: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
-        self._mode, self._step = mode, step
+        self._mode, self._step = mode, step.clone()  # its own: the state is not kept alive
         self._known: dict[int, int] = {}
         self._read: list[Callable[[Tensor], Tensor]] = []
         self._kept: list[Any] = []  # held, or an id could be another's

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 
 from funcfreeze.compile.private import (
     DataDependentOutputException,
@@ -29,7 +29,15 @@ class NotAsDeclared(Exception):
 
 
 class Moved(Exception):
-    """An input that was a tensor of the module is another one now."""
+    """An input that was a tensor of the module is another one now, or one that was not is.
+
+    Args:
+        found: which program was called, and for each of its inputs the tensor of the module that it is, if it is one.
+    """
+
+    def __init__(self, found: Hashable) -> None:
+        super().__init__(found)
+        self.found = found
 
 
 def raised_by(error: Exception) -> Exception:

@@ -69,10 +69,10 @@ def compile_step(
             written |= late.paths
             continue
         break
-    are_replayed = options.cuda_graphs
+    are_replayed, constants, whole_run = options.cuda_graphs, flat.constants, flat.whole
     changing = frozenset({*state.layout.params, *flat.returned.buffers, *flat.returned.params})
     tail = take_off(flat.graph, kernels=not are_replayed)
-    examples = [*fakes.state, *fakes.inputs, *outside.stand_ins, *flat.constants]
+    examples = [*fakes.state, *fakes.inputs, *outside.stand_ins, *constants]
     with grad_mode(False):
         graph = compiler(options)(flat.graph, [examples[index] for index in tail.inputs])
 
@@ -88,16 +88,16 @@ def compile_step(
         with grad_mode(False):
             if hooks:  # one may raise half way
                 own = [tensor.clone() for tensor in state.tensors]
-                computed = tail.after(graph, own)([*passed, *read, *flat.constants])
+                computed = tail.after(graph, own)([*passed, *read, *constants])
                 torch._foreach_copy_(state.tensors, own)
             else:
                 run = runs.get(state)
                 if run is None:
                     runs[state] = run = tail.after(graph, state.tensors)
-                computed = run([*passed, *read, *flat.constants])
+                computed = run([*passed, *read, *constants])
         if are_replayed:  # replays overwrite what they gave
             computed = [value.clone() if isinstance(value, Tensor) else value for value in computed]
-        given_back: Run = flat.whole(computed)
+        given_back: Run = whole_run(computed)
         return given_back
 
     return program

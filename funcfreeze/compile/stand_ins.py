@@ -7,6 +7,7 @@ the module's own do.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
@@ -45,31 +46,34 @@ class StandIns:
             path: nn.Parameter(tensor.detach(), requires_grad=path in grad) for path, tensor in params.items()
         } | {path: tensor.detach() for path, tensor in buffers.items()}
         self.places = {id(tensor): path for held in (own, self.tensors) for path, tensor in held.items()}
-        self._source: Listed | None = None
+        self._source: weakref.ref[Listed] | None = None
         self._functional = functional
         self.stores = Stores(functional.modules)
         for store, sites in (("_parameters", functional.parameters), ("_buffers", functional.buffers)):
             for path, places in sites.items():
                 self.stores.exchange(store, places, self.tensors[path])
         self._buffer_sites = [
-            (path, vars(module)["_buffers"], name)
-            for path, places in functional.buffers.items()
-            for module, name in places
+            (path, vars(module), name) for path, places in functional.buffers.items() for module, name in places
         ]
         self.exchanges = 0
 
     def follow(self, state: Listed) -> None:
         """Take the memory of a state's parameters and buffers."""
-        if state is self._source:
+        if self._source is not None and self._source() is state:
             return
         for stand_in, tensor in zip(self.tensors.values(), state.own, strict=True):
             stand_in.data = tensor
-        self._source = state
+        self._source = weakref.ref(state)  # it keeps the optimizer's state, too
 
     def stands_in(self, given: Any) -> bool:
         """Whether it is a stand-in, and not a tensor of the module or another thing."""
         path = self.places.get(id(given))
         return path is not None and given is self.tensors[path]
+
+    def known_as(self, given: Any) -> tuple[str, bool] | None:
+        """The path of a tensor of the module, and whether it is a stand-in; None for another thing."""
+        path = self.places.get(id(given))
+        return None if path is None else (path, given is self.tensors[path])
 
     def look_again(self) -> None:
         """Note where the module's own tensors are now: `model.to(...)` moves them."""
@@ -100,16 +104,20 @@ class StandIns:
         is_there = path is not None and self.own[path].untyped_storage().data_ptr() == memory
         return path if is_there else None
 
-    def reassigned(self) -> dict[str, Tensor]:
+    def reassigned(self, written: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The buffers that a call put in the place of stand-ins; asked while these are held.
 
-        Whoever kept the tensor that was there has its value for good; another stands in from now on.
+        Whoever kept the tensor that was there has its value for good; another stands in from now on. It is the only
+        one who exchanges stand-ins.
+
+        Args:
+            written: the new values of the buffers that the call wrote to: one may be at another place by now.
         """
         found = {}
-        for path, store, name in self._buffer_sites:
-            now = store.get(name)
+        for path, part, name in self._buffer_sites:
+            now = part["_buffers"].get(name)
             if now is not self.tensors[path] and now is not None:
-                found[path] = now
+                found[path] = written.get(self.places[id(now)], now) if self.stands_in(now) else now
         for path in found:
             before, fresh = self.tensors[path], self.tensors[path].detach()
             before.data = before.clone()

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from operator import getitem, is_, setitem
 from typing import Any
 
@@ -17,11 +20,43 @@ from funcfreeze.compile.problems import NotAsDeclared
 Site = tuple[nn.Module, str]
 """A part of a module and the name of a tensor in it."""
 
+Key = tuple[int, str, str]
+"""A site by the id of the part's `__dict__`, `_parameters` or `_buffers`, and the name."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What stores hold, place by place.
+
+    Attributes:
+        stores: the dicts, of every part its parameters and its buffers.
+        keys: of all places.
+        within: the dict of every place.
+        names: the name of every place.
+        own: the tensor, or None, of every place.
+    """
+
+    stores: list[dict[str, Any]]
+    keys: list[Key]
+    within: list[dict[str, Any]]
+    names: list[str]
+    own: list[Tensor | None]
+
+    @cached_property
+    def positions(self) -> dict[Key, int]:
+        """The number of every place."""
+        return {key: number for number, key in enumerate(self.keys)}
+
+    @property
+    def presence(self) -> dict[Key, bool]:
+        """Whether there is a tensor in each place."""
+        return {key: tensor is not None for key, tensor in zip(self.keys, self.own, strict=True)}
+
 
 class Stores:
     """The stores of some modules, and other contents for them.
 
-    The dicts stay what they are, and so do the modules' `__dict__`s: Dynamo's guards look again at a part whose
+    They stay the dicts they are, and so do the modules' `__dict__`s: Dynamo's guards look again at a part whose
     `__dict__` was written to.
 
     Args:
@@ -29,24 +64,19 @@ class Stores:
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        stores = [vars(module)[name] for module in modules for name in ("_parameters", "_buffers")]
-        self._stores: list[dict[str, Any]] = [store for store in stores if store]
-        self._sizes = [*map(len, self._stores)]
-        self._in: list[dict[str, Any]] = []
-        self._names: list[str] = []
-        self._index: dict[tuple[int, str], int] = {}
-        for store in self._stores:
-            for name in store:
-                self._index[id(store), name] = len(self._in)
-                self._in.append(store)
-                self._names.append(name)
-        self._own = [*map(getitem, self._in, self._names)]
-        self._others = [*self._own]
+        self._parts = [vars(module) for module in modules for _ in range(2)]
+        self._kinds = ["_parameters", "_buffers"] * len(modules)
+        self._contents = self._read()
+        self._declared = self._contents.presence
+        self._exchanged: dict[Key, Tensor] = {}
+        self._others = [*self._contents.own]
 
-    def exchange(self, store: str, sites: Sequence[Site], tensor: Tensor) -> None:
+    def exchange(self, kind: str, sites: Sequence[Site], tensor: Tensor) -> None:
         """Have another tensor in these sites of `_parameters` or `_buffers`, after the next `put`."""
         for module, name in sites:
-            self._others[self._index[id(vars(module)[store]), name]] = tensor
+            key = (id(vars(module)), kind, name)
+            self._exchanged[key] = tensor
+            self._others[self._contents.positions[key]] = tensor
 
     def look(self) -> None:
         """Note what is there now: a part may have been given another tensor of its own.
@@ -56,35 +86,51 @@ class Stores:
         """
         if self._are_as_before():
             return
-        now = [store.get(name) for store, name in zip(self._in, self._names, strict=True)]
-        if _are_there(now) != _are_there(self._own) or [*map(len, self._stores)] != self._sizes:
+        now = self._read()
+        if now.presence != self._declared:
             raise NotAsDeclared
-        self._own = now
+        self._contents = now
+        self._others = [self._exchanged.get(key, own) for key, own in zip(now.keys, now.own, strict=True)]
 
     def put(self) -> None:
-        """Put the others in; asked after a `look`."""
-        deque(map(setitem, self._in, self._names, self._others), maxlen=0)
+        """Put the others in; after a `look`."""
+        deque(map(setitem, self._contents.within, self._contents.names, self._others), maxlen=0)
 
     def take_back(self) -> None:
-        """Have every dict hold what it held before, and nothing else."""
-        deque(map(setitem, self._in, self._names, self._own), maxlen=0)
-        if [*map(len, self._stores)] != self._sizes:
-            for store in self._stores:
-                for name in [name for name in store if (id(store), name) not in self._index]:
-                    del store[name]
+        """Have every dict hold what it held at the last `look`, in that order, and nothing else."""
+        contents = self._contents
+        if [*chain.from_iterable(contents.stores)] != contents.names:
+            for store in contents.stores:
+                store.clear()
+        deque(map(setitem, contents.within, contents.names, contents.own), maxlen=0)
 
     def has_lost(self) -> bool:
         """Whether something that was there is gone or None by now."""
-        now = [store.get(name) for store, name in zip(self._in, self._names, strict=True)]
-        return any(is_there and tensor is None for is_there, tensor in zip(_are_there(self._own), now, strict=True))
+        contents = self._contents
+        return any(
+            own is not None and store.get(name) is None
+            for store, name, own in zip(contents.within, contents.names, contents.own, strict=True)
+        )
 
     def _are_as_before(self) -> bool:
-        try:
-            same = all(map(is_, map(getitem, self._in, self._names), self._own))
-        except KeyError:
+        contents = self._contents
+        if not all(map(is_, map(getitem, self._parts, self._kinds), contents.stores)):
             return False
-        return same and [*map(len, self._stores)] == self._sizes
+        if [*chain.from_iterable(contents.stores)] != contents.names:
+            return False
+        return all(map(is_, map(getitem, contents.within, contents.names), contents.own))
 
-
-def _are_there(tensors: Sequence[Tensor | None]) -> list[bool]:
-    return [tensor is not None for tensor in tensors]
+    def _read(self) -> Contents:
+        stores = [part[kind] for part, kind in zip(self._parts, self._kinds, strict=True)]
+        places = [
+            ((id(part), kind, name), store, name, tensor)
+            for part, kind, store in zip(self._parts, self._kinds, stores, strict=True)
+            for name, tensor in store.items()
+        ]
+        return Contents(
+            stores,
+            [key for key, *_ in places],
+            [store for _, store, *_ in places],
+            [name for _, _, name, _ in places],
+            [tensor for *_, tensor in places],
+        )

@@ -318,3 +318,54 @@ def test_a_deep_copy_is_compiled_anew():
     copied = copy.deepcopy(step)
     _, _ = copied(copied.init(), torch.randn(5, 4))
     assert (step.traces, copied.traces) == (0, 1)
+
+
+@pytest.mark.parametrize("donate", [True, False])
+def test_a_state_that_is_let_go_is_gone(donate):
+    """But for the values of its parameters, which the tensors that Dynamo sees stand for."""
+    model = nn.Linear(3, 2)
+    step = ff.Step(
+        model,
+        lambda model, x: {"loss": model(x).square().mean()},
+        {"loss": "*"},
+        optimizer=ff.optim.adam(0.1),
+        compile={"backend": "aot_eager"},
+        donate=donate,
+    )
+    state = step.init()
+    for size in (4, 5, 6):  # programs for one size and for any
+        state, _ = step(state, torch.randn(size, 3))
+    kept = [weakref.ref(tensor) for tensor in optree.tree_leaves(state)]
+    assert len(kept) > 6
+    del state
+    gc.collect()
+    assert [seen for seen in kept if seen() is not None] == []
+
+
+def test_a_forward_that_makes_a_buffer_once_does_not_end_the_step():
+    class Made(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.makes = nn.Linear(4, 4), True
+            self.register_buffer("known", torch.zeros(4))
+
+        def forward(self, x):
+            if self.makes:
+                self.register_buffer("new", torch.ones(4))
+            return self.linear(x)
+
+    model = Made()
+    step = ff.Step(
+        model,
+        lambda model, x: {"loss": model(x).square().mean()},
+        {"loss": "*"},
+        optimizer=ff.optim.sgd(0.1),
+        compile={"backend": "aot_eager"},
+    )
+    state, _ = step(step.init(), torch.randn(3, 4))
+    assert [*model._buffers] == ["known"]
+    with pytest.raises(RuntimeError, match="the forward made a buffer, new"):
+        step(state, torch.randn(3, 4))
+    model.makes = False
+    state, _ = step(state, torch.randn(3, 4))
+    assert int(state.step) == 2

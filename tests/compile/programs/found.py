@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from types import SimpleNamespace
 
 import torch
@@ -179,3 +181,94 @@ def a_weight_that_becomes_nan():
 @program(wrong="sgd: the lr schedule must give a number or a 0-d tensor, got NoneType")
 def a_rate_that_becomes_none():
     return World(net(), square, optimizer=ff.optim.sgd(lambda step: None if int(step) > 1 else 0.1))
+
+
+@program
+def a_part_that_takes_the_dict_of_another():
+    model = net()
+    return World(model, square, change=lambda: vars(model[2]).update(vars(copy.deepcopy(model[2]))))
+
+
+@program
+def a_norm_that_is_set_to_the_state_of_another():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    other = copy.deepcopy(model[1])
+    other.running_mean += 1.0
+    return World(model, square, change=lambda: model[1].__setstate__(vars(other)))
+
+
+@program(traces=1)
+def dicts_that_are_others_with_the_same_in_them():
+    model = net()
+
+    def change():
+        for part in model:
+            vars(part)["_parameters"] = dict(part._parameters)
+
+    return World(model, square, change={turn: change for turn in range(1, 4)})
+
+
+@program
+def a_buffer_that_is_written_to_and_then_changes_its_name():
+    def f(self, h):
+        y = h + self.last
+        self.last.copy_(y.detach().mean(0))
+        self.now, self.last = self.last, self.now
+        return y
+
+    return World(with_buffers(f, now=torch.zeros(4), last=torch.rand(4)), square)
+
+
+@program
+def a_buffer_that_changes_its_name_and_is_then_written_to():
+    def f(self, h):
+        self.now, self.last = self.last, self.now
+        self.last.mul_(0.5)
+        return h + self.last - self.now
+
+    return World(with_buffers(f, now=torch.rand(4), last=torch.rand(4)), square)
+
+
+@program(traces=3)
+def a_cached_buffer_by_turns_with_another_tensor():
+    def f(self, h):
+        if self.keeps:
+            self.cache = self.a
+        return h + self.cache.sum()
+
+    model = with_buffers(f, a=torch.rand(4))
+    model.keeps, model.cache = True, None
+    kept: list[torch.Tensor] = []
+
+    def change(turn):
+        model.keeps = False
+        kept.append(model.cache)
+        model.cache = kept[0] if turn % 2 else torch.ones(3, 5)
+
+    changes = {turn: functools.partial(change, turn) for turn in range(1, 12)}
+    return World(model, square, change=changes, steps=12)
+
+
+@program(eager="by another way than the model", traces=3)
+def parameters_in_the_batch_by_turns():
+    model = net()
+    given = [lambda: model[0].weight, lambda: torch.ones(4, 4), lambda: model[2].weight]
+
+    def losses(m, batch):
+        return {"loss": (m(batch[0]) * batch[1].sum()).square().mean()}
+
+    return World(model, losses, batch=lambda turn: (torch.randn(6, 4), given[turn % 3]()), steps=9)
+
+
+@program
+def a_buffer_that_is_made_anew_in_its_place():
+    def f(self, h):
+        if self.turn == 0:
+            del self.a
+            self.register_buffer("a", torch.ones(4))
+        self.turn += 1
+        return h + self.a
+
+    model = with_buffers(f, a=torch.rand(4), b=torch.rand(4))
+    model.turn = 0
+    return World(model, square, seen=lambda: [*model._buffers])
