@@ -233,7 +233,8 @@ class Step:
         """
         check_fits(state, self.specification)
         buffers = {path: tensor.clone() for path, tensor in state.buffers.items()}
-        params = dict(zip(self.plan.paths, self.computation.evaluation.leaves(state.params), strict=True))
+        leaves = self.computation.evaluation.leaves(state.params)
+        params = {path: leaf.detach() for path, leaf in zip(self.plan.paths, leaves, strict=True)}
         with torch.no_grad(), self.functional.holding(params, buffers), flags_kept(self.module):
             marks = marks_of(params)
             result = f(self.module, *args)

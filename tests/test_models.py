@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import funcfreeze as ff
 from laws import assert_step_law
 from vision import make_importable, torchvision
 
@@ -65,3 +66,20 @@ def test_language_models(make, engine):
 
     routes = {"lm": "lm", "domain": {"probe": 1.0, "lm": -0.1}}
     assert_step_law(model, losses, routes, torch.randint(50, (3, 7)), engine=engine, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("engine", ["routed", "reference", "toggle"])
+def test_what_is_kept_on_a_parameter_is_seen(engine):
+    """Libraries keep shapes, scales and flags there, and read them in the forward."""
+    model = nn.Linear(3, 1)
+    model.weight.scale = 2.0
+    x = torch.randn(4, 3)
+
+    def losses(model, x):
+        return {"loss": (model(x) * getattr(model.weight, "scale", 1.0)).square().mean()}
+
+    step = ff.Step(model, losses, {"loss": "*"}, optimizer=ff.optim.sgd(0.1), engine=engine)
+    state, metrics = step(step.init(), x)
+    torch.testing.assert_close(metrics["loss"], losses(model, x)["loss"].detach())
+    assert step.call(state, lambda model: model.weight.scale) == 2.0
+    assert not any(vars(tensor) for tensor in state.params.values()), "states are plain data"

@@ -76,7 +76,9 @@ class Stores:
         for module, name in sites:
             key = (id(vars(module)), kind, name)
             self._exchanged[key] = tensor
-            self._others[self._contents.positions[key]] = tensor
+            position = self._contents.positions[key]
+            self._others[position] = tensor
+            _share_attributes(self._contents.own[position], tensor)
 
     def look(self) -> None:
         """Note what is there now: a part may have been given another tensor of its own.
@@ -91,6 +93,8 @@ class Stores:
             raise NotAsDeclared
         self._contents = now
         self._others = [self._exchanged.get(key, own) for key, own in zip(now.keys, now.own, strict=True)]
+        for own, other in zip(now.own, self._others, strict=True):
+            _share_attributes(own, other)
 
     def put(self) -> None:
         """Put the others in; after a `look`."""
@@ -134,3 +138,9 @@ class Stores:
             [name for _, _, name, _ in places],
             [tensor for *_, tensor in places],
         )
+
+
+def _share_attributes(own: Tensor | None, other: Tensor | None) -> None:
+    """Have what somebody keeps on a parameter (`weight.scale`) on what stands for it, too, now and later."""
+    if own is not None and other is not None:
+        other.__dict__ = own.__dict__

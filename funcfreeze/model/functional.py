@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter, eq, is_
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -192,8 +193,10 @@ class FunctionalModule:
             ]
             stores += [module.__dict__["_buffers"] for module in self.modules]
             kept += [store.copy() if store else None for store in stores]
-            for store, name, _, given in taken:
+            for store, name, own, given in taken:
                 store[name] = given
+                if own.__dict__:
+                    given.__dict__ |= attributes_of(own)
             self.put_buffers(buffers)
         except BaseException:
             release()
@@ -276,6 +279,11 @@ class FunctionalModule:
                             f"the forward made a {noun}, {f'{prefix}.{name}' if prefix else name}, that was not there, "
                             "or None, when the Step was built; run one batch through the model first"
                         )
+
+
+def attributes_of(own: Tensor) -> dict[str, Any]:
+    """What somebody keeps on a parameter (`weight.scale`), for what stands for it; but for Dynamo's notes on it."""
+    return {name: value for name, value in own.__dict__.items() if not name.startswith("_dynamo_")}
 
 
 _EXCHANGING = threading.RLock()

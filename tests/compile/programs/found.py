@@ -205,7 +205,7 @@ def dicts_that_are_others_with_the_same_in_them():
         for part in model:
             vars(part)["_parameters"] = dict(part._parameters)
 
-    return World(model, square, change={turn: change for turn in range(1, 4)})
+    return World(model, square, change=dict.fromkeys(range(1, 4), change))
 
 
 @program
@@ -272,3 +272,16 @@ def a_buffer_that_is_made_anew_in_its_place():
     model = with_buffers(f, a=torch.rand(4), b=torch.rand(4))
     model.turn = 0
     return World(model, square, seen=lambda: [*model._buffers])
+
+
+@program
+def a_number_kept_on_a_parameter():
+    model = net()
+    model[0].weight.scale = 2.0
+
+    def losses(m, x):
+        return {
+            "loss": (m(x) * getattr(m[0].weight, "scale", 1.0) * getattr(m[2].weight, "scale", 1.0)).square().mean()
+        }
+
+    return World(model, losses, change=lambda: setattr(model[2].weight, "scale", 3.0))
