@@ -139,14 +139,30 @@ def test_distributed_wrappers_are_refused_with_the_reason(tmp_path):
 
         mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
         sharded = fully_shard(nn.Linear(2, 2), mesh=mesh)
-        for wrapped, text in (
-            (parallel, r"wrapped by DistributedDataParallel, which reduces gradients by hooks.*\(\.module\)"),
-            (sharded, "sharded by fully_shard.*pass the module before it is sharded"),
+        inside = nn.Sequential(parallel)
+        wrapped_by = (
+            r"wrapped by DistributedDataParallel, which reduces gradients by hooks.*funcfreeze\.combine.*\.module"
+        )
+        sharded_by = "sharded by fully_shard.*pass the module before it is sharded"
+        averaged_by = r"every rank would go on with its own. Use ff.combine\(.*no_sync"
+        loss = {"a": torch.ones((), requires_grad=True)}
+        for wrapped, of_step, of_backward in (
+            (parallel, wrapped_by, averaged_by),
+            (inside, wrapped_by, wrapped_by),
+            (sharded, sharded_by, sharded_by),
         ):
-            with pytest.raises(TypeError, match=text):
+            with pytest.raises(TypeError, match=of_step):
                 step(m=wrapped, routes={"a": "*"})
+            with pytest.raises(TypeError, match=of_backward):
+                ff.backward(loss, {"a": "*"}, wrapped)
+        for wrapped, text in ((inside, wrapped_by), (sharded, sharded_by)):
             with pytest.raises(TypeError, match=text):
-                ff.backward({"a": torch.ones((), requires_grad=True)}, {"a": "*"}, wrapped)
+                ff.combine(loss, {"a": "*"}, wrapped)
+        with pytest.raises(TypeError, match=averaged_by):
+            ff.backward(loss, {"a": "*"}, parallel.module)
+        with parallel.no_sync():
+            ff.backward({"a": parallel(torch.ones(1, 2)).sum()}, {"a": "weight"}, parallel)
+        assert (parallel.module.weight.grad, parallel.module.bias.grad) == (pytest.approx(torch.ones(2, 2)), None)
     finally:
         dist.destroy_process_group()
 

@@ -15,6 +15,7 @@ from funcfreeze.gradients.returned import check_losses
 from funcfreeze.gradients.routed import planned_backward, read_losses
 from funcfreeze.gradients.sums import plus
 from funcfreeze.loops.freedom import note_call, without_hooks_where_free
+from funcfreeze.loops.replicas import is_averaging, unwrapped, wrappers
 from funcfreeze.model.acceptance import as_module, refuse_unusable
 from funcfreeze.model.sites import module_leaves
 
@@ -36,7 +37,8 @@ def backward(losses: Mapping[str, Tensor | None], routes: object, model: nn.Modu
 
     Raises:
         RouteError: everything that is wrong with the routes or the losses, at once.
-        TypeError: the model is wrapped by DDP, sharded by `fully_shard`, or a ScriptModule.
+        TypeError: the model is sharded by `fully_shard`, a ScriptModule, or wrapped by `DistributedDataParallel`,
+            outside of its `no_sync()`.
 
         Whatever is raised, no `.grad` has changed.
 
@@ -49,7 +51,13 @@ def backward(losses: Mapping[str, Tensor | None], routes: object, model: nn.Modu
     (tensor([[0., 0.],
             [0., 0.]]), tensor([1.]))
     """
-    module = as_module(model)
+    if any(map(is_averaging, wrappers(model))):
+        raise TypeError(
+            "DistributedDataParallel is around the model, and averages gradients in loss.backward() alone: every rank "
+            "would go on with its own. Use ff.combine(losses, routes, model).backward(), or ff.backward inside of "
+            "no_sync() and average what it leaves in .grad"
+        )
+    module = as_module(unwrapped(model))
     refuse_unusable(module)
     leaves = module_leaves(module)
     routing = Routing.of(resolve_plan(routes, leaves))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from funcfreeze.declare.plan import Plan, resolve_plan
 from funcfreeze.declare.selectors import RouteError
@@ -27,6 +28,7 @@ from funcfreeze.gradients.seed import seed_of
 from funcfreeze.gradients.walk import is_kept
 from funcfreeze.gradients.weights import UNIT_WEIGHT
 from funcfreeze.loops.freedom import Moment, hooked_anywhere, note_call, without_hooks_where_free
+from funcfreeze.loops.replicas import averaged, begin_backward, unwrapped, waits_for_all, wrappers
 from funcfreeze.model.acceptance import as_module, refuse_unusable
 from funcfreeze.model.sites import module_leaves
 
@@ -48,7 +50,7 @@ def plan(model: nn.Module | Mapping[str, nn.Module], routes: object) -> Plan:
     cls updates 4 of 4 parameters (9 of 9 elements)
     adv updates 2 of 4 parameters (6 of 9 elements)
     """
-    module = as_module(model)
+    module = as_module(unwrapped(model))
     refuse_unusable(module)
     return resolve_plan(routes, module_leaves(module))
 
@@ -72,11 +74,16 @@ def combine(
     backward: detach or freeze what needs none, since a graph that reaches them may have to be walked once for each
     loss. Under `torch.no_grad()` the result is the plain sum, since trainers evaluate so.
 
+    Under `DistributedDataParallel` gradients are averaged as for a plain loss, all of them once. Parameters that no
+    loss touches on any rank keep their `.grad` with `find_unused_parameters=True`; without it `DistributedDataParallel`
+    gives them zeros.
+
     Args:
         losses: name -> 0-d floating tensor on a live graph; for a loss that is absent this time None, and nothing else.
         routes: loss name -> which parameters it may update (see `Route`), or what `plan` made of them, which is
             quicker.
-        model: the module whose parameters the losses were computed from, or a mapping of modules.
+        model: the module whose parameters the losses were computed from, or a mapping of modules;
+            `DistributedDataParallel` around them does not matter.
         step: the count of steps, for weights that are schedules.
 
     Returns:
@@ -84,8 +91,8 @@ def combine(
 
     Raises:
         RouteError: everything that is wrong with the routes or the losses, at once.
-        TypeError: the model is wrapped by DDP, sharded by `fully_shard`, or a ScriptModule; or a weight is a schedule
-            and there is no `step`.
+        TypeError: the model is sharded by `fully_shard`, or a ScriptModule; or a weight is a schedule and there is no
+            `step`.
 
     >>> from torch import nn
     >>> net = nn.ModuleDict({"encoder": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
@@ -96,7 +103,7 @@ def combine(
     (0.0, tensor([[0., 0.],
             [0., 0.]]), tensor([1.]))
     """
-    module = as_module(model)
+    module = as_module(unwrapped(model))
     refuse_unusable(module)
     leaves = module_leaves(module)
     routing = Routing.of(resolve_plan(routes, leaves))
@@ -108,14 +115,26 @@ def combine(
         return value
     graph, parameters, routing = _read(present, parameters, routing)
     graph = without_hooks_where_free(graph, parameters)
-    passes = plan_passes(graph.structure, routing.weights)
-    wanted = sorted({leaf for planned in passes for leaf, _, _ in planned.leaves})
+    around = wrappers(model)
+    touched = {leaf for planned in plan_passes(graph.structure, routing.weights) for leaf, _, _ in planned.leaves}
+    wanted = sorted(touched | _waited_for(around, graph, parameters))
     call = _Call(graph, [loss.detach() if loss is not None else None for loss in present], parameters, routing, weights)
-    call.wanted, call.moment = wanted, note_call()
+    call.wanted, call.around, call.moment = wanted, around, note_call()
     # without any parameter to hang on it is still a loss: of absent losses alone, say
     inputs = [parameters[index] for index in wanted] or [torch.zeros((), requires_grad=True)]
     combined: Tensor = _Combined.apply(call, value, *inputs)  # type: ignore[no-untyped-call]  # torch's
     return combined
+
+
+def _waited_for(around: Sequence[DistributedDataParallel], graph: LiveGraph, parameters: Sequence[Tensor]) -> set[int]:
+    """The parameters of which `DistributedDataParallel` must hear, also that there is no gradient."""
+    found: set[int] = set()
+    reached = {leaf for leaf in graph.structure.leaves[1::2] if leaf != NO_LEAF}
+    index = {id(parameter): number for number, parameter in enumerate(parameters)}
+    for wrapper in around:
+        numbers = {index[id(parameter)] for parameter in averaged(wrapper) if id(parameter) in index}
+        found |= numbers if waits_for_all(wrapper) else numbers & reached
+    return found
 
 
 def _sum(losses: Sequence[Tensor | None], device: torch.device) -> Tensor:
@@ -156,10 +175,12 @@ class _Call:
 
     Attributes:
         wanted: the leaves that get a gradient.
+        around: what averages the gradients of the model's parameters.
         moment: when the losses were complete.
     """
 
     wanted: list[int]
+    around: Sequence[DistributedDataParallel]
     moment: Moment
 
     def __init__(
@@ -185,6 +206,8 @@ class _Call:
         if Moment.now().handles != self._handles:
             graph = hooked_anywhere(graph)  # something was hooked since the losses were combined
         seeds = [None if loss is None else seed_of(loss, cotangent) for loss in self._losses]
+        for wrapper in self.around:
+            begin_backward(wrapper)
         keeps = is_kept()
         if not keeps:
             self._graph = None
@@ -195,7 +218,12 @@ class _Call:
         if noticed.all_known and not noticed.nodes:
             self.moment.handles += noticed.registrations  # of hooks that are gone
             self._handles += noticed.registrations
-        return [found[index] for index in self.wanted]
+        return [_or_zeros(found[index], self._leaves[index]) for index in self.wanted]
+
+
+def _or_zeros(gradient: Tensor | None, leaf: Tensor) -> Tensor | None:
+    """No gradient stays none, but for hooks, which autograd would call with None."""
+    return torch.zeros_like(leaf) if gradient is None and leaf._backward_hooks else gradient
 
 
 @contextmanager

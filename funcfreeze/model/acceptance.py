@@ -38,7 +38,9 @@ def _refusal(path: str, module: nn.Module) -> str | None:
     if kinds & {"DistributedDataParallel", "DataParallel"}:
         return (
             f"{where} is wrapped by {type(module).__name__}, which reduces gradients by hooks that fire only in "
-            "loss.backward(); pass the module inside it (.module) and reduce the merged gradient yourself"
+            "loss.backward(): keep it in a loop with funcfreeze.combine(losses, routes, model).backward() "
+            "(DistributedDataParallel around the whole model or modules of a mapping), or pass the module inside it "
+            "(.module)"
         )
     if "FSDPModule" in kinds or "FullyShardedDataParallel" in kinds:
         return (

@@ -1,0 +1,82 @@
+"""Models under `DistributedDataParallel`, which averages gradients by hooks that fire in `loss.backward()` alone."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def unwrapped(model: nn.Module | Mapping[str, nn.Module]) -> nn.Module | Mapping[str, nn.Module]:
+    """The model without `DistributedDataParallel` around it, or around the modules of a mapping."""
+    if isinstance(model, DistributedDataParallel):
+        inner: nn.Module = model.module
+        return inner
+    if isinstance(model, Mapping) and any(isinstance(inner, DistributedDataParallel) for inner in model.values()):
+        return {
+            name: inner.module if isinstance(inner, DistributedDataParallel) else inner for name, inner in model.items()
+        }
+    return model
+
+
+def wrappers(model: nn.Module | Mapping[str, nn.Module]) -> list[DistributedDataParallel]:
+    """What is wrapped around the model, or around the modules of a mapping: given with it, or found around it."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return []
+    modules = [*model.values()] if isinstance(model, Mapping) else [model]
+    found = [module if isinstance(module, DistributedDataParallel) else _around(module) for module in modules]
+    return [wrapper for wrapper in found if wrapper is not None]
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, Callable[[], DistributedDataParallel | None]] = WeakKeyDictionary()
+"""For a module that was looked for, what is around it: a look takes longer than the step of a small network."""
+
+
+def _around(module: nn.Module) -> DistributedDataParallel | None:
+    if module not in _KNOWN:
+        stores = [held for held in gc.get_referrers(module) if isinstance(held, dict) and held.get("module") is module]
+        attributes = [held for store in stores for held in gc.get_referrers(store) if isinstance(held, dict)]
+        owners = [owner for held in attributes for owner in gc.get_referrers(held)]
+        found = [owner for owner in owners if isinstance(owner, DistributedDataParallel)]
+        _KNOWN[module] = ref(found[0]) if found else _nothing
+    return _KNOWN[module]()
+
+
+def _nothing() -> None:
+    """In the place of a weak reference."""
+
+
+def is_averaging(wrapper: DistributedDataParallel) -> bool:
+    """Whether it wants to average the gradients of a backward now: outside of `no_sync()`."""
+    found: bool = wrapper.require_backward_grad_sync
+    return found
+
+
+def averaged(wrapper: DistributedDataParallel) -> list[Tensor]:
+    """The parameters whose gradients it averages."""
+    ignored = wrapper.parameters_to_ignore
+    named = wrapper.module.named_parameters()
+    return [parameter for name, parameter in named if parameter.requires_grad and name not in ignored]
+
+
+def waits_for_all(wrapper: DistributedDataParallel) -> bool:
+    """Whether it waits for the gradient of every parameter, also of those that a forward did not use."""
+    return not wrapper.find_unused_parameters or wrapper.static_graph
+
+
+def begin_backward(wrapper: DistributedDataParallel) -> None:
+    """Inside a backward: have gradients averaged at its end.
+
+    With `static_graph=True` the first backward does that in a callback, which a node that is put around the forward's
+    outputs asks for. That node runs in an engine call of ours, at whose end there are no gradients yet; hence this one
+    asks before it does. Both names are private to torch; there is no public way.
+    """
+    if wrapper.static_graph and not wrapper._static_graph_delay_allreduce_enqueued:
+        wrapper._static_graph_delay_allreduce_enqueued = True
+        torch.autograd.Variable._execution_engine.queue_callback(
+            wrapper.reducer._delay_all_reduce  # type: ignore[attr-defined]  # its stub forgets it
+        )

@@ -1,0 +1,38 @@
+"""`ff.combine` under DistributedDataParallel, on ranks of its own; what runs there is in `ranks.py`."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+PROGRAM = pathlib.Path(__file__).parent / "ranks.py"
+SLOW = pytest.mark.skipif("FUNCFREEZE_ALL_PROGRAMS" not in os.environ, reason="half a minute; CI runs it")
+ALL = [("find", 2), ("static", 2), *(pytest.param(*each, marks=SLOW) for each in (("plain", 2), ("static find", 2)))]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+@pytest.mark.parametrize(("mode", "ranks"), [*ALL, pytest.param("find", 4, marks=SLOW)])
+def test_as_one_process_that_sees_all_shares(mode, ranks, tmp_path):
+    paths = [str(PROGRAM.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    commands = [
+        [sys.executable, str(PROGRAM), str(rank), str(ranks), str(tmp_path / "meet"), mode] for rank in range(ranks)
+    ]
+    running = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for command in commands
+    ]
+    for process in running:
+        out, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        found = json.loads(out)
+        assert found["worst"] < 1e-12
+        still = {"reached.weight", "reached.bias"} | ({"unused.weight", "unused.bias"} if "find" in mode else set())
+        assert {name for name, moved in found["moved"].items() if not moved} == still
+        assert "every rank would go on with its own. Use ff.combine(" in found["refused"]
