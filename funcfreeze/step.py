@@ -196,8 +196,8 @@ class Step:
             Whatever is raised, the tensors of module and state are as they were, but for two cases. What `losses`
             writes to a parameter for the first time after the step's first call is in the memory of the state already,
             which frozen parameters share with the module and other states. And compiled code that fails when it runs,
-            at an index out of bounds, may have moved some parameters of a model of fewer than 16, or under a transform
-            that is not of `funcfreeze.optim`.
+            at an index out of bounds, may have moved some parameters where torch's fused kernels do not make the
+            update: under transforms that are not of `funcfreeze.optim`, or that keep their state in another dtype.
         """
         state = check_fits(state, self.specification)
         lease_of(state).gradients = ()

@@ -17,9 +17,6 @@ from funcfreeze.optim.unchanged import Checks
 
 Entry = dict[str, Tensor]
 
-FEW = 16
-"""Compiling the formula takes 0.2 s for each parameter (two cores); the fused kernel, called whole, takes none."""
-
 TOGETHER = 32
 """Parameters that one call of the fused kernel overwrites in a graph: compiling takes time that grows with the square
 of it (106 s instead of 47 for all of 400 at once), and on CUDA a launch takes 36 at most anyway."""
@@ -122,8 +119,7 @@ def leafwise(rule: Rule, lr: LearningRate) -> Transform:
         named = by_path(params)
         touched, entries, rate = prepare(grads, state, named, step)
         touched = apart(touched, [named[path] for path in touched])
-        fusable = () if _better_as_code(touched) else touched
-        fused = {path: None for path in fusable if _fusable(rule, named[path], touched[path], entries[path])}
+        fused = {path: None for path in touched if _fusable(rule, named[path], touched[path], entries[path])}
         runs = _fused_runs(rule, list(fused), named, touched, entries, rate, found_inf)
         if len(fused) == len(touched) and len(runs) == 1 and _all_there(grads, state, params):
             checks.note(tuple(touched), [named[path] for path in touched], _kept(entries.values()), [*touched.values()])
@@ -263,11 +259,6 @@ def _check_writable(params: Mapping[str, Tensor]) -> None:
     ]
     if problems:
         raise ValueError(lines("expanded tensors cannot be updated in place; clone them first:", problems))
-
-
-def _better_as_code(touched: Mapping[str, Tensor]) -> bool:
-    """Whether a compiler should make code from the formula: for few parameters on the CPU, where calls cost most."""
-    return len(touched) <= FEW and all(grad.device.type == "cpu" and is_traced(grad) for grad in touched.values())
 
 
 def _fusable(rule: Rule, param: Tensor, grad: Tensor, entry: Entry) -> bool:
