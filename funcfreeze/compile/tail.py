@@ -107,7 +107,7 @@ def take_off(module: GraphModule, kernels: bool) -> Tail:
     (output,) = graph.find_nodes(op="output")
     outputs = [*output.args[0]]
     number = len(outputs)
-    taken = _last_calls(module, places) if kernels else []
+    taken = _last_calls(module) if kernels else []
 
     def place(given: Node) -> int:
         if given in places:
@@ -164,13 +164,13 @@ def _added(one: Any, other: Any) -> Any:
     return one if type(one) is type(other) and one == other else _APART
 
 
-def _last_calls(module: GraphModule, places: dict[Node, int]) -> list[Node]:
+def _last_calls(module: GraphModule) -> list[Node]:
     """The kernels at the end: none of what they write to is read afterwards but by kernels."""
     found: list[Node] = []
     later: set[Node] = set()
     for node in reversed([*module.graph.nodes]):
         if node.target in KERNELS:
-            if {given for given in node.all_input_nodes if given in places} & later:
+            if later.intersection(node.all_input_nodes):
                 break
             found.insert(0, node)
         elif node.op != "output":

@@ -285,3 +285,20 @@ def a_number_kept_on_a_parameter():
         }
 
     return World(model, losses, change=lambda: setattr(model[2].weight, "scale", 3.0))
+
+
+@program
+def optimizer_state_that_a_second_step_begins():
+    model = nn.ModuleDict({"g": net(), "d": net()})
+    world = World(
+        model, lambda m, x: {"g": m["d"](m["g"](x)).square().mean()}, routes={"g": "g"}, optimizer=ff.optim.adam(0.1)
+    )
+
+    def between(step, state, turn):
+        if turn != 1:
+            return step, state
+        losses = lambda m, x: {"d": (m["d"](m["g"](x)) - 1).square().mean()}  # noqa: E731
+        return ff.Step(model, losses, {"d": "d"}, optimizer=ff.optim.adam(0.2), compile=world.compile), state
+
+    world.between = between
+    return world
