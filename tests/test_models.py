@@ -72,14 +72,16 @@ def test_language_models(make, engine):
 def test_what_is_kept_on_a_parameter_is_seen(engine):
     """Libraries keep shapes, scales and flags there, and read them in the forward."""
     model = nn.Linear(3, 1)
-    model.weight.scale = 2.0
+    model.register_buffer("shift", torch.ones(1))
+    model.weight.scale, model.shift.scale = 2.0, 3.0
     x = torch.randn(4, 3)
 
     def losses(model, x):
-        return {"loss": (model(x) * getattr(model.weight, "scale", 1.0)).square().mean()}
+        return {"loss": (model(x) * model.weight.scale + model.shift * model.shift.scale).square().mean()}
 
     step = ff.Step(model, losses, {"loss": "*"}, optimizer=ff.optim.sgd(0.1), engine=engine)
     state, metrics = step(step.init(), x)
     torch.testing.assert_close(metrics["loss"], losses(model, x)["loss"].detach())
     assert step.call(state, lambda model: model.weight.scale) == 2.0
-    assert not any(vars(tensor) for tensor in state.params.values()), "states are plain data"
+    assert not any(vars(tensor) for tensor in (*state.params.values(), *state.buffers.values())), "it is plain data"
+    assert ff.verify(step, state, x).ok

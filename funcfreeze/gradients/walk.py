@@ -7,7 +7,7 @@ is private to torch, and has had these arguments from 2.11 to 2.15.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,3 +33,8 @@ def is_kept() -> bool:
     """Inside a node's backward: whether the engine's call that runs it retains the graph."""
     kept: bool = torch._C._autograd._get_current_graph_task_keep_graph()
     return kept
+
+
+def at_end_of_backward(f: Callable[[], None]) -> None:
+    """Inside a node's backward: call a function when the engine's call that runs it has ended, if it does not fail."""
+    torch.autograd.Variable._execution_engine.queue_callback(f)

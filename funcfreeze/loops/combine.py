@@ -6,9 +6,9 @@ a parameter or on `loss.backward()` works as it does for a plain loss: accumulat
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -25,7 +25,7 @@ from funcfreeze.gradients.passes import plan_passes
 from funcfreeze.gradients.returned import check_losses
 from funcfreeze.gradients.routed import LiveGraph, planned_backward, read_losses
 from funcfreeze.gradients.seed import seed_of
-from funcfreeze.gradients.walk import is_kept
+from funcfreeze.gradients.walk import at_end_of_backward, is_kept
 from funcfreeze.gradients.weights import UNIT_WEIGHT
 from funcfreeze.loops.freedom import Moment, hooked_anywhere, note_call, without_hooks_where_free
 from funcfreeze.loops.replicas import averaged, begin_backward, unwrapped, waits_for_all, wrappers
@@ -72,7 +72,8 @@ def combine(
     `.grad` it has. Hooks on activations run as they would for each loss alone. Tensors that require grad and belong to
     no parameter of the model (inputs, other models' parameters) get the gradient of the plain sum, as from any
     backward: detach or freeze what needs none, since a graph that reaches them may have to be walked once for each
-    loss. Under `torch.no_grad()` the result is the plain sum, since trainers evaluate so.
+    loss. A further loss on the same forward belongs into `losses`, with a route: added to the result, it would find the
+    graph used up. Under `torch.no_grad()` the result is the plain sum, since trainers evaluate so.
 
     Under `DistributedDataParallel` gradients are averaged as for a plain loss, all of them once. Parameters that no
     loss touches on any rank keep their `.grad` with `find_unused_parameters=True`; without it `DistributedDataParallel`
@@ -118,8 +119,8 @@ def combine(
     around = wrappers(model)
     touched = {leaf for planned in plan_passes(graph.structure, routing.weights) for leaf, _, _ in planned.leaves}
     wanted = sorted(touched | _waited_for(around, graph, parameters))
-    call = _Call(graph, [loss.detach() if loss is not None else None for loss in present], parameters, routing, weights)
-    call.wanted, call.around, call.moment = wanted, around, note_call()
+    values = [None if loss is None else loss.detach() for loss in present]
+    call = _Call(graph, values, parameters, routing, weights, wanted, around, note_call())
     # without any parameter to hang on it is still a loss: of absent losses alone, say
     inputs = [parameters[index] for index in wanted] or [torch.zeros((), requires_grad=True)]
     combined: Tensor = _Combined.apply(call, value, *inputs)  # type: ignore[no-untyped-call]  # torch's
@@ -170,60 +171,82 @@ def _read(
     return read_losses(losses, parameters, hooked=()), parameters, wider
 
 
+@dataclass
 class _Call:
     """A graph that waits for its backward.
 
     Attributes:
+        graph: the losses' graph; None once it is used up.
+        losses: their values.
+        leaves: all leaves that the graph ends in.
+        routing: which loss may update which leaf.
+        weights: the value of every weight index.
         wanted: the leaves that get a gradient.
         around: what averages the gradients of the model's parameters.
-        moment: when the losses were complete.
+        moment: when the losses were complete. The next call has the same, and counts on its handles.
     """
 
-    wanted: list[int]
+    graph: LiveGraph | None
+    losses: Sequence[Tensor | None]
+    leaves: Sequence[Tensor]
+    routing: Routing
+    weights: Sequence[float | Tensor]
+    wanted: Sequence[int]
     around: Sequence[DistributedDataParallel]
     moment: Moment
 
-    def __init__(
-        self,
-        graph: LiveGraph,
-        losses: Sequence[Tensor | None],
-        leaves: Sequence[Tensor],
-        routing: Routing,
-        weights: Sequence[float | Tensor],
-    ) -> None:
-        self._graph: LiveGraph | None = graph
-        self._losses, self._leaves, self._routing, self._weights = losses, leaves, routing, weights
-        self._handles = Moment.now().handles
-
     def gradients(self, cotangent: Tensor) -> list[Tensor | None]:
         """The merged gradients of the leaves that are wanted, times the cotangent."""
-        graph = self._graph
+        graph = self.graph
         if graph is None:
             raise RuntimeError(
                 "backward through the graph of a combined loss a second time; pass retain_graph=True to the first "
                 "call, or combine the losses of a new forward"
             )
-        if Moment.now().handles != self._handles:
+        if Moment.now().handles != self.moment.handles:
             graph = hooked_anywhere(graph)  # something was hooked since the losses were combined
-        seeds = [None if loss is None else seed_of(loss, cotangent) for loss in self._losses]
+        seeds = [None if loss is None else seed_of(loss, cotangent) for loss in self.losses]
         for wrapper in self.around:
             begin_backward(wrapper)
         keeps = is_kept()
         if not keeps:
-            self._graph = None
-        with noticing_hooks() as noticed, _hooks_left_out([self._leaves[index] for index in self.wanted]):
+            self.graph = None
+        with noticing_hooks() as noticed, _hooks_left_out([self.leaves[index] for index in self.wanted]):
             found = planned_backward(
-                graph._replace(seeds=seeds), self._leaves, self._routing, self._weights, retain_graph=keeps
+                graph._replace(seeds=seeds), self.leaves, self.routing, self.weights, retain_graph=keeps
             )
         if noticed.all_known and not noticed.nodes:
             self.moment.handles += noticed.registrations  # of hooks that are gone
-            self._handles += noticed.registrations
-        return [_or_zeros(found[index], self._leaves[index]) for index in self.wanted]
+        _spare_hooks([self.leaves[index] for index in self.wanted if found[index] is None])
+        return [found[index] for index in self.wanted]
 
 
-def _or_zeros(gradient: Tensor | None, leaf: Tensor) -> Tensor | None:
-    """No gradient stays none, but for hooks, which autograd would call with None."""
-    return torch.zeros_like(leaf) if gradient is None and leaf._backward_hooks else gradient
+@dataclass(frozen=True)
+class _UnlessNone:
+    """A hook that is not called where there is no gradient."""
+
+    hook: Callable[[Tensor], Tensor | None]
+
+    def __call__(self, gradient: Tensor | None) -> Tensor | None:
+        return None if gradient is None else self.hook(gradient)
+
+
+def _spare_hooks(leaves: Sequence[Tensor]) -> None:
+    """Inside a backward: autograd calls hooks with None where it is given no gradient; these are spared until its end.
+
+    What fails before then leaves the hooks as they are here, which differ in nothing else.
+    """
+    hooks = [leaf._backward_hooks for leaf in leaves if leaf._backward_hooks]
+    kept = [dict(held) for held in hooks]
+    for held in hooks:
+        held.update({key: hook if isinstance(hook, _UnlessNone) else _UnlessNone(hook) for key, hook in held.items()})
+
+    def give_back() -> None:
+        for held, before in zip(hooks, kept, strict=True):
+            held.update({key: hook for key, hook in before.items() if key in held})
+
+    if hooks:
+        at_end_of_backward(give_back)
 
 
 @contextmanager
@@ -244,7 +267,7 @@ class _Combined(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, value: Tensor, *leaves: Tensor) -> Tensor:
         ctx.call, ctx.number = call, len(leaves)
-        return value
+        return value.clone()  # an input that is returned is a view of it, which `loss /= n` may not write to
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:

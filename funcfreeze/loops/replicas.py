@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from funcfreeze.gradients.walk import at_end_of_backward
+
 
 def unwrapped(model: nn.Module | Mapping[str, nn.Module]) -> nn.Module | Mapping[str, nn.Module]:
     """The model without `DistributedDataParallel` around it, or around the modules of a mapping."""
@@ -73,10 +75,8 @@ def begin_backward(wrapper: DistributedDataParallel) -> None:
 
     With `static_graph=True` the first backward does that in a callback, which a node that is put around the forward's
     outputs asks for. That node runs in an engine call of ours, at whose end there are no gradients yet; hence this one
-    asks before it does. Both names are private to torch; there is no public way.
+    asks before it does. Both names of it are private to torch; there is no public way.
     """
     if wrapper.static_graph and not wrapper._static_graph_delay_allreduce_enqueued:
         wrapper._static_graph_delay_allreduce_enqueued = True
-        torch.autograd.Variable._execution_engine.queue_callback(
-            wrapper.reducer._delay_all_reduce  # type: ignore[attr-defined]  # its stub forgets it
-        )
+        at_end_of_backward(wrapper.reducer._delay_all_reduce)  # type: ignore[attr-defined]  # its stub forgets it

@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter, eq, is_
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -139,7 +138,7 @@ class FunctionalModule:
     def exchange_buffers(self, f: Callable[[Tensor], Tensor]) -> None:
         """Put `f(buffer)` in the place of every buffer, wherever it is tied."""
         for path, tensor in self.present_buffers().items():
-            _put(self.buffers[path], "_buffers", f(tensor))
+            _put(self.buffers[path], "_buffers", _with_attributes_of(tensor, f(tensor)))
 
     def exchange(self, f: Callable[[Tensor], Tensor]) -> None:
         """Put `f(tensor)` in the place of every parameter's values and of every buffer, wherever it is tied."""
@@ -185,8 +184,7 @@ class FunctionalModule:
                 _EXCHANGING.release()
 
         try:
-            if self.buffers:
-                self.present_buffers()  # all are there
+            own_buffers = self.present_buffers() if self.buffers else {}  # all are there
             taken += [
                 (site[0].__dict__["_parameters"], site[1], present(site, "_parameters"), parameters[path])
                 for path, site in self._places
@@ -194,10 +192,8 @@ class FunctionalModule:
             stores += [module.__dict__["_buffers"] for module in self.modules]
             kept += [store.copy() if store else None for store in stores]
             for store, name, own, given in taken:
-                store[name] = given
-                if own.__dict__:
-                    given.__dict__ |= attributes_of(own)
-            self.put_buffers(buffers)
+                store[name] = _with_attributes_of(own, given)
+            self.put_buffers({path: _with_attributes_of(own_buffers[path], given) for path, given in buffers.items()})
         except BaseException:
             release()
             raise
@@ -237,7 +233,13 @@ class FunctionalModule:
         problems += self._problems_with_the_set(buffers)
         if problems:
             raise RuntimeError("\n".join(problems))
-        return Left({path: tensor for path, tensor in buffers.items() if tensor is not None}, written)
+        # a state is plain data, without what somebody keeps on its tensors
+        there = {
+            path: tensor.detach() if tensor.__dict__ else tensor
+            for path, tensor in buffers.items()
+            if tensor is not None
+        }
+        return Left(there, written)
 
     def _holds(self, given: Mapping[str, Tensor]) -> bool:
         """Whether the module holds these parameters."""
@@ -251,7 +253,8 @@ class FunctionalModule:
 
     def hold_copies(self, tensors: Mapping[str, Tensor]) -> None:
         """Put copies of these buffers into the module, until it gets its own back."""
-        self.put_buffers({path: tensor.clone() for path, tensor in tensors.items()})
+        held = self.present_buffers() if tensors else {}
+        self.put_buffers({path: _with_attributes_of(held[path], tensor.clone()) for path, tensor in tensors.items()})
 
     def put_buffers(self, tensors: Mapping[str, Tensor]) -> None:
         """Put these buffers into the module, wherever they are tied."""
@@ -281,9 +284,11 @@ class FunctionalModule:
                         )
 
 
-def attributes_of(own: Tensor) -> dict[str, Any]:
-    """What somebody keeps on a parameter (`weight.scale`), for what stands for it; but for Dynamo's notes on it."""
-    return {name: value for name, value in own.__dict__.items() if not name.startswith("_dynamo_")}
+def _with_attributes_of(own: Tensor, given: Tensor) -> Tensor:
+    """What stands for a tensor, with what somebody keeps on that (`weight.scale`); but for Dynamo's notes on it."""
+    if own.__dict__:
+        given.__dict__ |= {name: value for name, value in own.__dict__.items() if not name.startswith("_dynamo_")}
+    return given
 
 
 _EXCHANGING = threading.RLock()

@@ -18,7 +18,12 @@ from funcfreeze.model.functional import FunctionalModule
 def module_copy(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """A copy of a model in another dtype; ties stay ties, which `Module.to` does not see to for buffers."""
     with _GraphsLeftOut():
-        functional = FunctionalModule.of(copy.deepcopy(module, _shared(module)))
+        memo = _shared(module)
+        functional = FunctionalModule.of(copy.deepcopy(module, memo))
+        copies = dict(functional.module.named_parameters())
+        for path, own in module.named_parameters():
+            if own.__dict__ and path in copies:
+                copies[path].__dict__ |= copy.deepcopy(own.__dict__, memo)  # torch forgets it (`weight.scale`)
     if dtype is not None:
         functional.exchange(lambda tensor: cast(tensor, dtype))
     return functional.module

@@ -36,6 +36,17 @@ def make(model, **options):
     return ff.Step(model, losses, ROUTES, optimizer=ff.optim.adam(1e-2), **{"compile": GRAPH, **options})
 
 
+def squares(model, **options):
+    return ff.Step(
+        model,
+        lambda model, x: {"loss": model(x).square().mean()},
+        {"loss": "*"},
+        optimizer=ff.optim.adam(0.1),
+        compile=GRAPH,
+        **options,
+    )
+
+
 def addresses(state):
     return [tensor.data_ptr() for tensor in optree.tree_leaves((state.params, state.optimizer, state.step))]
 
@@ -323,15 +334,7 @@ def test_a_deep_copy_is_compiled_anew():
 @pytest.mark.parametrize("donate", [True, False])
 def test_a_state_that_is_let_go_is_gone(donate):
     """But for the values of its parameters, which the tensors that Dynamo sees stand for."""
-    model = nn.Linear(3, 2)
-    step = ff.Step(
-        model,
-        lambda model, x: {"loss": model(x).square().mean()},
-        {"loss": "*"},
-        optimizer=ff.optim.adam(0.1),
-        compile={"backend": "aot_eager"},
-        donate=donate,
-    )
+    step = squares(nn.Linear(3, 2), donate=donate)
     state = step.init()
     for size in (4, 5, 6):  # programs for one size and for any
         state, _ = step(state, torch.randn(size, 3))
@@ -355,13 +358,7 @@ def test_a_forward_that_makes_a_buffer_once_does_not_end_the_step():
             return self.linear(x)
 
     model = Made()
-    step = ff.Step(
-        model,
-        lambda model, x: {"loss": model(x).square().mean()},
-        {"loss": "*"},
-        optimizer=ff.optim.sgd(0.1),
-        compile={"backend": "aot_eager"},
-    )
+    step = squares(model)
     state, _ = step(step.init(), torch.randn(3, 4))
     assert [*model._buffers] == ["known"]
     with pytest.raises(RuntimeError, match="the forward made a buffer, new"):

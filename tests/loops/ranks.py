@@ -45,7 +45,10 @@ MODES = {
 
 
 def simulated(model, shares, present):
-    """One process: every share from the same buffers, merged gradients averaged; the first share's buffers stay."""
+    """One process: every share from the same buffers, merged gradients averaged; the first share's buffers stay.
+
+    Gradients are doubled, as hooks do on the ranks.
+    """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     after = None
     for share in shares:
@@ -58,7 +61,7 @@ def simulated(model, shares, present):
         buffer.data.copy_(after[name])
     for parameter in model.parameters():
         if parameter.grad is not None:
-            parameter.grad /= len(shares)
+            parameter.grad *= 2 / len(shares)
 
 
 def main(rank, ranks, file, mode):
@@ -70,6 +73,8 @@ def main(rank, ranks, file, mode):
     alone = copy.deepcopy(model)
     start = copy.deepcopy(model.state_dict())
     ddp = DistributedDataParallel(model, **MODES[mode])
+    for parameter in model.parameters():  # never called with None, and an untouched parameter stays untouched
+        parameter.register_hook(lambda gradient: gradient * 2)
     optimizers = [torch.optim.AdamW(each.parameters(), 0.01, eps=1e-3, weight_decay=0.1) for each in (model, alone)]
     plan = ff.plan(ddp, ROUTES)
     untouched = [*model.reached.parameters()]

@@ -71,12 +71,35 @@ def test_accumulation_clipping_and_an_optimizer():
     same(*moved)
 
 
-def test_a_cotangent_multiplies_all():
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_cotangent_multiplies_all(in_place):
     ours, theirs = pair()
     x = torch.randn(6, 4)
-    ff.combine(losses(ours, x), ROUTES, ours).mul(1024.0).backward()
+    loss = ff.combine(losses(ours, x), ROUTES, ours)
+    if in_place:
+        loss *= 1024.0
+    else:
+        loss = loss * 1024.0
+    loss.backward()
     recipe(theirs, x)
     same(grads(ours), grads(theirs), 1024.0)
+
+
+def test_a_term_on_parameters_alone_may_be_added():
+    ours, theirs = pair()
+    x = torch.randn(6, 4)
+    (ff.combine(losses(ours, x), ROUTES, ours) + 0.1 * ours.encoder[0].weight.square().sum()).backward()
+    recipe(theirs, x)
+    theirs.encoder[0].weight.grad += 0.2 * theirs.encoder[0].weight.detach()
+    same(grads(ours), grads(theirs))
+
+
+def test_a_further_loss_on_the_same_forward_is_an_error_and_never_a_wrong_number():
+    net, _ = pair()
+    found = losses(net, torch.randn(6, 4))
+    loss = ff.combine(found, ROUTES, net) + found["cls"].exp()
+    with pytest.raises(RuntimeError, match="a second time"):
+        loss.backward()
 
 
 def test_autograd_grad_and_backward_of_some_inputs():
