@@ -134,7 +134,10 @@ def test_distributed_wrappers_are_refused_with_the_reason(tmp_path):
     dist = torch.distributed
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
-        parallel = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+        linear, x = nn.Linear(2, 2), torch.ones(1, 2)
+        ff.backward({"a": linear(x).sum()}, {"a": "*"}, linear)  # nothing is around it yet
+        linear.zero_grad()
+        parallel = nn.parallel.DistributedDataParallel(linear)
         from torch.distributed.fsdp import fully_shard
 
         mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
@@ -158,10 +161,11 @@ def test_distributed_wrappers_are_refused_with_the_reason(tmp_path):
         for wrapped, text in ((inside, wrapped_by), (sharded, sharded_by)):
             with pytest.raises(TypeError, match=text):
                 ff.combine(loss, {"a": "*"}, wrapped)
-        with pytest.raises(TypeError, match=averaged_by):
-            ff.backward(loss, {"a": "*"}, parallel.module)
+        for around in (linear, nn.Sequential(linear), {"net": linear}, {"net": parallel}):
+            with pytest.raises(TypeError, match=averaged_by):
+                ff.backward(loss, {"a": "*"}, around)
         with parallel.no_sync():
-            ff.backward({"a": parallel(torch.ones(1, 2)).sum()}, {"a": "weight"}, parallel)
+            ff.backward({"a": parallel(x).sum()}, {"a": "weight"}, parallel)
         assert (parallel.module.weight.grad, parallel.module.bias.grad) == (pytest.approx(torch.ones(2, 2)), None)
     finally:
         dist.destroy_process_group()

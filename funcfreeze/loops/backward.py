@@ -7,17 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from funcfreeze.declare.plan import resolve_plan
-from funcfreeze.declare.selectors import RouteError
-from funcfreeze.gradients import Routing
-from funcfreeze.gradients.graph import NO_LEAF
 from funcfreeze.gradients.returned import check_losses
-from funcfreeze.gradients.routed import planned_backward, read_losses
+from funcfreeze.gradients.routed import planned_backward
 from funcfreeze.gradients.sums import plus
 from funcfreeze.loops.freedom import note_call, without_hooks_where_free
-from funcfreeze.loops.replicas import is_averaging, unwrapped, wrappers
-from funcfreeze.model.acceptance import as_module, refuse_unusable
-from funcfreeze.model.sites import module_leaves
+from funcfreeze.loops.live import parameters_and_routing, read_live
+from funcfreeze.loops.replicas import is_averaging, wrappers
 
 
 def backward(losses: Mapping[str, Tensor | None], routes: object, model: nn.Module | Mapping[str, nn.Module]) -> None:
@@ -51,24 +46,15 @@ def backward(losses: Mapping[str, Tensor | None], routes: object, model: nn.Modu
     (tensor([[0., 0.],
             [0., 0.]]), tensor([1.]))
     """
+    parameters, routing = parameters_and_routing(model, routes)
     if any(map(is_averaging, wrappers(model))):
         raise TypeError(
             "DistributedDataParallel is around the model, and averages gradients in loss.backward() alone: every rank "
             "would go on with its own. Use ff.combine(losses, routes, model).backward(), or ff.backward inside of "
             "no_sync() and average what it leaves in .grad"
         )
-    module = as_module(unwrapped(model))
-    refuse_unusable(module)
-    leaves = module_leaves(module)
-    routing = Routing.of(resolve_plan(routes, leaves))
     weights = routing.weight_values(None)
-    present = check_losses(losses, routing)
-    parameters = [leaf.tensor for leaf in leaves]
-    graph = read_losses(present, parameters, hooked=())
-    if graph.nodes and not any(leaf != NO_LEAF for leaf in graph.structure.leaves[1::2]):
-        raise RouteError(
-            "no parameter of this model is in the graph of the losses; were they computed from another model?"
-        )
+    graph = read_live(check_losses(losses, routing), parameters)
     graph = without_hooks_where_free(graph, parameters)
     with torch.inference_mode(False), torch.no_grad():
         gradients = planned_backward(graph, parameters, routing, weights)

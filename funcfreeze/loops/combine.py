@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from funcfreeze.declare.plan import Plan, resolve_plan
-from funcfreeze.declare.selectors import RouteError
 from funcfreeze.gradients import Routing
 from funcfreeze.gradients.graph import NO_LEAF
 from funcfreeze.gradients.hooks import noticing_hooks
@@ -28,9 +27,8 @@ from funcfreeze.gradients.seed import seed_of
 from funcfreeze.gradients.walk import at_end_of_backward, is_kept
 from funcfreeze.gradients.weights import UNIT_WEIGHT
 from funcfreeze.loops.freedom import Moment, hooked_anywhere, note_call, without_hooks_where_free
-from funcfreeze.loops.replicas import averaged, begin_backward, unwrapped, waits_for_all, wrappers
-from funcfreeze.model.acceptance import as_module, refuse_unusable
-from funcfreeze.model.sites import module_leaves
+from funcfreeze.loops.live import leaves_of, parameters_and_routing, read_live
+from funcfreeze.loops.replicas import averaged, begin_backward, waits_for_all, wrappers
 
 
 def plan(model: nn.Module | Mapping[str, nn.Module], routes: object) -> Plan:
@@ -50,9 +48,7 @@ def plan(model: nn.Module | Mapping[str, nn.Module], routes: object) -> Plan:
     cls updates 4 of 4 parameters (9 of 9 elements)
     adv updates 2 of 4 parameters (6 of 9 elements)
     """
-    module = as_module(unwrapped(model))
-    refuse_unusable(module)
-    return resolve_plan(routes, module_leaves(module))
+    return resolve_plan(routes, leaves_of(model))
 
 
 def combine(
@@ -104,13 +100,9 @@ def combine(
     (0.0, tensor([[0., 0.],
             [0., 0.]]), tensor([1.]))
     """
-    module = as_module(unwrapped(model))
-    refuse_unusable(module)
-    leaves = module_leaves(module)
-    routing = Routing.of(resolve_plan(routes, leaves))
+    parameters, routing = parameters_and_routing(model, routes)
     weights = routing.weight_values(None if step is None else torch.as_tensor(step))
     present = check_losses(losses, routing, inside_func=not torch.is_grad_enabled())
-    parameters = [leaf.tensor for leaf in leaves]
     value = _sum(present, parameters[0].device)
     if not torch.is_grad_enabled():
         return value
@@ -154,12 +146,8 @@ def _read(
     losses: Sequence[Tensor | None], parameters: list[Tensor], routing: Routing
 ) -> tuple[LiveGraph, list[Tensor], Routing]:
     """The losses' graph, all leaves that it ends in, and a routing in which every loss updates those of no model."""
-    graph = read_losses(losses, parameters, hooked=())
-    ends = [*zip(graph.structure.leaves[::2], graph.structure.leaves[1::2], strict=True)]
-    if graph.nodes and all(leaf == NO_LEAF for _, leaf in ends):
-        raise RouteError(
-            "no parameter of this model is in the graph of the losses; were they computed from another model?"
-        )
+    graph = read_live(losses, parameters)
+    ends = zip(graph.structure.leaves[::2], graph.structure.leaves[1::2], strict=True)
     found = [getattr(graph.nodes[node], "variable", None) for node, leaf in ends if leaf == NO_LEAF]
     others = [tensor for tensor in found if tensor is not None]
     if not others:

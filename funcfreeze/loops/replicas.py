@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
-from weakref import WeakKeyDictionary, ref
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -26,30 +28,36 @@ def unwrapped(model: nn.Module | Mapping[str, nn.Module]) -> nn.Module | Mapping
 
 
 def wrappers(model: nn.Module | Mapping[str, nn.Module]) -> list[DistributedDataParallel]:
-    """What is wrapped around the model, or around the modules of a mapping: given with it, or found around it."""
+    """What is wrapped around the model, or around parts of it: given with it, or found around it."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return []
-    modules = [*model.values()] if isinstance(model, Mapping) else [model]
-    found = [module if isinstance(module, DistributedDataParallel) else _around(module) for module in modules]
-    return [wrapper for wrapper in found if wrapper is not None]
+    given = [*model.values()] if isinstance(model, Mapping) else [model]
+    found = {id(wrapper): wrapper for wrapper in (*given, *_all()) if isinstance(wrapper, DistributedDataParallel)}
+    parts = {id(part) for module in given for part in module.modules()} if found else set()
+    return [wrapper for wrapper in found.values() if id(wrapper.module) in parts]
 
 
-_KNOWN: WeakKeyDictionary[nn.Module, Callable[[], DistributedDataParallel | None]] = WeakKeyDictionary()
-"""For a module that was looked for, what is around it: a look takes longer than the step of a small network."""
+@dataclass
+class _Known:
+    """All wrappers that there were when the process was last searched for them."""
+
+    references: int
+    wrappers: list[ref[DistributedDataParallel]]
 
 
-def _around(module: nn.Module) -> DistributedDataParallel | None:
-    if module not in _KNOWN:
-        stores = [held for held in gc.get_referrers(module) if isinstance(held, dict) and held.get("module") is module]
-        attributes = [held for store in stores for held in gc.get_referrers(store) if isinstance(held, dict)]
-        owners = [owner for held in attributes for owner in gc.get_referrers(held)]
-        found = [owner for owner in owners if isinstance(owner, DistributedDataParallel)]
-        _KNOWN[module] = ref(found[0]) if found else _nothing
-    return _KNOWN[module]()
+_KNOWN = _Known(-1, [])
 
 
-def _nothing() -> None:
-    """In the place of a weak reference."""
+def _all() -> list[DistributedDataParallel | None]:
+    """All wrappers in the process.
+
+    A search takes longer than the step of a small network. But everyone refers to the class: as long as it has as many
+    references as then, there is no new one.
+    """
+    if sys.getrefcount(DistributedDataParallel) != _KNOWN.references:
+        _KNOWN.wrappers = [ref(held) for held in gc.get_objects() if type(held) is DistributedDataParallel]
+        _KNOWN.references = sys.getrefcount(DistributedDataParallel)
+    return [wrapper() for wrapper in _KNOWN.wrappers]
 
 
 def is_averaging(wrapper: DistributedDataParallel) -> bool:

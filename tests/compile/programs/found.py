@@ -297,7 +297,10 @@ def optimizer_state_that_a_second_step_begins():
     def between(step, state, turn):
         if turn != 1:
             return step, state
-        losses = lambda m, x: {"d": (m["d"](m["g"](x)) - 1).square().mean()}  # noqa: E731
+
+        def losses(m, x):
+            return {"d": (m["d"](m["g"](x)) - 1).square().mean()}
+
         return ff.Step(model, losses, {"d": "d"}, optimizer=ff.optim.adam(0.2), compile=world.compile), state
 
     world.between = between

@@ -1,0 +1,43 @@
+"""What `backward` and `combine` are given: a live graph of losses, and the parameters that they may update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from funcfreeze.declare.plan import resolve_plan
+from funcfreeze.declare.selectors import Leaf, RouteError
+from funcfreeze.gradients import Routing
+from funcfreeze.gradients.graph import NO_LEAF
+from funcfreeze.gradients.routed import LiveGraph, read_losses
+from funcfreeze.loops.replicas import unwrapped
+from funcfreeze.model.acceptance import as_module, refuse_unusable
+from funcfreeze.model.sites import module_leaves
+
+
+def leaves_of(model: nn.Module | Mapping[str, nn.Module]) -> list[Leaf]:
+    """The parameters of a model that can be used; `DistributedDataParallel` around it does not matter."""
+    module = as_module(unwrapped(model))
+    refuse_unusable(module)
+    return module_leaves(module)
+
+
+def parameters_and_routing(model: nn.Module | Mapping[str, nn.Module], routes: object) -> tuple[list[Tensor], Routing]:
+    """The parameters, and which loss may update which."""
+    leaves = leaves_of(model)
+    return [leaf.tensor for leaf in leaves], Routing.of(resolve_plan(routes, leaves))
+
+
+def read_live(losses: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> LiveGraph:
+    """The losses' graph, of which nothing is known of hooks.
+
+    Raises:
+        RouteError: none of the parameters is in it.
+    """
+    graph = read_losses(losses, parameters, hooked=())
+    if graph.nodes and all(leaf == NO_LEAF for leaf in graph.structure.leaves[1::2]):
+        raise RouteError(
+            "no parameter of this model is in the graph of the losses; were they computed from another model?"
+        )
+    return graph
