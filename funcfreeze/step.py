@@ -6,18 +6,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor, nn
 
 from funcfreeze.compile import CompiledStep, resolve
-from funcfreeze.compile.layout import Listed
-from funcfreeze.computation.back_door import refuse_late_writes, refuse_writes
-from funcfreeze.computation.computation import Computation, Computed, not_sharing
+from funcfreeze.computation.adoption import Adoption, adopted, begun_state
+from funcfreeze.computation.back_door import refuse_writes
+from funcfreeze.computation.computation import Computation
 from funcfreeze.computation.evaluation import Evaluation, Losses
+from funcfreeze.computation.half import Half
 from funcfreeze.computation.loss_scale import LossScale
+from funcfreeze.computation.running import Running
 from funcfreeze.computation.specification import Specification, check_fits
-from funcfreeze.computation.state import Lease, State, lease_of, listing_of, make_state
+from funcfreeze.computation.state import Lease, State, lease_of, make_state
+from funcfreeze.computation.updating import Updating, apart_from
 from funcfreeze.declare.plan import Plan, chosen, resolve_plan
 from funcfreeze.declare.routes import Selection
 from funcfreeze.gradients import Routing, find_engine
@@ -25,7 +27,6 @@ from funcfreeze.gradients.modes import grad_mode
 from funcfreeze.model.acceptance import as_module, refuse_unusable
 from funcfreeze.model.attributes import attributes_kept, flags_kept
 from funcfreeze.model.functional import FunctionalModule, marks_of
-from funcfreeze.model.memory import memory_of
 from funcfreeze.model.sites import module_leaves
 from funcfreeze.model.ties import tied
 from funcfreeze.optim import Transform
@@ -90,6 +91,7 @@ class Step:
     computation: Computation
     specification: Specification
     compiled: CompiledStep | None
+    _updating: Updating
 
     def __init__(
         self,
@@ -131,6 +133,8 @@ class Step:
         if options is not None and engine != "routed":
             raise ValueError(f"only the routed engine is compiled; use compile=False with engine={engine!r}")
         computation = Computation(Evaluation(functional, losses, plan), routing, computing, transform, loss_scale)
+        specification = Specification.of(functional, plan, transform)
+        updating = Updating(computation, specification, donate)
         values = {
             "model": model,
             "losses": losses,
@@ -142,8 +146,9 @@ class Step:
             "differentiable": differentiable,
             "plan": plan,
             "computation": computation,
-            "specification": Specification.of(functional, plan, transform),
-            "compiled": None if options is None else CompiledStep(computation, options, donate),
+            "specification": specification,
+            "compiled": None if options is None else CompiledStep(updating, options),
+            "_updating": updating,
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -151,19 +156,31 @@ class Step:
     def __repr__(self) -> str:
         return f"Step({', '.join(self.plan.losses)}; engine={self.engine!r}, donate={self.donate})"
 
-    def init(self, copy: bool = True) -> State:
-        """A fresh state from the module's present values, with a new optimizer state and step 0.
+    def init(
+        self, copy: bool = True, *, optimizer: torch.optim.Optimizer | None = None, step: int | None = None
+    ) -> State:
+        """A state from the module's present values: a fresh one, or one that goes on where a running optimizer is.
 
         Parameters that no loss may update are shared with the module, not copied. A step writes to them only if
         `losses` does: to copies, unless that begins after the step's first call (see `__call__`).
 
         Args:
             copy: False adopts the module's storage for all the rest too, which steps then overwrite.
+            optimizer: a running optimizer of torch.optim over this model's parameters, whose state is taken; it stays
+                as it is. A parameter for which it keeps nothing yet starts afresh, and so does a loss scale.
+            step: the number of steps taken so far, which schedules read; if not given the largest count that the
+                optimizer keeps, 0 without one.
+
+        Raises:
+            ValueError: the running optimizer is not the Step's: tells all options that differ (a rate that is a
+                schedule is compared at `step`) and all parameters that only one of the two has.
         """
         if not isinstance(copy, bool):
             raise TypeError(
                 f"init(copy=...) is True or False, got {type(copy).__name__}; a batch is for the step itself"
             )
+        if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
+            raise TypeError(f"init(step=...) is the number of steps taken so far, an int of at least 0; got {step!r}")
         with torch.inference_mode(False):
             params = {path: tensor.detach() for path, tensor in self.functional.present_parameters().items()}
             buffers = {path: tensor.detach() for path, tensor in self.functional.present_buffers().items()}
@@ -172,9 +189,13 @@ class Step:
                 params |= {path: params[path].clone() for path in routed}
                 buffers = {path: tensor.clone() for path, tensor in buffers.items()}
             borrowed = params.keys() - set(routed) if copy else set()
-            optimizer = _apart(self.transform.init({path: params[path] for path in routed}), params)
-            step = torch.zeros((), dtype=torch.int64, device=params[routed[0]].device)
-            fields = self.specification.named((params, buffers, optimizer, step))
+            initial = self.transform.init({path: params[path] for path in routed})
+            if optimizer is not None:
+                running = self._beside(optimizer)
+                step = running.counted() if step is None else step
+                initial = running.taken(initial, step, copy)
+            count = torch.full((), step or 0, dtype=torch.int64, device=params[routed[0]].device)
+            fields = self.specification.named((params, buffers, apart_from(params, initial), count))
             return make_state(fields, Lease(borrowed=borrowed), self.specification)
 
     def __call__(self, state: State, batch: Any) -> tuple[State, dict[str, Any]]:
@@ -202,8 +223,45 @@ class Step:
         state = check_fits(state, self.specification)
         lease_of(state).gradients = ()
         if self.compiled is not None:
-            return self._compiled_step(self.compiled, state, batch)
-        return self._eager_step(state, self.computation.gradients(*state.fields, batch))
+            return self.compiled.step(state, batch)
+        half = self.computation.gradients(*state.fields, batch)
+        with grad_mode(False):
+            metrics = {**half.losses, **self._updating.metrics(state, half)}
+            return self._updating.update(state, half), metrics
+
+    def compute(self, state: State, batch: Any) -> Half:
+        """The first half of a step: one forward and its backward. Nothing is spent or changed.
+
+        For what a step of one's own does between gradients and update: clipping each loss's gradients, a second
+        forward somewhere else (sharpness-aware minimisation), a rule for conflicts. The forward draws random numbers
+        and changes the modules' Python attributes as in a step.
+        """
+        state = check_fits(state, self.specification)
+        lease_of(state).gradients = ()
+        if self.compiled is not None:
+            return self._updating.apart(state, self.compiled.compute(state, batch))
+        return self._updating.apart(state, self.computation.gradients(*state.fields, batch))
+
+    def apply_gradients(self, state: State, half: Half) -> tuple[State, dict[str, Any]]:
+        """The second half of a step: the update by a half's gradients, with its buffers and metrics.
+
+        After `half = compute(state, batch)` it gives what the step gives, bit for bit where that is eager. The half
+        may have other gradients by then, `half.replace(gradients=...)`: a parameter that is missing or None is
+        untouched. The loss scale's check, schedules and counts are those of a step.
+
+        Returns:
+            The new state, and the metrics, as `__call__` does.
+
+        Raises:
+            TypeError: not a `Half`.
+            ValueError: the half does not fit the state; tells everything that does not.
+        """
+        state = check_fits(state, self.specification)
+        half = self._updating.checked(state, half)
+        with grad_mode(False):
+            metrics = {**half.losses, **self._updating.metrics(state, half)}
+            update = self._updating.update if self.compiled is None else self.compiled.apply
+            return update(state, half), metrics
 
     def gradients(self, state: State, batch: Any) -> dict[str, Tensor]:
         """The merged gradients by path, holding only touched parameters.
@@ -215,7 +273,7 @@ class Step:
         state = check_fits(state, self.specification)
         with self.functional.alone, attributes_kept(self.module):
             gradients = self.computation.gradients(*state.fields, batch).gradients
-        return tied(gradients, self.specification.tied_params)
+        return tied(dict(gradients), self.specification.tied_params)
 
     def per_loss_gradients(self, state: State, batch: Any) -> dict[str, dict[str, Tensor]]:
         """Each loss's gradients by path, weights applied; summed over the losses they are `gradients`."""
@@ -242,11 +300,56 @@ class Step:
             self.functional.left(params, marks, self.computation.evaluation.seen.written)
         return result
 
-    def export(self, state: State) -> nn.Module | Mapping[str, nn.Module]:
-        """Write the state's parameters and buffers into the model, and return it. The state stays usable."""
-        check_fits(state, self.specification)
+    def export(
+        self, state: State, *, optimizer: torch.optim.Optimizer | None = None
+    ) -> nn.Module | Mapping[str, nn.Module]:
+        """Write the state's parameters and buffers into the model, and return it. The state stays usable.
+
+        Args:
+            state: what is written; read, and not kept.
+            optimizer: an optimizer of torch.optim over this model's parameters, which takes over the optimizer's state,
+                and rates that are schedules as they are at this step. A loss scale is not taken over.
+
+        Raises:
+            ValueError: the optimizer is not the Step's (see `init`); nothing is written then.
+        """
+        state = check_fits(state, self.specification)
+        if optimizer is not None:
+            goes_on_with = self._beside(optimizer).given_back(state.optimizer, int(state.step))
+            optimizer.load_state_dict(goes_on_with)
         self.functional.write(state.params, state.buffers)
         return self.model
+
+    def adopt(self, state: State) -> tuple[State, Adoption]:
+        """Another Step's state, as far as it fits: for a changed model, other routes or another optimizer.
+
+        Parameters and buffers are kept where path and shape agree (in this step's precision), what the optimizer keeps
+        for a parameter where it goes by the same names, the count of steps always. The rest starts afresh from the
+        module's present values. The two states share tensors and are spent together.
+
+        Returns:
+            The state, and what was kept, what starts afresh and why, and what was left out.
+
+        Raises:
+            TypeError: not a `State`.
+            RuntimeError: the state is spent.
+            ValueError: it has nothing in common with this step.
+        """
+        if not isinstance(state, State):
+            raise TypeError(f"adopt(state) takes another Step's State, got {type(state).__name__}")
+        fresh = self.init()
+        with torch.inference_mode(False), torch.no_grad():
+            own = {path: fresh.params[path] for path in self.plan.routed}
+            begun = begun_state(self.transform, fresh.optimizer, own, state.step)
+            fields, adoption = adopted(state, fresh.fields, begun, self.specification)
+        if not any(name.startswith("params.") for name in adoption.kept):
+            raise ValueError(f"no parameter of this State is one of the Step's, by path and shape:\n{adoption}")
+        lease = lease_of(state)
+        lease.borrowed |= lease_of(fresh).borrowed
+        return make_state(self.specification.named(fields), lease, self.specification), adoption
+
+    def _beside(self, optimizer: torch.optim.Optimizer) -> Running:
+        return Running.of(optimizer, self.transform, self.plan, self.functional.present_parameters())
 
     @property
     def functional(self) -> FunctionalModule:
@@ -272,115 +375,3 @@ class Step:
     def module(self) -> nn.Module:
         """The model as one module; a mapping of modules is held by an `nn.ModuleDict`."""
         return self.functional.module
-
-    def _compiled_step(self, compiled: CompiledStep, state: State, batch: Any) -> tuple[State, dict[str, Any]]:
-        """The same in one graph, which overwrites the tensors of the state or copies of them."""
-        lease = lease_of(state)
-        listed = listing_of(state)
-        with grad_mode(False):
-            if isinstance(listed, Listed) and self.donate and self._owns(lease):
-                params, buffers, optimizer, step = state.fields
-            else:
-                params, buffers, optimizer, step = self._owned(state)
-                listed = Listed.of(params, buffers, optimizer, step)
-            metrics, run = compiled(listed, batch)
-            step.add_(1)
-        unrouted = self.computation.evaluation.unrouted
-        new = {path: value for path, value in run.params.items() if path in lease.borrowed or not self.donate}
-        for path in run.params.keys() - new.keys():
-            params[path].copy_(run.params[path])
-        if self.donate:
-            lease.spent = True
-        else:
-            lease.borrowed |= unrouted
-        renewed = Lease(borrowed=(lease.borrowed & unrouted) - new.keys(), gradients=run.gradients)
-        is_in_place = run.optimizer is None and not run.buffers and not new
-        fields = (
-            {**params, **new} if new else params,
-            {**buffers, **run.buffers} if run.buffers else buffers,
-            optimizer if run.optimizer is None else run.optimizer,
-            step,
-        )
-        after = make_state(
-            self.specification.named(fields), renewed, self.specification, listed if is_in_place else None
-        )
-        return after, metrics
-
-    def _owns(self, lease: Lease) -> bool:
-        """Whether all that a step overwrites may be overwritten."""
-        return not lease.borrowed_optimizer and lease.borrowed <= self.computation.evaluation.unrouted
-
-    def _owned(self, state: State) -> tuple[dict[str, Tensor], dict[str, Tensor], Any, Tensor]:
-        """The state's fields, copied where somebody else may hold them, or where two of them share their memory."""
-        lease, routed = lease_of(state), set(self.plan.routed)
-        copied = lease.borrowed & routed if self.donate else routed
-        memories: set[int] = set()
-
-        def mine(tensor: Tensor, copy: bool) -> Tensor:
-            if tensor.layout is not torch.strided:
-                return tensor
-            memory = tensor.untyped_storage().data_ptr()
-            shared = memory in memories and tensor.numel() > 0
-            memories.add(memory)
-            return tensor.clone() if copy or shared else tensor.detach()
-
-        params = {path: mine(tensor, path in copied) for path, tensor in state.params.items()}
-        copy = not self.donate or lease.borrowed_optimizer
-        optimizer = optree.tree_map(
-            lambda leaf: mine(leaf, copy) if isinstance(leaf, Tensor) else leaf, state.optimizer
-        )
-        buffers = {path: mine(tensor, True) for path, tensor in state.buffers.items()}
-        return params, buffers, optimizer, mine(state.step, True)
-
-    def _eager_step(self, state: State, computed: Computed) -> tuple[State, dict[str, Any]]:
-        with grad_mode(False):
-            held = (*state.params.values(), *computed.buffers.values(), *computed.written.values())
-            metrics = {**computed.losses, **not_sharing(computed.metrics, held)}
-            return self._update(state, computed), metrics
-
-    def _update(self, state: State, computed: Computed) -> State:
-        """The new state. Everything that can fail comes before the first write."""
-        gradients = computed.gradients
-        lease, routed = lease_of(state), set(self.plan.routed)
-        if not self.donate:
-            refuse_late_writes(state.params, computed.written)
-        copied = lease.borrowed & gradients.keys() if self.donate else routed
-        params = {
-            path: p.clone() if path in copied else p.detach() if p.requires_grad else p
-            for path, p in state.params.items()
-        } | computed.written
-        owned = self.donate and not lease.borrowed_optimizer
-        optimizer = state.optimizer if owned else optree.tree_map(_copy, state.optimizer)
-        step = state.step + 1
-        optimizer = self.computation.optimize(gradients, optimizer, params, state.step)
-        if self.donate:
-            lease.spent = True
-        else:
-            lease.borrowed |= params.keys() - routed  # both states hold these now: neither may write to them
-        kept = [gradient for gradient in gradients.values() if gradient.is_cpu]
-        renewed = Lease(borrowed=lease.borrowed - copied - computed.written.keys(), gradients=kept)
-        fields = self.specification.named((params, computed.buffers, optimizer, step))
-        return make_state(fields, renewed, self.specification)
-
-
-def take_with_gradients(step: Step, state: State, batch: Any) -> tuple[State, dict[str, Any], dict[str, Tensor]]:
-    """What an eager step returns, and the gradients that it took, for those who compare; `losses` is called once."""
-    state = check_fits(state, step.specification)
-    computed = step.computation.gradients(*state.fields, batch)
-    gradients = {path: gradient.clone() for path, gradient in computed.gradients.items()}
-    return (*step._eager_step(state, computed), gradients)
-
-
-def _apart(optimizer: Any, params: Mapping[str, Tensor]) -> Any:
-    """The optimizer's state, with copies of what shares memory with parameters, which steps overwrite."""
-    memories = {memory_of(param) for param in params.values()} - {None}
-
-    def apart(leaf: Any) -> Any:
-        shares = isinstance(leaf, Tensor) and leaf.numel() > 0 and memory_of(leaf) in memories
-        return leaf.clone() if shares else leaf
-
-    return optree.tree_map(apart, optimizer)
-
-
-def _copy(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf

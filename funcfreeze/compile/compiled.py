@@ -1,4 +1,4 @@
-"""The compiled step as a Step holds it. What does the work is imported at the first call: half of torch's compiler."""
+"""A computation, compiled. What does the work is imported at the first call: half of torch's compiler."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Run(NamedTuple):
     gradients: list[Tensor]
 
 
-class CompiledStep:
+class Compilation:
     """A computation, compiled as often as it has to be.
 
     Args:
@@ -77,10 +77,9 @@ class CompiledStep:
                 self._capturing = self._first(state)
             return self._capturing(state, batch)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledStep:
-        return CompiledStep(
-            copy.deepcopy(self._computation, memo), self.options, self._donate
-        )  # compiled anew when it is called
+    def __deepcopy__(self, memo: dict[int, Any]) -> Compilation:
+        own = copy.deepcopy(self._computation, memo)
+        return Compilation(own, self.options, self._donate)  # compiled anew when it is called
 
     def _first(self, state: Listed) -> Capturing:
         try:

@@ -131,7 +131,7 @@ class Listed:
                 f"{', '.join(sparse)}: a compiled step takes no sparse parameters or buffers; make them dense, or "
                 "build the Step with compile=False"
             )
-        kinds = tuple(map(_kind, tensors))
+        kinds = tuple(map(kind_of, tensors))
         return Listed(Layout(tuple(params), tuple(buffers), structure, constants, kinds), tensors)
 
     def overwritten(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -168,5 +168,6 @@ def _misfits(one: Any, other: Any) -> bool:
     return False
 
 
-def _kind(tensor: Tensor) -> Kind:
+def kind_of(tensor: Tensor) -> Kind:
+    """What compiled code takes for granted of a tensor."""
     return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device

@@ -18,6 +18,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo import config, exc
 from torch._dynamo.callback import callback_handler
 from torch._guards import CompileContext, TracingContext, detect_fake_mode
+from torch._guards import tracing as tracing_context
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -27,7 +28,7 @@ from torch._subclasses.fake_tensor import (
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.nn.modules import module as of_modules
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
@@ -160,6 +161,13 @@ def stand_in_mode() -> FakeTensorMode:
     mode = detect_fake_mode()
     assert mode is not None, "called outside of a compilation"
     return mode
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """A compilation of our own, in which no code of the user's is captured and so Dynamo has no part."""
+    with tracing_context(TracingContext(FakeTensorMode(shape_env=ShapeEnv()))):
+        yield
 
 
 def stand_in(mode: FakeTensorMode, tensor: Tensor) -> Tensor:

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from funcfreeze.compile.compiled import Run
-from funcfreeze.compile.flat import fakes_of, flatten
+from funcfreeze.compile.flat import Fakes, Flat, fakes_of, flatten
 from funcfreeze.compile.graph import Forward
 from funcfreeze.compile.hooks import parameter_hooks
 from funcfreeze.compile.layout import Layout, Listed
 from funcfreeze.compile.options import Options
 from funcfreeze.compile.outside import Outside
-from funcfreeze.compile.private import compiler, tracing
+from funcfreeze.compile.private import compiler, compiling, tracing
 from funcfreeze.compile.stand_ins import StandIns
-from funcfreeze.compile.tail import take_off
+from funcfreeze.compile.tail import Tail, take_off
 from funcfreeze.computation.back_door import raise_misuse, write_problem
 from funcfreeze.computation.computation import Computation
 from funcfreeze.declare.plan import Plan
@@ -69,38 +69,118 @@ def compile_step(
             written |= late.paths
             continue
         break
-    are_replayed, constants, whole_run = options.cuda_graphs, flat.constants, flat.whole
     changing = frozenset({*state.layout.params, *flat.returned.buffers, *flat.returned.params})
-    tail = take_off(flat.graph, kernels=not are_replayed)
-    examples = [*fakes.state, *fakes.inputs, *outside.stand_ins, *constants]
-    with grad_mode(False):
-        graph = compiler(options)(flat.graph, [examples[index] for index in tail.inputs])
-
-    runs: WeakKeyDictionary[Listed, Callable[[Sequence[Any]], Any]] = WeakKeyDictionary()
+    finished, whole_run = finish(flat, fakes, outside, options), flat.whole
 
     def program(state: Listed, given: Sequence[Any]) -> Run:
         given = [given[index] for index in others]
         raise_misuse(stand_ins.misuse(given, state, changing))
         passed = [state.apart(value) if isinstance(value, Tensor) else value for value in given]
-        read = [state.apart(tensor.detach()) for tensor in outside.tensors(state.step)]
-        if are_replayed:
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # torch's
-        with grad_mode(False):
-            if hooks:  # one may raise half way
-                own = [tensor.clone() for tensor in state.tensors]
-                computed = tail.after(graph, own)([*passed, *read, *constants])
-                torch._foreach_copy_(state.tensors, own)
-            else:
-                run = runs.get(state)
-                if run is None:
-                    runs[state] = run = tail.after(graph, state.tensors)
-                computed = run([*passed, *read, *constants])
-        if are_replayed:  # replays overwrite what they gave
-            computed = [value.clone() if isinstance(value, Tensor) else value for value in computed]
-        given_back: Run = whole_run(computed)
+        given_back: Run = whole_run(finished(state, passed, may_raise=bool(hooks)))
         return given_back
 
     return program
+
+
+def compile_update(
+    computation: Computation,
+    state: Listed,
+    paths: Sequence[str],
+    gradients: Sequence[Tensor],
+    options: Options,
+    is_static: bool,
+) -> Callable[[Listed, Sequence[Tensor]], Any]:
+    """Trace and compile an update by given gradients, which gives the optimizer's new state if it is not in place.
+
+    Args:
+        computation: whose optimizer it is.
+        state: a state of the layout that the program will take.
+        paths: of the parameters that have a gradient.
+        gradients: examples.
+        options: how to compile.
+        is_static: whether states are overwritten in place, so that their tensors stay where they are.
+    """
+    number = len(state.tensors)
+
+    def update(*given: Tensor) -> Any:
+        params, _, optimizer, count = state.layout.fields(given[:number])
+        with grad_mode(False):
+            named = dict(zip(paths, given[number:], strict=True))
+            return state.layout.written(optimizer, computation.optimize(named, optimizer, params, count))
+
+    with compiling():
+        fakes = fakes_of(gradients, state)
+        outside = Outside(fakes.mode, state.step)
+        with tracing(fakes.mode, has_lstm=False), calling(outside.scheduled), outside:
+            inputs = [*fakes.state, *fakes.inputs]
+            flat = flatten(update, inputs, outside.stand_ins, number if is_static else 0)
+        finished, whole = finish(flat, fakes, outside, options), flat.whole
+    return lambda state, given: whole(finished(state, given))
+
+
+def finish(flat: Flat, fakes: Fakes, outside: Outside, options: Options) -> Finished:
+    """Compile a flat graph.
+
+    Args:
+        flat: the graph, which is changed.
+        fakes: its inputs.
+        outside: what else it takes.
+        options: how to compile.
+    """
+    tail = take_off(flat.graph, kernels=not options.cuda_graphs)
+    examples = [*fakes.state, *fakes.inputs, *outside.stand_ins, *flat.constants]
+    with grad_mode(False):
+        graph = compiler(options)(flat.graph, [examples[index] for index in tail.inputs])
+    return Finished(graph, tail, outside, flat.constants, options.cuda_graphs)
+
+
+class Finished:
+    """A compiled graph, and what comes after it.
+
+    Args:
+        graph: what was compiled.
+        tail: what is left to do after it.
+        outside: what it takes after its own inputs, which is read anew at every call.
+        constants: what it takes last.
+        are_replayed: whether it records CUDA graphs.
+    """
+
+    def __init__(
+        self,
+        graph: Callable[..., Any],
+        tail: Tail,
+        outside: Outside,
+        constants: Sequence[Tensor],
+        are_replayed: bool,
+    ) -> None:
+        self._graph, self._tail, self._outside = graph, tail, outside
+        self._constants, self._are_replayed = constants, are_replayed
+        self._runs: WeakKeyDictionary[Listed, Callable[[Sequence[Any]], Any]] = WeakKeyDictionary()
+
+    def __call__(self, state: Listed, given: Sequence[Any], may_raise: bool = False) -> Sequence[Any]:
+        """What the graph gives, and the kernels called.
+
+        Args:
+            state: which is overwritten.
+            given: the other inputs, in memory of their own.
+            may_raise: whether code of the user's in it may raise half way; the state is as before then.
+        """
+        read = [state.apart(tensor.detach()) for tensor in self._outside.tensors(state.step)]
+        if self._are_replayed:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # torch's
+        with grad_mode(False):
+            if may_raise:
+                own = [tensor.clone() for tensor in state.tensors]
+                computed = self._tail.after(self._graph, own)([*given, *read, *self._constants])
+                torch._foreach_copy_(state.tensors, own)
+            else:
+                run = self._runs.get(state)
+                if run is None:
+                    self._runs[state] = run = self._tail.after(self._graph, state.tensors)
+                computed = run([*given, *read, *self._constants])
+        if self._are_replayed:  # replays overwrite what they gave
+            computed = [value.clone() if isinstance(value, Tensor) else value for value in computed]
+        return computed  # type: ignore[no-any-return]  # a graph's
 
 
 class LateWrites(Exception):

@@ -17,6 +17,7 @@ from funcfreeze.computation.back_door import (
     raise_misuse,
 )
 from funcfreeze.computation.evaluation import NOTHING, Beside, Evaluation
+from funcfreeze.computation.half import Half
 from funcfreeze.computation.loss_scale import LossScale, scale_in, unscale
 from funcfreeze.declare.selectors import RouteError
 from funcfreeze.gradients import Engine, Routing
@@ -28,25 +29,6 @@ from funcfreeze.optim import Transform
 from funcfreeze.optim.transform import apart
 
 Gave = TypeVar("Gave", Outcome, SeparateOutcome)
-
-
-@dataclass(frozen=True)
-class Computed:
-    """What one forward and its backward gave.
-
-    Attributes:
-        gradients: path -> merged gradient, touched parameters only.
-        losses: every present loss by name, detached and unweighted.
-        metrics: what `losses` returned beside them, detached.
-        buffers: every buffer as the forward left it.
-        written: the new values of the parameters that the forward wrote to.
-    """
-
-    gradients: dict[str, Tensor]
-    losses: Mapping[str, Tensor]
-    metrics: Mapping[str, Any]
-    buffers: dict[str, Tensor]
-    written: dict[str, Tensor]
 
 
 class Differentiated(NamedTuple):
@@ -68,7 +50,7 @@ class Computation:
 
     def gradients(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Any, step: Tensor, batch: Any
-    ) -> Computed:
+    ) -> Half:
         """The merged gradients and all that the forward gives. Buffers are cloned for it, not written to.
 
         Raises:
@@ -87,7 +69,7 @@ class Computation:
         )
         _check_names(outcome.losses, beside.metrics)
         gradients = self._unscaled(_touched(self.routing.paths, outcome.gradients), optimizer)
-        return Computed(gradients, outcome.losses, beside.metrics, beside.buffers, beside.written)
+        return Half(gradients, outcome.losses, beside.metrics, beside.buffers, beside.written)
 
     def differentiated(
         self, evaluate: Evaluate, params: Mapping[str, Tensor], optimizer: Any, step: Tensor

@@ -132,7 +132,7 @@ class LossScale:
 
             return both
 
-        return Transform(init, update, None if run is None else in_place)
+        return Transform(init, update, None if run is None else in_place, algorithms=transform.algorithms)
 
 
 def scale_in(optimizer: OptState) -> Tensor:

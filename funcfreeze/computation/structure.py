@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 _KEPT = {
@@ -31,15 +31,32 @@ def looks_like(state: Any, paths: Collection[str]) -> str:
         return f"{looks_like(state['optimizer'], paths)} under a loss scale"
     if not state:
         return "nothing"
-    if all(_is_entry(key, kept, paths) for key, kept in state.items()):
+    if all(is_entry(key, kept, paths) for key, kept in state.items()):
         return " and ".join(dict.fromkeys(map(_kept, state.values())))
     parts = ", ".join(f"{key!r}: {looks_like(part, paths)}" for key, part in state.items())
     return f"partition({{{parts}}})"
 
 
-def _is_entry(key: object, kept: object, paths: Collection[str]) -> bool:
+def is_entry(key: object, kept: object, paths: Collection[str]) -> bool:
     """Whether this is what is kept for one parameter."""
     return key in paths and isinstance(kept, Mapping) and not any(isinstance(v, Mapping | tuple) for v in kept.values())
+
+
+def entries(state: Any, paths: Collection[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """What is kept for parameters, wherever in the state it is.
+
+    >>> list(entries(((), {"all": {"w": {"momentum_buffer": 0}}}), ["w"]))
+    [('w', {'momentum_buffer': 0})]
+    """
+    if type(state) is tuple:
+        for part in state:
+            yield from entries(part, paths)
+    elif isinstance(state, Mapping):
+        for key, kept in state.items():
+            if is_entry(key, kept, paths):
+                yield key, kept
+            else:
+                yield from entries(kept, paths)
 
 
 def _kept(entry: Mapping[str, Any]) -> str:

@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.optim import Adam, AdamW
 
+from funcfreeze.optim.algorithm import Algorithm
 from funcfreeze.optim.hyperparameters import LearningRate, Rate, check_number, check_rate, check_state_dtype
 from funcfreeze.optim.kernels import adam_
 from funcfreeze.optim.leafwise import Entry, Rule, leafwise
@@ -131,7 +133,17 @@ def _adam(
         return run
 
     slots = ("step", "exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else []))
-    return leafwise(Rule(name, slots, pure, fused, takes_sparse=False, state_dtype=state_dtype), lr)
+    options = {
+        "betas": (beta1, beta2),
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "amsgrad": amsgrad,
+        "maximize": maximize,
+        "decoupled_weight_decay": decoupled,
+    }
+    kinds = (AdamW, Adam) if decoupled else (Adam, AdamW)
+    algorithm = Algorithm(kinds, options, slots)
+    return leafwise(Rule(name, algorithm, slots, pure, fused, takes_sparse=False, state_dtype=state_dtype), lr)
 
 
 def _kernel(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from funcfreeze.declare.selectors import Leaf
+from funcfreeze.optim.algorithm import Algorithms
 from funcfreeze.optim.skip import keep_if
 from funcfreeze.optim.transform import OptState, PyTree, Transform, in_place_options
 
@@ -68,7 +69,15 @@ def chain(*transforms: Transform) -> Transform:
         return chain(*(given.bind(leaves) if given.bind is not None else given for given in transforms))
 
     choosing = any(given.bind is not None for given in transforms)
-    return Transform(init, update, None if finish is None else in_place, bind if choosing else None)
+    return Transform(
+        init, update, None if finish is None else in_place, bind if choosing else None, _algorithms(transforms)
+    )
+
+
+def _algorithms(transforms: Sequence[Transform]) -> Algorithms | None:
+    """Those of the only transform that has any: of two, nobody could tell which torch.optim would mean."""
+    found = [given.algorithms for given in transforms if given.algorithms is not None]
+    return found[0] if len(found) == 1 else None
 
 
 def _through(

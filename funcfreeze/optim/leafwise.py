@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from funcfreeze.optim.algorithm import Algorithm
 from funcfreeze.optim.cast import COUNT, cast, problem
 from funcfreeze.optim.hyperparameters import LearningRate, Rate, rate_at, rate_near
 from funcfreeze.optim.opaque import is_stand_in, is_traced
@@ -31,6 +32,7 @@ class Rule:
 
     Attributes:
         name: the optimizer's name, for messages.
+        algorithm: what torch.optim calls it, and its options but for the rate.
         slots: what it keeps for a parameter: `step`, a 0-d float32 count, and tensors like the parameter; all start
             at zero.
         pure: `(param, grad, entry, rate) -> (update, new entry)`, out of place.
@@ -42,6 +44,7 @@ class Rule:
     """
 
     name: str
+    algorithm: Algorithm
     slots: tuple[str, ...]
     pure: Callable[[Tensor, Tensor, Entry, Rate], tuple[Tensor, Entry]]
     fused: Callable[[list[Tensor], list[Tensor], list[Entry], Rate, Tensor | None], Callable[[], None]]
@@ -144,7 +147,8 @@ def leafwise(rule: Rule, lr: LearningRate) -> Transform:
 
         return commit
 
-    return Transform(init, update, in_place)
+    algorithm = replace(rule.algorithm, options={"lr": lr, **rule.algorithm.options})
+    return Transform(init, update, in_place, algorithms=lambda paths: dict.fromkeys(paths, algorithm))
 
 
 def _all_there(grads: PyTree, state: OptState, params: PyTree) -> bool:

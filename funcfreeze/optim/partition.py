@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
 from funcfreeze.declare.selectors import Leaf, RouteError, Selector, label, resolve, to_selector
+from funcfreeze.optim.algorithm import Algorithm, Algorithms
 from funcfreeze.optim.transform import (
     Named,
     OptState,
@@ -59,7 +60,7 @@ def partition(parts: Mapping[Selector | str, Transform]) -> Transform:
             else member
             for name, member in members.items()
         }
-        return _build(inner, lambda params: bound, bind)
+        return _build(inner, lambda params: bound, bind, lambda paths: _algorithms(inner, bound, paths))
 
     return _build(members, claims, bind)
 
@@ -98,6 +99,7 @@ def _build(
     members: Mapping[str, Transform],
     claims: Callable[[Mapping[str, Tensor]], Claims],
     bind: Callable[[Sequence[Leaf]], Transform],
+    algorithms: Algorithms | None = None,
 ) -> Transform:
     """The transform, given how the parameters are shared out."""
 
@@ -157,7 +159,15 @@ def _build(
         }
         return lambda: {name: commit() for name, commit in commits.items()}
 
-    return Transform(init, update, in_place if len(forms) == len(members) else None, bind)
+    return Transform(init, update, in_place if len(forms) == len(members) else None, bind, algorithms)
+
+
+def _algorithms(members: Mapping[str, Transform], claimed: Claims, paths: Collection[str]) -> Mapping[str, Algorithm]:
+    found: dict[str, Algorithm] = {}
+    for name, member in members.items():
+        if member.algorithms is not None:
+            found |= member.algorithms([path for path in paths if claimed.get(path) == (name,)])
+    return found
 
 
 def _check_claims(claimed: Claims, relevant: Iterable[str], labels: tuple[str, ...]) -> None:

@@ -7,7 +7,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.optim import SGD
 
+from funcfreeze.optim.algorithm import Algorithm
 from funcfreeze.optim.hyperparameters import LearningRate, Rate, check_number, check_rate, check_state_dtype
 from funcfreeze.optim.kernels import sgd_
 from funcfreeze.optim.leafwise import Entry, Rule, leafwise
@@ -103,7 +105,17 @@ def sgd(
         return run
 
     slots = ("step",) * (momentum != 0 and dampening != 0) + ("momentum_buffer",) * (momentum != 0)
-    return leafwise(Rule("sgd", slots, pure, fused, takes_sparse=weight_decay == 0, state_dtype=state_dtype), lr)
+    options = {
+        "momentum": momentum,
+        "dampening": dampening,
+        "weight_decay": weight_decay,
+        "nesterov": nesterov,
+        "maximize": maximize,
+    }
+    algorithm = Algorithm((SGD,), options, slots, is_counted="step" in slots)
+    return leafwise(
+        Rule("sgd", algorithm, slots, pure, fused, takes_sparse=weight_decay == 0, state_dtype=state_dtype), lr
+    )
 
 
 def _kernel(

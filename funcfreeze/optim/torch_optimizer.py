@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from funcfreeze.optim.algorithm import Algorithm
 from funcfreeze.optim.hyperparameters import rate_at
 from funcfreeze.optim.opaque import is_traced
 from funcfreeze.optim.transform import Named, OptState, PyTree, Transform, by_path, lines, match
@@ -58,7 +59,7 @@ def from_torch(optimizer: type[Optimizer], **kwargs: Any) -> Transform:
             raise
 
     # Options that the optimizer refuses are found now. A matrix, because some optimizers take nothing else.
-    build([nn.Parameter(torch.zeros(2, 2))], torch.zeros((), dtype=torch.int64))
+    tried = build([nn.Parameter(torch.zeros(2, 2))], torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def compute(
@@ -122,7 +123,8 @@ def from_torch(optimizer: type[Optimizer], **kwargs: Any) -> Transform:
 
         return commit
 
-    return Transform(init, update, in_place)
+    algorithm = Algorithm((optimizer,), {**tried.defaults, **({"lr": lr} if callable(lr) else {})}, slots=None)
+    return Transform(init, update, in_place, algorithms=lambda paths: dict.fromkeys(paths, algorithm))
 
 
 def _described(given: object) -> str:

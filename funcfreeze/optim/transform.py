@@ -13,6 +13,7 @@ from torch import Tensor
 from funcfreeze.declare.selectors import Leaf, closest
 from funcfreeze.model.pytree import flatten_by_path
 from funcfreeze.model.ties import Tied
+from funcfreeze.optim.algorithm import Algorithms
 
 PyTree = Any  # of tensors: a tensor, or nested containers of them that optree knows
 OptState = Any  # a pytree whose structure is the transform's own affair
@@ -37,6 +38,8 @@ class Transform(NamedTuple):
         bind: `bind(leaves) -> Transform`, for transforms that choose by selector: the same transform with its
             selectors resolved against these leaves, whose ties and module types a bare pytree cannot tell. None
             where there is nothing to choose.
+        algorithms: for paths of parameters, what torch.optim calls the optimizer that each has, by which a running
+            optimizer's state is taken over. None where torch.optim has no name for it.
 
     >>> import torch
     >>> from funcfreeze.optim import sgd
@@ -51,6 +54,7 @@ class Transform(NamedTuple):
     update: Callable[..., tuple[PyTree, OptState]]
     in_place: Callable[..., Callable[[], OptState]] | None = None
     bind: Callable[[Sequence[Leaf]], Transform] | None = None
+    algorithms: Algorithms | None = None
 
 
 def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
@@ -142,7 +146,7 @@ def match(given: PyTree, params: Named, *, noun: str = "gradient") -> dict[str, 
         f"{path or 'the tensor'}: {problem}"
         for path, tensor in present.items()
         if path in params.leaves
-        for problem in _misfits(tensor, params.leaves[path], noun)
+        for problem in misfits(tensor, params.leaves[path], noun)
     ]
     if not params.flat:
         problems += [
@@ -155,7 +159,8 @@ def match(given: PyTree, params: Named, *, noun: str = "gradient") -> dict[str, 
     return present
 
 
-def _misfits(tensor: Tensor, param: Tensor | None, noun: str) -> list[str]:
+def misfits(tensor: Tensor, param: Tensor | None, noun: str) -> list[str]:
+    """In what a gradient or an update does not fit its parameter."""
     if param is None:
         return [f"there is a {noun}, but the parameter is None"]
     wanted_dtype = _accepted_dtype(tensor, param, noun)

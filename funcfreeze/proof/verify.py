@@ -18,7 +18,7 @@ from funcfreeze.proof.comparison import COARSE_TOLERANCE, TOLERANCES, Seen, chec
 from funcfreeze.proof.copies import cast, cast_state, module_copy
 from funcfreeze.proof.recipe import Recipe, random_numbers
 from funcfreeze.proof.report import Report
-from funcfreeze.step import Step, take_with_gradients
+from funcfreeze.step import Step
 
 
 def verify(step: Step, state: State, batch: Any, *, steps: int = 5) -> Report:
@@ -123,7 +123,9 @@ def _taken(step: Step, state: State, batch: Any, turn: int) -> tuple[State, Mapp
     """A step and its gradients, with the random numbers of the turn: those of a compiled step are computed eagerly."""
     if step.compiled is None:
         with random_numbers(turn):
-            return take_with_gradients(step, state, batch)
+            half = step.compute(state, batch)
+            gradients = {path: gradient.clone() for path, gradient in half.gradients.items()}
+            return (*step.apply_gradients(state, half), gradients)
     with random_numbers(turn):
         gradients = step.gradients(state, batch)
     with random_numbers(turn):

@@ -15,6 +15,7 @@ from torch import nn
 
 import funcfreeze as ff
 from funcfreeze import gradients
+from funcfreeze.computation.updating import Updating
 from funcfreeze.gradients import Routed
 from funcfreeze.gradients import routed as routed_module
 from funcfreeze.gradients.passes import plan_passes
@@ -223,8 +224,8 @@ def test_a_frozen_parameter_that_moves_is_seen(monkeypatch):
         moved = {path: p + 1e-9 if path == "still.bias" else p for path, p in after.params.items()}
         return after.replace(params=moved)
 
-    original = ff.Step._update
-    monkeypatch.setattr(ff.Step, "_update", update)
+    original = Updating.update
+    monkeypatch.setattr(Updating, "update", update)
     step = make()
     report = ff.verify(step, step.init(), torch.randn(6, 4))
     failed = [check for check in report.checks if not check.ok]

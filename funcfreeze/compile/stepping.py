@@ -1,0 +1,128 @@
+"""The compiled step as a Step holds it: whole, and in its two halves."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from funcfreeze.compile.compiled import Compilation, Run
+from funcfreeze.compile.layout import Listed
+from funcfreeze.compile.options import Options
+from funcfreeze.compile.updated import CompiledUpdate
+from funcfreeze.computation.half import Half
+from funcfreeze.computation.state import Lease, State, lease_of, listing_of, make_state
+from funcfreeze.computation.updating import Fields, Updating
+from funcfreeze.gradients.modes import grad_mode
+from funcfreeze.model.ties import tied
+from funcfreeze.optim import Transform
+
+
+class CompiledStep:
+    """A step of which the forward, the backward and the update are one graph, or two.
+
+    Args:
+        updating: how states follow one another.
+        options: how to compile.
+    """
+
+    def __init__(self, updating: Updating, options: Options) -> None:
+        self.options = options
+        self._updating = updating
+        computation, donate = updating.computation, updating.donate
+        self._whole = Compilation(computation, options, donate)
+        self._gradients = Compilation(replace(computation, transform=_GIVE_BACK), options, donate=False)
+        self._update = CompiledUpdate(computation, options, donate)
+
+    @property
+    def traces(self) -> int:
+        """How many graphs have been traced and compiled so far."""
+        return self._whole.traces + self._gradients.traces + self._update.traces
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledStep:
+        return CompiledStep(copy.deepcopy(self._updating, memo), self.options)
+
+    def step(self, state: State, batch: Any) -> tuple[State, dict[str, Any]]:
+        """Take a step, which overwrites the tensors of the state or copies of them."""
+        with grad_mode(False):
+            fields, listed = self._taken(state)
+            metrics, run = self._whole(listed, batch)
+            return self._after(state, fields, listed, run), metrics
+
+    def compute(self, state: State, batch: Any) -> Half:
+        """The first half of a step."""
+        with grad_mode(False):
+            params, buffers, optimizer, step = state.fields
+            apart = {path: buffer.clone() for path, buffer in buffers.items()}
+            own = {path: param.detach() for path, param in params.items()}
+            metrics, run = self._gradients(Listed.of(own, apart, optimizer, step), batch)
+        specification, given_back = self._updating.specification, run.optimizer
+        assert isinstance(given_back, _GivenBack)
+        declared = self._updating.computation.routing.losses
+        return Half(
+            tied(given_back.gradients, specification.tied_params),
+            {name: metrics.pop(name) for name in declared if name in metrics},
+            metrics,
+            tied({**apart, **run.buffers}, specification.tied_buffers),
+            dict(run.params),
+        )
+
+    def apply(self, state: State, half: Half) -> State:
+        """The second half of a step."""
+        with grad_mode(False):
+            fields, listed = self._taken(state)
+            optimizer = self._update(listed, half.gradients)
+            run = Run([], listed.overwritten(half.buffers), half.written, optimizer, [])
+            return self._after(state, fields, listed, run)
+
+    def _taken(self, state: State) -> tuple[Fields, Listed]:
+        """A state's fields, whose tensors may be overwritten."""
+        listed = listing_of(state)
+        if isinstance(listed, Listed) and self._updating.donate and self._updating.owns(lease_of(state)):
+            return state.fields, listed
+        fields = self._updating.owned(state)
+        return fields, Listed.of(*fields)
+
+    def _after(self, state: State, fields: Fields, listed: Listed, run: Run) -> State:
+        """The state after a run that overwrote these fields as far as they could be."""
+        updating, lease = self._updating, lease_of(state)
+        params, buffers, optimizer, step = fields
+        step.add_(1)
+        unrouted = updating.computation.evaluation.unrouted
+        new = {path: value for path, value in run.params.items() if path in lease.borrowed or not updating.donate}
+        for path in run.params.keys() - new.keys():
+            params[path].copy_(run.params[path])
+        if updating.donate:
+            lease.spent = True
+        else:
+            lease.borrowed |= unrouted
+        renewed = Lease(borrowed=(lease.borrowed & unrouted) - new.keys(), gradients=run.gradients)
+        is_in_place = run.optimizer is None and not run.buffers and not new
+        named = updating.specification.named(
+            (
+                {**params, **new} if new else params,
+                {**buffers, **run.buffers} if run.buffers else buffers,
+                optimizer if run.optimizer is None else run.optimizer,
+                step,
+            )
+        )
+        return make_state(named, renewed, updating.specification, listed if is_in_place else None)
+
+
+class _GivenBack(NamedTuple):
+    """Gradients in the place of an optimizer's state."""
+
+    gradients: dict[str, Tensor]
+
+
+def _give_back(
+    grads: Mapping[str, Tensor], state: object, params: object, *, step: object = None
+) -> Callable[[], _GivenBack]:
+    return lambda: _GivenBack(dict(grads))
+
+
+_GIVE_BACK = Transform(lambda params: (), lambda grads, state, params: (grads, state), _give_back)
+"""In the optimizer's place: it moves nothing."""

@@ -1,0 +1,61 @@
+"""An update by given gradients as a graph: the second half of a compiled step. None of it is the user's code."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from funcfreeze.compile.compiled import note_on_torch
+from funcfreeze.compile.layout import Kind, Layout, Listed, kind_of
+from funcfreeze.compile.options import Options
+from funcfreeze.computation.computation import Computation
+
+Key = tuple[Layout, tuple[tuple[str, Kind], ...]]
+"""A state's layout, and the paths and forms of the gradients."""
+
+Program = Callable[[Listed, Sequence[Tensor]], Any]
+"""Takes an update: (a state that is overwritten, gradients) -> the optimizer's state where it is another then."""
+
+
+class CompiledUpdate:
+    """An optimizer's update, compiled for every set of touched parameters.
+
+    Args:
+        computation: whose optimizer it is.
+        options: how to compile.
+        donate: whether states are overwritten in place, so that their tensors stay where they are.
+    """
+
+    def __init__(self, computation: Computation, options: Options, donate: bool) -> None:
+        self._computation = computation
+        self._options = options
+        self._donate = donate
+        self._programs: dict[Key, Program] = {}
+
+    @property
+    def traces(self) -> int:
+        """How many times it has been traced and compiled so far."""
+        return len(self._programs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledUpdate:
+        return CompiledUpdate(copy.deepcopy(self._computation, memo), self._options, self._donate)
+
+    def __call__(self, state: Listed, gradients: Mapping[str, Tensor]) -> Any:
+        """Overwrite parameters and the optimizer's state; what it returns is that where it could not be, else None."""
+        given = [state.apart(gradient) for gradient in gradients.values()]
+        key = state.layout, tuple(zip(gradients, map(kind_of, given), strict=True))
+        with self._computation.evaluation.functional.alone:
+            if key not in self._programs:
+                self._programs[key] = self._made(state, tuple(gradients), given)
+            return self._programs[key](state, given)
+
+    def _made(self, state: Listed, paths: Sequence[str], gradients: Sequence[Tensor]) -> Program:
+        try:
+            from funcfreeze.compile.program import compile_update
+        except (ImportError, AttributeError) as error:
+            note_on_torch(error)
+            raise
+        return compile_update(self._computation, state, paths, gradients, self._options, self._donate)

@@ -1,0 +1,53 @@
+"""The first half of a step as a value: what one forward and its backward gave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Half:
+    """What one forward and its backward gave, on the way from `step.compute` to `step.apply_gradients`.
+
+    It holds no memory of the state that it was computed from: it may be applied to that one, to another, more than
+    once, or never.
+
+    Attributes:
+        gradients: path -> merged gradient, touched parameters only; free of a loss scale.
+        losses: every present loss by name, detached, 0-d and unweighted.
+        metrics: what `losses` returned beside them, detached.
+        buffers: path -> every buffer as the forward left it.
+        written: path -> the new value of every parameter that no loss may update and that the forward wrote to.
+
+    >>> import torch
+    >>> half = Half({"w": torch.ones(2)}, {"fit": torch.tensor(1.0)}, {}, {}, {})
+    >>> half
+    Half(fit; 1 gradients)
+    >>> half.replace(gradients={path: -gradient for path, gradient in half.gradients.items()}).gradients
+    {'w': tensor([-1., -1.])}
+    >>> half.replace(grads={})
+    Traceback (most recent call last):
+        ...
+    TypeError: a Half has gradients, losses, metrics, buffers, written; got grads
+    """
+
+    gradients: Mapping[str, Tensor]
+    losses: Mapping[str, Tensor]
+    metrics: Mapping[str, Any]
+    buffers: Mapping[str, Tensor]
+    written: Mapping[str, Tensor]
+
+    def replace(self, **changes: Any) -> Half:
+        """The same with some fields exchanged; the others are shared. `apply_gradients` checks what it is given."""
+        names = [field.name for field in fields(self)]
+        unknown = [name for name in changes if name not in names]
+        if unknown:
+            raise TypeError(f"a Half has {', '.join(names)}; got {', '.join(unknown)}")
+        return replace(self, **changes)
+
+    def __repr__(self) -> str:
+        return f"Half({', '.join(self.losses)}; {len(self.gradients)} gradients)"

@@ -1,0 +1,181 @@
+"""The second half of a step: who owns what it overwrites, and the state that comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from funcfreeze.computation.back_door import form_of, form_problem, refuse_late_writes
+from funcfreeze.computation.computation import Computation, not_sharing
+from funcfreeze.computation.half import Half
+from funcfreeze.computation.specification import Specification
+from funcfreeze.computation.state import Lease, State, lease_of, make_state
+from funcfreeze.declare.selectors import closest
+from funcfreeze.gradients.modes import grad_mode
+from funcfreeze.model.memory import memory_of
+from funcfreeze.model.ties import by_first_names, tied
+from funcfreeze.optim.transform import misfits
+
+Fields = tuple[Mapping[str, Tensor], Mapping[str, Tensor], Any, Tensor]
+"""Params, buffers, optimizer and step of a state."""
+
+
+@dataclass(frozen=True, eq=False)
+class Updating:
+    """How the states of a step follow one another.
+
+    Attributes:
+        computation: what the step computes.
+        specification: what its states look like.
+        donate: whether the storage of a state is reused for the next.
+    """
+
+    computation: Computation
+    specification: Specification
+    donate: bool
+
+    def update(self, state: State, half: Half) -> State:
+        """The new state. Everything that can fail comes before the first write."""
+        gradients, computation = half.gradients, self.computation
+        lease, routed = lease_of(state), set(computation.evaluation.plan.routed)
+        if not self.donate:
+            refuse_late_writes(state.params, half.written)
+        copied = lease.borrowed & gradients.keys() if self.donate else routed
+        params = {
+            path: p.clone() if path in copied else p.detach() if p.requires_grad else p
+            for path, p in state.params.items()
+        } | dict(half.written)
+        owned = self.donate and not lease.borrowed_optimizer
+        optimizer = state.optimizer if owned else optree.tree_map(_copy, state.optimizer)
+        step = state.step + 1
+        optimizer = computation.optimize(gradients, optimizer, params, state.step)
+        if self.donate:
+            lease.spent = True
+        else:
+            lease.borrowed |= params.keys() - routed  # both states hold these now: neither may write to them
+        kept = [gradient for gradient in gradients.values() if gradient.is_cpu]
+        renewed = Lease(borrowed=lease.borrowed - copied - half.written.keys(), gradients=kept)
+        fields = self.specification.named((params, dict(half.buffers), optimizer, step))
+        return make_state(fields, renewed, self.specification)
+
+    def metrics(self, state: State, half: Half) -> dict[str, Any]:
+        """What `losses` returned beside the losses, apart from what the next update overwrites."""
+        return not_sharing(half.metrics, (*state.params.values(), *half.buffers.values(), *half.written.values()))
+
+    def apart(self, state: State, half: Half) -> Half:
+        """The half in memory of its own, and with all names of tied tensors."""
+        if not self.donate:
+            refuse_late_writes(state.params, half.written)
+        params = [*state.params.values(), *half.written.values()]
+        memories = {memory_of(param) for param in params} - {None}
+        with grad_mode(False):
+            gradients = {
+                path: gradient.clone() if memory_of(gradient) in memories else gradient
+                for path, gradient in half.gradients.items()
+            }
+            written = {path: value.clone() for path, value in half.written.items()}
+            metrics = self.metrics(state, half)
+        return Half(
+            tied(gradients, self.specification.tied_params),
+            half.losses,
+            metrics,
+            tied(half.buffers, self.specification.tied_buffers),
+            written,
+        )
+
+    def checked(self, state: State, half: object) -> Half:
+        """A half that a user may have changed, by the first names of tied tensors and without a graph.
+
+        Raises:
+            TypeError: not a `Half`.
+            ValueError: everything in it that does not fit the state.
+        """
+        if not isinstance(half, Half):
+            seen = "a pair; a step returns that at once" if isinstance(half, tuple) else type(half).__name__
+            raise TypeError(f"apply_gradients(state, half) takes what step.compute(state, batch) gives, got {seen}")
+        spec = self.specification
+        named: dict[str, Any] = dict.fromkeys(
+            [*state.params, *(name for name in half.gradients if name not in spec.tied_params)]
+        )
+        given = by_first_names(half.gradients, tied(named, spec.tied_params))
+        problems = [*self._problems(given, state), *_form_problems(half, state)]
+        if problems:
+            raise ValueError("\n  ".join(["this Half does not fit the State:", *problems]))
+        with grad_mode(False):
+            return half.replace(
+                gradients={path: gradient.detach() for path, gradient in given.items() if gradient is not None},
+                written={path: value.clone() for path, value in half.written.items()},
+            )
+
+    def _problems(self, given: Mapping[str, Any], state: State) -> Iterator[str]:
+        """What is wrong with gradients."""
+        plan = self.computation.evaluation.plan
+        for path, gradient in given.items():
+            if path not in state.params:
+                yield f"gradients[{path!r}]: there is no such parameter{closest(str(path), plan.paths)}"
+            elif gradient is not None and path not in plan.routed:
+                yield f"gradients[{path!r}]: no loss may update this parameter; leave it out, or give it a route"
+            elif gradient is not None and not isinstance(gradient, Tensor):
+                yield f"gradients[{path!r}] is a tensor, or None where it is untouched; got {type(gradient).__name__}"
+            elif gradient is not None:
+                yield from (
+                    f"gradients[{path!r}]: {what}" for what in misfits(gradient, state.params[path], "gradient")
+                )
+
+    def owns(self, lease: Lease) -> bool:
+        """Whether all that a step overwrites may be overwritten."""
+        return not lease.borrowed_optimizer and lease.borrowed <= self.computation.evaluation.unrouted
+
+    def owned(self, state: State) -> Fields:
+        """The state's fields, copied where somebody else may hold them, or where two of them share their memory."""
+        lease, routed = lease_of(state), set(self.computation.evaluation.plan.routed)
+        copied = lease.borrowed & routed if self.donate else routed
+        memories: set[int] = set()
+
+        def mine(tensor: Tensor, copy: bool) -> Tensor:
+            if tensor.layout is not torch.strided:
+                return tensor
+            memory = tensor.untyped_storage().data_ptr()
+            shared = memory in memories and tensor.numel() > 0
+            memories.add(memory)
+            return tensor.clone() if copy or shared else tensor.detach()
+
+        params = {path: mine(tensor, path in copied) for path, tensor in state.params.items()}
+        copy = not self.donate or lease.borrowed_optimizer
+        optimizer = optree.tree_map(
+            lambda leaf: mine(leaf, copy) if isinstance(leaf, Tensor) else leaf, state.optimizer
+        )
+        buffers = {path: mine(tensor, True) for path, tensor in state.buffers.items()}
+        return params, buffers, optimizer, mine(state.step, True)
+
+
+def _form_problems(half: Half, state: State) -> Iterator[str]:
+    """What is wrong with buffers and written parameters; a forward may change the shapes of buffers."""
+    for path in sorted(state.buffers.keys() ^ half.buffers.keys()):
+        has, has_not = ("State", "Half") if path in state.buffers else ("Half", "State")
+        yield f"buffer {path}: the {has} has it, the {has_not} does not"
+    for path, value in half.written.items():
+        if path not in state.params:
+            yield f"written[{path!r}]: there is no such parameter{closest(str(path), state.params)}"
+        elif form_of(value) != form_of(state.params[path]):
+            yield form_problem(path, state.params[path], value)
+
+
+def apart_from(params: Mapping[str, Tensor], optimizer: Any) -> Any:
+    """The optimizer's state, with copies of what shares memory with parameters, which steps overwrite."""
+    memories = {memory_of(param) for param in params.values()} - {None}
+
+    def apart(leaf: Any) -> Any:
+        shares = isinstance(leaf, Tensor) and leaf.numel() > 0 and memory_of(leaf) in memories
+        return leaf.clone() if shares else leaf
+
+    return optree.tree_map(apart, optimizer)
+
+
+def _copy(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
