@@ -27,6 +27,7 @@ from funcfreeze.gradients.modes import grad_mode
 from funcfreeze.model.acceptance import as_module, refuse_unusable
 from funcfreeze.model.attributes import attributes_kept, flags_kept
 from funcfreeze.model.functional import FunctionalModule, marks_of
+from funcfreeze.model.mapping import Model
 from funcfreeze.model.sites import module_leaves
 from funcfreeze.model.ties import tied
 from funcfreeze.optim import Transform
@@ -79,7 +80,7 @@ class Step:
     >>> model = step.export(state)
     """
 
-    model: nn.Module | Mapping[str, nn.Module]
+    model: Model
     losses: Losses
     optimizer: Transform
     engine: str
@@ -95,7 +96,7 @@ class Step:
 
     def __init__(
         self,
-        model: nn.Module | Mapping[str, nn.Module],
+        model: Model,
         losses: Losses,
         routes: object,
         *,
@@ -300,9 +301,7 @@ class Step:
             self.functional.left(params, marks, self.computation.evaluation.seen.written)
         return result
 
-    def export(
-        self, state: State, *, optimizer: torch.optim.Optimizer | None = None
-    ) -> nn.Module | Mapping[str, nn.Module]:
+    def export(self, state: State, *, optimizer: torch.optim.Optimizer | None = None) -> Model:
         """Write the state's parameters and buffers into the model, and return it. The state stays usable.
 
         Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from funcfreeze.computation.state import State, known_to_fit, lease_of, make_sta
 from funcfreeze.computation.structure import looks_like
 from funcfreeze.declare.plan import Plan
 from funcfreeze.model.functional import FunctionalModule
+from funcfreeze.model.sites import grouped
 from funcfreeze.model.ties import tied
 from funcfreeze.optim import Transform
 from funcfreeze.optim.cast import cast
@@ -47,20 +48,13 @@ class Specification:
             _shapes(buffers),
             transform.init(shapeless),
             {name: row.path for row in plan.rows for name in row.names[1:]},
-            _other_names(functional.module.named_buffers(remove_duplicate=False)),
+            {name: names[0] for names, _ in grouped(functional.module, "_buffers") for name in names[1:]},
         )
 
     def named(self, fields: tuple[Mapping[str, Tensor], Mapping[str, Tensor], Any, Tensor]) -> tuple[Any, ...]:
         """The fields of a state, in which tied parameters and buffers are found by all of their names."""
         params, buffers, optimizer, step = fields
         return tied(params, self.tied_params), tied(buffers, self.tied_buffers), optimizer, step
-
-
-def _other_names(named: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
-    """The names of tensors that had one already, with that."""
-    first: dict[int, str] = {}
-    pairs = ((name, first.setdefault(id(tensor), name)) for name, tensor in named)
-    return {name: path for name, path in pairs if name != path}
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:

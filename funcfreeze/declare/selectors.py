@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
@@ -28,12 +28,14 @@ class Leaf:
         tensor: the parameter itself.
         modules: the types of the modules that hold it, outermost first (empty for a bare pytree).
         trainable: False if it was frozen for good by `requires_grad_(False)`.
+        written: for some of the names, how torch writes it: with `_orig_mod`, in a module that is compiled.
     """
 
     names: tuple[str, ...]
     tensor: Tensor
     modules: tuple[type[nn.Module], ...] = ()
     trainable: bool = True
+    written: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def path(self) -> str:
@@ -49,7 +51,7 @@ class _Path:
         return f"path({self.pattern!r})"
 
     def matches(self, leaf: Leaf) -> bool:
-        prefixes = [prefix for name in leaf.names for spelled in _spellings(name) for prefix in _prefixes(spelled)]
+        prefixes = [prefix for spelled in _spellings(leaf) for prefix in _prefixes(spelled)]
         return self.pattern in prefixes or any(fnmatchcase(prefix, self.pattern) for prefix in prefixes)
 
     @property
@@ -66,7 +68,7 @@ class _Regex:
         return f"regex({self.pattern!r})"
 
     def matches(self, leaf: Leaf) -> bool:
-        return any(re.fullmatch(self.pattern, spelled) for name in leaf.names for spelled in _spellings(name))
+        return any(re.fullmatch(self.pattern, spelled) for spelled in _spellings(leaf))
 
 
 @dataclass(frozen=True)
@@ -316,7 +318,7 @@ def _suggestion(rule: _Rule, leaves: Sequence[Leaf]) -> str:
         seen = sorted({module.__name__ for leaf in leaves for module in leaf.modules})
         return f"; the modules here are {', '.join(seen)}" if seen else "; a bare pytree has no modules"
     if isinstance(rule, _Path | _Regex):
-        names = [_spellings(name)[-1] for leaf in leaves for name in leaf.names]
+        names = [name for leaf in leaves for name in leaf.names]
         if originals := [
             name for name in names if rule.matches(Leaf((_before_parametrization(name),), leaves[0].tensor))
         ]:
@@ -337,11 +339,14 @@ def closest(name: str, known: Iterable[str]) -> str:
     return f"; there are {', '.join(map(repr, tops[:8]))}{', ...' if len(tops) > 8 else ''}" if tops else ""
 
 
-def _spellings(name: str) -> tuple[str, ...]:
-    """A path, and the same without what `torch.compile` adds to it, if it does."""
-    if "_orig_mod" not in name:
-        return (name,)
-    return name, ".".join(part for part in name.split(".") if part != "_orig_mod")
+def _spellings(leaf: Leaf) -> Iterator[str]:
+    """All names of a parameter, with and without what `torch.compile` adds to them."""
+    for name in leaf.names:
+        yield name
+        if name in leaf.written:
+            yield leaf.written[name]
+        elif "_orig_mod" in name:
+            yield ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _before_parametrization(name: str) -> str:

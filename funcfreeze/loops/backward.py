@@ -5,17 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from funcfreeze.gradients.returned import check_losses
 from funcfreeze.gradients.routed import planned_backward
 from funcfreeze.gradients.sums import plus
+from funcfreeze.loops.external import with_gradients
 from funcfreeze.loops.freedom import note_call, without_hooks_where_free
 from funcfreeze.loops.live import parameters_and_routing, read_live
 from funcfreeze.loops.replicas import is_averaging, wrappers
+from funcfreeze.loops.uncompiled import uncompiled
+from funcfreeze.model.mapping import Model
 
 
-def backward(losses: Mapping[str, Tensor | None], routes: object, model: nn.Module | Mapping[str, nn.Module]) -> None:
+@uncompiled
+def backward(
+    losses: Mapping[str, Tensor | None],
+    routes: object,
+    model: Model,
+    *,
+    gradient: Mapping[str, Tensor] | None = None,
+) -> None:
     """Accumulate every loss's gradient into `.grad` of the parameters it may update, as toggling `requires_grad` would.
 
     One call instead of the recipe; the optimizer, the scaler and all the rest of the loop stay as they are. The graph
@@ -28,7 +38,8 @@ def backward(losses: Mapping[str, Tensor | None], routes: object, model: nn.Modu
         losses: name -> 0-d floating tensor on a live graph; for a loss that is absent this time None, and nothing else.
         routes: loss name -> which parameters it may update (see `Route`). A `Plan` (`step.plan`) is not resolved anew
             at every call, which small networks notice.
-        model: the module whose parameters the losses were computed from, or a mapping of modules.
+        model: the module whose parameters the losses were computed from, or a mapping of modules and parameters.
+        gradient: for losses that are no scalars, by name, what `loss.backward(gradient=...)` would be given.
 
     Raises:
         RouteError: everything that is wrong with the routes or the losses, at once.
@@ -54,13 +65,15 @@ def backward(losses: Mapping[str, Tensor | None], routes: object, model: nn.Modu
             "no_sync() and average what it leaves in .grad"
         )
     weights = routing.weight_values(None)
+    with torch.enable_grad():
+        losses = with_gradients(losses, gradient)
     graph = read_live(check_losses(losses, routing), parameters)
     graph = without_hooks_where_free(graph, parameters)
     with torch.inference_mode(False), torch.no_grad():
         gradients = planned_backward(graph, parameters, routing, weights)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                _accumulate(parameter, gradient)
+        for parameter, merged in zip(parameters, gradients, strict=True):
+            if merged is not None:
+                _accumulate(parameter, merged)
     note_call()
 
 

@@ -13,7 +13,7 @@ from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from funcfreeze.declare.plan import Plan, resolve_plan
@@ -26,12 +26,15 @@ from funcfreeze.gradients.routed import LiveGraph, planned_backward, read_losses
 from funcfreeze.gradients.seed import seed_of
 from funcfreeze.gradients.walk import at_end_of_backward, is_kept
 from funcfreeze.gradients.weights import UNIT_WEIGHT
+from funcfreeze.loops.external import with_gradients
 from funcfreeze.loops.freedom import Moment, hooked_anywhere, note_call, without_hooks_where_free
 from funcfreeze.loops.live import leaves_of, parameters_and_routing, read_live
 from funcfreeze.loops.replicas import averaged, begin_backward, waits_for_all, wrappers
+from funcfreeze.loops.uncompiled import uncompiled
+from funcfreeze.model.mapping import Model
 
 
-def plan(model: nn.Module | Mapping[str, nn.Module], routes: object) -> Plan:
+def plan(model: Model, routes: object) -> Plan:
     """The resolved table of which loss may update which parameters, without a `Step`: to print, and to pass on.
 
     Raises:
@@ -51,12 +54,14 @@ def plan(model: nn.Module | Mapping[str, nn.Module], routes: object) -> Plan:
     return resolve_plan(routes, leaves_of(model))
 
 
+@uncompiled
 def combine(
     losses: Mapping[str, Tensor | None],
     routes: object,
-    model: nn.Module | Mapping[str, nn.Module],
+    model: Model,
     *,
     step: int | Tensor | None = None,
+    gradient: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """One loss for all: its value is their plain sum, its `.backward()` gives every parameter its merged gradient.
 
@@ -79,9 +84,11 @@ def combine(
         losses: name -> 0-d floating tensor on a live graph; for a loss that is absent this time None, and nothing else.
         routes: loss name -> which parameters it may update (see `Route`), or what `plan` made of them, which is
             quicker.
-        model: the module whose parameters the losses were computed from, or a mapping of modules;
+        model: the module whose parameters the losses were computed from, or a mapping of modules and parameters;
             `DistributedDataParallel` around them does not matter.
         step: the count of steps, for weights that are schedules.
+        gradient: for losses that are no scalars, by name, what `loss.backward(gradient=...)` would be given; such a
+            loss's value is the sum of its products with that.
 
     Returns:
         A 0-d tensor, at least float32, on the device of the first loss that is present.
@@ -102,6 +109,7 @@ def combine(
     """
     parameters, routing = parameters_and_routing(model, routes)
     weights = routing.weight_values(None if step is None else torch.as_tensor(step))
+    losses = with_gradients(losses, gradient)
     present = check_losses(losses, routing, inside_func=not torch.is_grad_enabled())
     value = _sum(present, parameters[0].device)
     if not torch.is_grad_enabled():
@@ -183,6 +191,7 @@ class _Call:
     around: Sequence[DistributedDataParallel]
     moment: Moment
 
+    @uncompiled
     def gradients(self, cotangent: Tensor) -> list[Tensor | None]:
         """The merged gradients of the leaves that are wanted, times the cotangent."""
         graph = self.graph

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from funcfreeze.declare.plan import resolve_plan
 from funcfreeze.declare.selectors import Leaf, RouteError
@@ -13,17 +13,18 @@ from funcfreeze.gradients.graph import NO_LEAF
 from funcfreeze.gradients.routed import LiveGraph, read_losses
 from funcfreeze.loops.replicas import unwrapped
 from funcfreeze.model.acceptance import as_module, refuse_unusable
+from funcfreeze.model.mapping import Model
 from funcfreeze.model.sites import module_leaves
 
 
-def leaves_of(model: nn.Module | Mapping[str, nn.Module]) -> list[Leaf]:
+def leaves_of(model: Model) -> list[Leaf]:
     """The parameters of a model that can be used; `DistributedDataParallel` around it does not matter."""
     module = as_module(unwrapped(model))
     refuse_unusable(module)
     return module_leaves(module)
 
 
-def parameters_and_routing(model: nn.Module | Mapping[str, nn.Module], routes: object) -> tuple[list[Tensor], Routing]:
+def parameters_and_routing(model: Model, routes: object) -> tuple[list[Tensor], Routing]:
     """The parameters, and which loss may update which."""
     leaves = leaves_of(model)
     return [leaf.tensor for leaf in leaves], Routing.of(resolve_plan(routes, leaves))

@@ -13,27 +13,30 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from funcfreeze.gradients.walk import at_end_of_backward
+from funcfreeze.model.mapping import Model
 
 
-def unwrapped(model: nn.Module | Mapping[str, nn.Module]) -> nn.Module | Mapping[str, nn.Module]:
-    """The model without `DistributedDataParallel` around it, or around the modules of a mapping."""
-    if isinstance(model, DistributedDataParallel):
+def unwrapped(model: Model) -> Model:
+    """The model without data parallelism around it, or around the modules of a mapping."""
+    if isinstance(model, _WRAPPERS):
         inner: nn.Module = model.module
         return inner
-    if isinstance(model, Mapping) and any(isinstance(inner, DistributedDataParallel) for inner in model.values()):
-        return {
-            name: inner.module if isinstance(inner, DistributedDataParallel) else inner for name, inner in model.items()
-        }
+    if isinstance(model, Mapping) and any(isinstance(inner, _WRAPPERS) for inner in model.values()):
+        return {name: inner.module if isinstance(inner, _WRAPPERS) else inner for name, inner in model.items()}
     return model
 
 
-def wrappers(model: nn.Module | Mapping[str, nn.Module]) -> list[DistributedDataParallel]:
+_WRAPPERS = (DistributedDataParallel, nn.DataParallel)
+
+
+def wrappers(model: Model) -> list[DistributedDataParallel]:
     """What is wrapped around the model, or around parts of it: given with it, or found around it."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return []
     given = [*model.values()] if isinstance(model, Mapping) else [model]
     found = {id(wrapper): wrapper for wrapper in (*given, *_all()) if isinstance(wrapper, DistributedDataParallel)}
-    parts = {id(part) for module in given for part in module.modules()} if found else set()
+    modules = [module for module in given if isinstance(module, nn.Module)]
+    parts = {id(part) for module in modules for part in module.modules()} if found else set()
     return [wrapper for wrapper in found.values() if id(wrapper.module) in parts]
 
 

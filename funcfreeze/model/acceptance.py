@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from funcfreeze.model.mapping import Parts
+
 
 def refuse_unusable(module: nn.Module) -> None:
     """Refuse modules whose parameters cannot be handled as plain tensors, saying why and what to do.
@@ -42,6 +44,11 @@ def _refusal(path: str, module: nn.Module) -> str | None:
             "(DistributedDataParallel around the whole model or modules of a mapping), or pass the module inside it "
             "(.module)"
         )
+    if getattr(module, "_is_replica", False):
+        return (
+            f"{where} is a replica that nn.DataParallel made for one device, and its tensors are copies that no "
+            "gradient is kept for: take the losses from what the DataParallel module returns, outside of it"
+        )
     if "FSDPModule" in kinds or "FullyShardedDataParallel" in kinds:
         return (
             f"{where} is sharded by fully_shard, which gathers parameters by hooks that gradients taken here "
@@ -53,23 +60,29 @@ def _refusal(path: str, module: nn.Module) -> str | None:
 
 
 def as_module(model: object) -> nn.Module:
-    """The model as one module: a mapping of modules is held by an `nn.ModuleDict`, so that paths start with its names.
+    """The model as one module: a mapping is held by an `nn.ModuleDict`, so that paths start with its names.
 
     Raises:
-        TypeError: not a module, nor a mapping of modules.
-        ValueError: names that a `ModuleDict` cannot hold.
+        TypeError: not a module, nor a mapping of modules and parameters.
+        ValueError: names that a module cannot hold.
     """
     if isinstance(model, nn.Module):
         return model
     if not isinstance(model, Mapping) or not model:
         seen = "an empty one" if isinstance(model, Mapping) else type(model).__name__
         raise TypeError(f"the model is an nn.Module or a mapping of them, got {seen}")
-    others = [f"{name!r}: {type(inner).__name__}" for name, inner in model.items() if not isinstance(inner, nn.Module)]
+    kinds = (nn.Module, nn.Parameter)
+    others = [f"{name!r}: {type(inner).__name__}" for name, inner in model.items() if not isinstance(inner, kinds)]
     if others:
-        raise TypeError(f"a mapping of modules holds nn.Modules only, got {', '.join(others)}")
+        raise TypeError(
+            f"a mapping of modules holds nn.Modules and nn.Parameters only, got {', '.join(others)}; make a parameter "
+            "of a tensor that is to be trained by nn.Parameter(tensor)"
+        )
     problems = [problem for name in model if (problem := _name_problem(name))]
     if problems:
         raise ValueError("\n".join(problems))
+    if any(isinstance(inner, nn.Parameter) for inner in model.values()):
+        return Parts(model)
     return nn.ModuleDict(dict(model))
 
 
@@ -80,6 +93,6 @@ def _name_problem(name: object) -> str | None:
         return (
             f"the module name {name!r} has a dot, which separates the parts of a path; use {name.replace('.', '_')!r}"
         )
-    if name in dir(nn.ModuleDict()):
+    if name in dir(nn.ModuleDict()) or name in dir(Parts({})):
         return f"the module name {name!r} is taken by nn.ModuleDict itself; use {name + '_'!r}"
     return None

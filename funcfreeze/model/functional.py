@@ -56,8 +56,8 @@ class Left:
 class FunctionalModule:
     """A module, and where each of its parameters and buffers sits.
 
-    Parameters and buffers are known by the first path `named_parameters()` and `named_buffers()` give; a tied one has
-    several sites.
+    Parameters and buffers are known by the first path `named_parameters()` and `named_buffers()` give, without what
+    `torch.compile` adds; a tied one has several sites.
     """
 
     module: nn.Module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
@@ -12,8 +13,34 @@ Site = tuple[nn.Module, str]
 """Where a tensor sits: the module that holds it and its name there."""
 
 
-def grouped(module: nn.Module, store: str) -> list[tuple[tuple[str, ...], tuple[Site, ...]]]:
-    """All names and sites of each distinct tensor in `_parameters` or `_buffers`, in the order torch gives."""
+Group = tuple[tuple[str, ...], tuple[Site, ...]]
+"""All names of a tensor, and all sites."""
+
+
+def grouped(module: nn.Module, store: str) -> list[Group]:
+    """All names and sites of each distinct tensor in `_parameters` or `_buffers`, in the order torch gives.
+
+    What `torch.compile` puts into the names is left out where that is unambiguous.
+    """
+    groups = _as_torch_names_them(module, store)
+    clear = _clear_names([name for names, _ in groups for name in names])
+    return [(tuple(clear[name] for name in names), sites) for names, sites in groups]
+
+
+def _clear_names(names: Sequence[str]) -> dict[str, str]:
+    """The names without `_orig_mod`, of which each stands for one.
+
+    >>> _clear_names(["_orig_mod.encoder.weight", "head.weight"])
+    {'_orig_mod.encoder.weight': 'encoder.weight', 'head.weight': 'head.weight'}
+    >>> _clear_names(["_orig_mod.weight", "weight"])
+    {'_orig_mod.weight': '_orig_mod.weight', 'weight': 'weight'}
+    """
+    clear = {name: ".".join(part for part in name.split(".") if part != "_orig_mod") for name in names}
+    number = Counter(clear.values())
+    return {name: short if number[short] == 1 else name for name, short in clear.items()}
+
+
+def _as_torch_names_them(module: nn.Module, store: str) -> list[Group]:
     names: dict[int, list[str]] = {}
     sites: dict[int, list[Site]] = {}
     for prefix, inner in module.named_modules(remove_duplicate=False):
@@ -40,15 +67,19 @@ def present(site: Site, store: str) -> Tensor:
 
 
 def module_leaves(module: nn.Module) -> list[Leaf]:
-    """The parameters of a module as selectors see them, in the order of `named_parameters()`.
+    """The parameters of a module as selectors see them, by the names of `grouped` and in its order.
 
     Ties are one leaf with all its names. Its modules are those that hold it under any of them.
     """
     types = {path: type(inner) for path, inner in module.named_modules(remove_duplicate=False)}
     leaves = []
-    for names, sites in grouped(module, "_parameters"):
+    groups = _as_torch_names_them(module, "_parameters")
+    clear = _clear_names([name for names, _ in groups for name in names])
+    for names, sites in groups:
         tensor = present(sites[0], "_parameters")
-        leaves.append(Leaf(names, tensor, _ancestors(names, types), tensor.requires_grad))
+        short = tuple(clear[name] for name in names)
+        written = {clear[name]: name for name in names if clear[name] != name}
+        leaves.append(Leaf(short, tensor, _ancestors(names, types), tensor.requires_grad, written))
     return leaves
 
 

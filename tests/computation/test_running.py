@@ -159,7 +159,7 @@ def test_groups_against_a_partition():
     assert int(state.step) == 10
     step.export(state, optimizer=mine)
     train(moving, mine, parts[2])
-    train(never, theirs, sum(parts, []))
+    train(never, theirs, [*parts[0], *parts[1], *parts[2]])
     assert_equal_displacement(moving, never, start)
 
 
@@ -176,7 +176,7 @@ def test_a_scheduler_goes_on():
     assert mine.param_groups[0]["lr"] == pytest.approx(0.1 / 11)
     falling[0].last_epoch = 10
     train(moving, mine, parts[2], falling[0])
-    train(never, theirs, sum(parts, []), falling[1])
+    train(never, theirs, [*parts[0], *parts[1], *parts[2]], falling[1])
     assert_equal_displacement(moving, never, start)
 
 
@@ -280,7 +280,7 @@ def test_tied_and_frozen_parameters():
     state = take(step, step.init(optimizer=mine), parts[1])
     step.export(state, optimizer=mine)
     plain(moving, mine, parts[2])
-    plain(never, theirs, sum(parts, []))
+    plain(never, theirs, [*parts[0], *parts[1], *parts[2]])
     assert_equal_displacement(moving, never, start)
 
 

@@ -97,10 +97,57 @@ def test_compiled_modules_are_found_by_the_names_they_had(where, selector):
     m = wrapped(where)
     plain = [row.path for row in plan(Network(), {"cls": "*", "adv": selector}).rows if "adv" in row.weights]
     found = [row.path for row in plan(m, {"cls": "*", "adv": selector}).rows if "adv" in row.weights]
-    assert found == [path for path, _ in m.named_parameters() if path.replace("_orig_mod.", "") in plain]
-    assert all("_orig_mod" in path for path in found)
-    full = [row.path for row in plan(m, {"cls": "*", "adv": found}).rows if "adv" in row.weights]
+    assert found == plain
+    as_torch_writes = [path for path, _ in m.named_parameters() if path.replace("_orig_mod.", "") in plain]
+    assert all("_orig_mod" in path for path in as_torch_writes)
+    full = [row.path for row in plan(m, {"cls": "*", "adv": as_torch_writes}).rows if "adv" in row.weights]
     assert full == found
+
+
+def test_plans_and_states_do_not_tell_a_compiled_module():
+    m, plain = wrapped("both"), Network()
+    routes = {"cls": "*", "adv": "encoder"}
+    assert plan(m, routes) == plan(plain, routes)
+    one, other = (ff.Step(net, losses, routes, optimizer=ff.optim.adam(1e-2), compile=False) for net in (m, plain))
+    state, _ = other(one.init(), x := torch.randn(4, 3))
+    state, _ = one(state, x)
+    assert set(state.params) == {path for path, _ in plain.named_parameters()}
+    assert ff.verify(one, state, x, steps=2).ok
+
+
+def test_a_compiled_part_beside_the_module_that_it_was_made_from():
+    m = Network()
+    m.quick = torch.compile(m.encoder, backend="eager")
+    (row,) = [row for row in plan(m, {"cls": "encoder", "adv": "head"}).rows if row.path == "encoder.0.weight"]
+    assert row.names == ("encoder.0.weight", "quick.0.weight")
+
+
+def test_names_that_would_be_ambiguous_stay():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(2))
+            self._orig_mod = nn.ParameterDict({"weight": torch.ones(2), "bias": torch.ones(2)})
+
+    found = ff.plan(Odd(), {"l": "*"})
+    assert found.paths == ("weight", "bias", "_orig_mod.weight")
+    assert ff.plan(Odd(), {"l": "_orig_mod"}).routed == ("bias", "_orig_mod.weight")
+
+
+def test_tied_buffers_of_a_compiled_module():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+            self.b.running_mean = self.a.running_mean
+
+    def loss(m, x):
+        return {"l": m.a(m.b(x)).square().mean()}
+
+    m = Two()
+    step = ff.Step(torch.compile(m, backend="eager"), loss, {"l": "*"}, optimizer=ff.optim.sgd(0.1), compile=False)
+    state, _ = step(step.init(), torch.randn(4, 3))
+    assert state.buffers["b.running_mean"] is state.buffers["a.running_mean"]
 
 
 @pytest.mark.parametrize("where", ["whole", "part", "both"])

@@ -1,4 +1,4 @@
-"""What runs on every rank, in processes of its own: `python ranks.py RANK RANKS FILE MODE`.
+"""What runs on every rank, in processes of its own: `python ranks.py RANK RANKS FILE MODE MODEL`.
 
 Under DistributedDataParallel `ff.combine` must move a model as one process does that forwards every rank's share from
 rank 0's buffers and averages the merged gradients.
@@ -13,12 +13,19 @@ import sys
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrizations import weight_norm
 
 import funcfreeze as ff
 
 
-class Model(nn.Module):
+class Branches(nn.Module):
+    """Two heads over one encoder, a head that a loss reaches and none may update, and one that nobody calls."""
+
+    routes = {"cls": ["encoder", "cls"], "dom": {"dom": 1.0, "encoder": -0.3}}  # noqa: RUF012  # a constant
+    still = "reached"
+
     def __init__(self, unused):
         super().__init__()
         self.encoder = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh())
@@ -33,8 +40,67 @@ class Model(nn.Module):
             found["dom"] = (self.dom(h) + self.reached(h)).square().mean()
         return found
 
+    @staticmethod
+    def sample(number):
+        return torch.randn(number, 4)
 
-ROUTES = {"cls": ["encoder", "cls"], "dom": {"dom": 1.0, "encoder": -0.3}}
+
+class Vision(nn.Module):
+    """Convolutions with a skip from trunk to head, batch norms, a parametrized head."""
+
+    routes = {"cls": ["stem", "block", "cls"], "dom": {"dom": 1.0, "stem": -0.3}}  # noqa: RUF012
+    still = "reached"
+
+    def __init__(self, unused):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh())
+        self.cls = weight_norm(nn.Linear(4, 3))
+        self.dom, self.reached = nn.Conv2d(4, 1, 1), nn.Conv2d(4, 4, 1)
+        if unused:
+            self.unused = nn.Linear(2, 2)
+
+    def forward(self, x, heads=("cls", "dom")):
+        h = self.stem(x)
+        found = {"cls": self.cls((h + self.block(h)).mean((2, 3))).square().mean()}
+        if "dom" in heads:
+            found["dom"] = self.dom(self.reached(h)).square().mean()
+        return found
+
+    @staticmethod
+    def sample(number):
+        return torch.randn(number, 2, 4, 4)
+
+
+class Language(nn.Module):
+    """A transformer whose embedding is tied to its head, and an auxiliary loss on a trunk that it shares."""
+
+    routes = {"cls": ["embed", "body", "cls"], "dom": {"dom": 1.0, "body": 0.3}}  # noqa: RUF012
+    still = "reached"
+
+    def __init__(self, unused):
+        super().__init__()
+        self.embed = nn.Embedding(7, 8)
+        self.body = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+        self.cls = nn.Linear(8, 7, bias=False)
+        self.cls.weight = self.embed.weight
+        self.dom, self.reached = nn.Linear(8, 1), nn.Linear(8, 8)
+        if unused:
+            self.unused = nn.Linear(2, 2)
+
+    def forward(self, x, heads=("cls", "dom")):
+        h = self.body(self.embed(x))
+        found = {"cls": nn.functional.cross_entropy(self.cls(h[:, :-1]).transpose(1, 2), x[:, 1:])}
+        if "dom" in heads:
+            found["dom"] = self.dom(self.reached(h)).square().mean()
+        return found
+
+    @staticmethod
+    def sample(number):
+        return torch.randint(7, (number, 5))
+
+
+MODELS = {kind.__name__: kind for kind in (Branches, Vision, Language)}
 
 MODES = {
     "plain": {},
@@ -55,7 +121,7 @@ def simulated(model, shares, present):
         for name, buffer in model.named_buffers():
             buffer.data.copy_(buffers[name])
         found = model(share, present)
-        ff.backward({name: found.get(name) for name in ROUTES}, ROUTES, model)
+        ff.backward({name: found.get(name) for name in model.routes}, model.routes, model)
         after = after or {name: buffer.clone() for name, buffer in model.named_buffers()}
     for name, buffer in model.named_buffers():
         buffer.data.copy_(after[name])
@@ -64,27 +130,35 @@ def simulated(model, shares, present):
             parameter.grad *= 2 / len(shares)
 
 
-def main(rank, ranks, file, mode):
+def main(rank, ranks, file, mode, kind):
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks)
     torch.manual_seed(0)
-    model = Model(unused="find" in mode)
+    model = MODELS[kind](unused="find" in mode)
     alone = copy.deepcopy(model)
     start = copy.deepcopy(model.state_dict())
     ddp = DistributedDataParallel(model, **MODES[mode])
+    sent = [0]
+
+    def counted(_, bucket):
+        sent[-1] += bucket.buffer().nbytes
+        return allreduce_hook(None, bucket)
+
+    ddp.register_comm_hook(None, counted)
     for parameter in model.parameters():  # never called with None, and an untouched parameter stays untouched
         parameter.register_hook(lambda gradient: gradient * 2)
     optimizers = [torch.optim.AdamW(each.parameters(), 0.01, eps=1e-3, weight_decay=0.1) for each in (model, alone)]
-    plan = ff.plan(ddp, ROUTES)
-    untouched = [*model.reached.parameters()]
+    plan = ff.plan(ddp, model.routes)
+    untouched = [*model.get_submodule(model.still).parameters()]
     for turn in range(20):
-        x = torch.randn(4 * ranks, 4)
+        x = model.sample(4 * ranks)
+        sent.append(0)
         present = ("cls",) if turn % 5 == 3 and mode == "find" else ("cls", "dom")
         for optimizer in optimizers:
             optimizer.zero_grad()
         found = ddp(x[rank::ranks], present)
-        ff.combine({name: found.get(name) for name in ROUTES}, plan, ddp if turn % 2 else model).backward()
+        ff.combine({name: found.get(name) for name in model.routes}, plan, ddp if turn % 2 else model).backward()
         if mode == "plain":
             for parameter in untouched:  # what DistributedDataParallel gives them
                 assert parameter.grad is not None
@@ -106,8 +180,10 @@ def main(rank, ranks, file, mode):
         refused = "no"
     except TypeError as error:
         refused = str(error)
-    sys.stdout.write(json.dumps({"worst": worst, "moved": moved, "refused": refused}))
+    of_one_gradient = sum(parameter.nbytes for parameter in model.parameters())
+    told = {"worst": worst, "moved": moved, "refused": refused, "sent": sent[1:], "of one gradient": of_one_gradient}
+    sys.stdout.write(json.dumps(told))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
