@@ -4,6 +4,7 @@ from funcfreeze.optim.adam import adam, adamw
 from funcfreeze.optim.chain import chain
 from funcfreeze.optim.clip import clip_by_global_norm
 from funcfreeze.optim.partition import partition
+from funcfreeze.optim.rmsprop import rmsprop
 from funcfreeze.optim.sgd import sgd
 from funcfreeze.optim.torch_optimizer import from_torch
 from funcfreeze.optim.transform import Transform, apply_updates
@@ -31,6 +32,7 @@ __all__ = [
     "from_torch",
     "linear_schedule",
     "partition",
+    "rmsprop",
     "sgd",
     "warmup_constant_schedule",
     "warmup_cosine_decay_schedule",

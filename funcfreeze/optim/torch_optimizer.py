@@ -19,7 +19,7 @@ Entry = dict[str, Any]
 
 
 def from_torch(optimizer: type[Optimizer], **kwargs: Any) -> Transform:
-    """A torch.optim optimizer, or one of your own, as a transform: `from_torch(torch.optim.RMSprop, lr=1e-3)`.
+    """A torch.optim optimizer, or one of your own, as a transform: `from_torch(torch.optim.NAdam, lr=1e-3)`.
 
     At each step the optimizer is built over copies of the touched parameters, given what it kept for them, and stepped
     once. The state of a parameter is what the optimizer keeps for it, numbers included: nothing until the first

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
+
 from funcfreeze.schedules.schedule import Schedule
 
 Check = Callable[[Any], Any]
@@ -19,7 +21,8 @@ _calling: ContextVar[Caller | None] = ContextVar("calling", default=None)
 
 def value_at(schedule: Callable[[Any], Any], step: Any, check: Check) -> Any:
     """A schedule's checked value at a step: of a `Schedule`, and of any other function of the step."""
-    call = _calling.get()
+    # Dynamo, in a loop that somebody compiles, cannot read a context variable; the tracer that sets it is not Dynamo.
+    call = None if torch.compiler.is_dynamo_compiling() else _calling.get()
     return check(schedule(step)) if call is None or _is_arithmetic(schedule) else call(schedule, check)
 
 

@@ -22,8 +22,9 @@ class Lookup:
         self._placed = {self._values.device: self._values}
 
     def __call__(self, step: Tensor) -> Tensor:
-        # `take`, since indexing by a 0-d tensor asks for its value.
-        return self._on(step.device).take(step.long().clamp(0, len(self._values) - 1))
+        index = step.long().clamp(0, len(self._values) - 1)
+        # Not in brackets: an index of no dimensions is asked for its value there.
+        return self._on(step.device).index_select(0, index.reshape(-1)).reshape(step.shape)
 
     def _on(self, device: torch.device) -> Tensor:
         placed = self._placed.get(device)

@@ -55,7 +55,7 @@ def cosine_wave(a: float, b: float, steps: float) -> Schedule:
 
     >>> import torch
     >>> cosine_wave(2.0, 0.0, 10)(torch.tensor([0, 5, 10, 15, 20]))
-    tensor([2., 1., 0., 1., 2.], dtype=torch.float64)
+    tensor([2.0000, 1.0000, 0.0000, 1.0000, 2.0000], dtype=torch.float64)
     """
     return Schedule("cosine_wave", (("a", a), ("b", b), ("steps", steps)))
 

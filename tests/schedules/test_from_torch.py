@@ -311,7 +311,7 @@ class OnMetrics(torchs.LRScheduler):
         (
             lambda: from_torch(torchs.StepLR, step_size=30),
             TypeError,
-            "from_torch(StepLR): lr is missing, the rate of the optimizer; write from_torch(StepLR, lr=..., step_size=30)",
+            "(StepLR): lr is missing, the rate of the optimizer; write from_torch(StepLR, lr=..., step_size=30)",
         ),
         (
             lambda: from_torch(torchs.StepLR, lr=0.1, step_size=30, last_epoch=5),
@@ -345,7 +345,7 @@ class OnMetrics(torchs.LRScheduler):
         (
             lambda: from_torch(torchs.LambdaLR, lr=0.1, lr_lambda=lambda epoch: 1.0),
             ValueError,
-            "say for how many steps of training to write it out: from_torch(LambdaLR, lr=0.1, lr_lambda=..., steps=...)",
+            "for how many steps of training to write it out: from_torch(LambdaLR, lr=0.1, lr_lambda=..., steps=...)",
         ),
         (
             lambda: from_torch(InverseRoot, lr=0.1, warm_up=5),
@@ -391,7 +391,7 @@ class OnMetrics(torchs.LRScheduler):
         (
             lambda: from_torch(torchs.StepLR, lr=0.1, step_size=0),
             ValueError,
-            "from_torch(StepLR): step_size must be a whole number of at least 1, got 0; or with steps= what torch makes",
+            "from_torch(StepLR): step_size must be a whole number of at least 1, got 0; or with steps= what",
         ),
         (
             lambda: from_torch(torchs.CosineAnnealingLR, lr=0.1, T_max=2.5),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.optim import lr_scheduler as torchs
 
 import funcfreeze as ff
@@ -14,6 +16,7 @@ from funcfreeze.schedules import cosine, dann, exponential, from_torch, join, li
 
 COMPILED = [False, {"backend": "aot_eager"}]
 STEPS = 9
+SLOW = pytest.mark.skipif("FUNCFREEZE_ALL_PROGRAMS" not in os.environ, reason="ten seconds; .ci/versions runs it")
 
 
 def network():
@@ -91,7 +94,8 @@ def test_a_step_is_the_recipe_with_torchs_scheduler(rate, scheduled, compile):
         torch.testing.assert_close(state.params[path], value, rtol=1e-9, atol=1e-12)
 
 
-def test_every_kind_compiled_once_and_as_eagerly():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=SLOW)])
+def test_every_kind_compiled_once_and_as_eagerly(backend):
     schedules = [
         getattr(ff.schedules, name)(*arguments)
         for name, arguments in {
@@ -118,7 +122,7 @@ def test_every_kind_compiled_once_and_as_eagerly():
         lambda m, x: {path: p.sum() * x for path, p in m.items()},
         routes,
         optimizer=ff.optim.sgd(1.0),
-        compile={"backend": "inductor"},
+        compile={"backend": backend},
     )
     state = step.init()
     for number in range(7):
@@ -166,7 +170,9 @@ def test_a_plan_with_any_schedule_is_plain_data():
         plan = ff.plan(model, {"cls": "cls", "dom": {"dom": 1.0, "encoder": weight}})
         assert ff.Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
         assert f"w1 = {weight!r}" in str(plan)
-        assert ff.Route("encoder", weight=weight) == ff.Route("encoder", weight=type(weight).from_dict(weight.to_dict()))
+        assert ff.Route("encoder", weight=weight) == ff.Route(
+            "encoder", weight=type(weight).from_dict(weight.to_dict())
+        )
 
 
 def test_a_long_table_does_not_fill_the_screen():
@@ -182,15 +188,17 @@ def test_a_long_table_does_not_fill_the_screen():
 def test_in_a_loop_of_ones_own(compiled):
     """Also inside of `torch.compile`, with the step in a tensor."""
     for rate in (1 - linear(1, 0.5, 4), 0.1 * table([1, 2, 4]), join([table([1, 2]), 0.5], [3])):
-        tx = ff.optim.sgd(rate)
+        tx, counter = ff.optim.sgd(rate), CompileCounter()
 
         def update(grads, params, step, tx=tx):
             return tx.update(grads, {"w": {}}, params, step=step)[0]
 
-        run = torch.compile(update, backend="aot_eager", fullgraph=True) if compiled else update
+        torch.compiler.reset()
+        run = torch.compile(update, backend=counter, fullgraph=True) if compiled else update
         for number in range(6):
             moved = run({"w": torch.ones(2)}, {"w": torch.zeros(2)}, torch.tensor(number))["w"]
             torch.testing.assert_close(moved, -rate(number).expand(2))
+        assert counter.frame_count == compiled
 
 
 def test_under_a_transform_a_table_is_kept_by_no_wrapper():
@@ -220,5 +228,8 @@ def test_verify_and_a_loss_scale_read_them_too():
 
 
 def test_outside_of_a_step_there_is_no_step():
-    with pytest.raises(TypeError, match=r"the weight 1 - linear\(a=0, b=1, steps=5\) is a schedule of the step, and there"):
-        ff.backward(losses(model := network(), torch.ones(1, 4)), {"cls": {"*": 1 - linear(0, 1, 5)}, "dom": "*"}, model)
+    model = network()
+    found = losses(model, torch.ones(1, 4))
+    text = r"the weight 1 - linear\(a=0, b=1, steps=5\) is a schedule of the step, and there is no step here"
+    with pytest.raises(TypeError, match=text):
+        ff.backward(found, {"cls": {"*": 1 - linear(0, 1, 5)}, "dom": "*"}, model)

@@ -110,6 +110,15 @@ def test_several_steps_at_once_for_a_plot(schedule, formula):
     torch.testing.assert_close(schedule(torch.arange(50)), expected, rtol=1e-14, atol=2e-15)
 
 
+@every_schedule
+def test_on_the_steps_own_device(schedule, formula):
+    """A tensor on another one would be an error here."""
+    for _ in range(2):
+        value = schedule(torch.tensor(3, device="meta"))
+        assert (value.device.type, value.shape, value.dtype) == ("meta", (), torch.float64)
+        assert float(schedule(3)) == pytest.approx(formula(3), rel=1e-14, abs=2e-15)
+
+
 def test_restarts_begin_exactly_where_they_do():
     """By a logarithm, whose last digits may be wrong just there."""
     for first, growth in [(1, 2), (1, 3), (3, 3), (7, 5), (10, 10)]:
