@@ -10,6 +10,7 @@ import optree
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from funcfreeze.optim.hyperparameters import rate_at
 from funcfreeze.optim.opaque import is_traced
@@ -128,6 +129,8 @@ def from_torch(optimizer: type[Optimizer], **kwargs: Any) -> Transform:
 def _described(given: object) -> str:
     if isinstance(given, Optimizer):
         return f"an instance of {type(given).__name__}; give the class and its options instead"
+    if isinstance(given, LRScheduler) or (isinstance(given, type) and issubclass(given, LRScheduler)):
+        return f"the scheduler {given!r}; for schedulers there is ff.schedules.from_torch"
     return f"{type(given).__name__}: {given!r}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -150,7 +151,7 @@ def _term(done: str, other: object, *, numbers_alone: bool = False) -> Any:
         return finite("it", other)
     except ValueError:
         pass
-    if isinstance(other, Schedule | int | float):
+    if isinstance(other, Schedule | Real):
         raise ValueError(f"{wanted}, got {other!r}")
     raise TypeError(
         f"{wanted}, got {type(other).__name__}: {other!r}; what is no plain data goes into a function of the step: "

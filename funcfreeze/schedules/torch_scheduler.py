@@ -35,8 +35,8 @@ def from_torch(
 
     `ConstantLR`, `LinearLR`, `ExponentialLR`, `StepLR`, `MultiStepLR`, `PolynomialLR`, `CosineAnnealingLR` (past
     `T_max` too, where torch goes up again), `CosineAnnealingWarmRestarts`, `CyclicLR` and `OneCycleLR` become formulas.
-    torch computes most of them as a running product, whose rounding errors add up; the formula's do not. `OneCycleLR`
-    ends after `total_steps`; torch's raises soon after, and here its last rate holds.
+    torch computes most of them as a running product, whose rounding errors add up; those of a formula do not.
+    `OneCycleLR` ends with `total_steps`: torch's raises when it is stepped further, here the last rate holds.
 
     All others are run once, now, for as many `steps` as you give, and written out: `LambdaLR`, `MultiplicativeLR`,
     your own. After the last of them its rate holds, so give the length of the training. With `steps`, those above are

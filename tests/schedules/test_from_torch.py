@@ -93,8 +93,7 @@ def test_formulas(name, trial, seed):
     schedule = from_torch(scheduler, lr=lr, **options)
     assert not schedule.has_table
     expected = rates_of(lambda optimizer: scheduler(optimizer, **options), lr, STEPS)
-    # Over half a cosine torch divides by what is left of it, and keeps the error.
-    assert_rates(schedule, expected, 1e-11 if name == "CosineAnnealingLR" else 1e-12)
+    assert_rates(schedule, expected)
     assert_rates(from_torch(scheduler, lr=lr, steps=STEPS, **options), expected, 0)
 
 
