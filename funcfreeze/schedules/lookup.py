@@ -31,6 +31,12 @@ class Lookup:
         if placed is None:
             # It is never written to, so nothing has to wait until it is there.
             placed = self._values.to(device, non_blocking=True)
-            if type(placed) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(placed):
-                self._placed[device] = placed  # what a transform has wrapped ends with it
+            if _outlives(placed):
+                self._placed[device] = placed
         return placed
+
+
+def _outlives(tensor: Tensor) -> bool:
+    """Whether it is a tensor of its own, and not part of a trace or a transform that is under way."""
+    traced = torch.compiler.is_dynamo_compiling() or type(tensor) is not Tensor
+    return not traced and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)

@@ -201,6 +201,19 @@ def test_in_a_loop_of_ones_own(compiled):
         assert counter.frame_count == compiled
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_table_in_a_function_that_somebody_compiles(device):
+    schedule, counter = 0.5 * table([1.0, 2.0, 3.0]), CompileCounter()
+    run = torch.compile(lambda step: schedule(step) + 1, backend=counter, fullgraph=True)
+    for step in (0, 2, 1, 7):
+        value = run(torch.tensor(step, device=device))
+        assert (value.device.type, value.shape) == (device, ())
+        if device == "cpu":
+            assert float(value) == 1 + 0.5 * min(step + 1, 3)
+    assert counter.frame_count == 1
+    assert float(schedule(1)) == 1.0
+
+
 def test_under_a_transform_a_table_is_kept_by_no_wrapper():
     schedule = table([1.0, 2.0, 4.0])
 
@@ -209,6 +222,9 @@ def test_under_a_transform_a_table_is_kept_by_no_wrapper():
 
     gradient = torch.func.grad(weighted)(torch.ones(2), torch.tensor(2))
     assert gradient.tolist() == [4.0, 4.0]
+    for device in ("meta", "cpu"):  # where it is placed inside of a transform, and used outside
+        x, step = torch.ones(2, device=device), torch.tensor(1, device=device)
+        assert torch.func.grad(weighted)(x, step).device == schedule(step).device == x.device
     batched = torch.func.vmap(lambda step: schedule(step))(torch.arange(4))
     assert batched.tolist() == [1.0, 2.0, 4.0, 4.0]
     assert float(schedule(1)) == 2.0
