@@ -12,6 +12,7 @@ import funcfreeze as ff
 PACKAGE = pathlib.Path(ff.__file__).parent
 
 FLOORS = [
+    ["schedules"],
     ["declare"],
     ["model"],
     ["gradients"],
@@ -81,7 +82,7 @@ def test_the_core_depends_on_torch_and_optree_alone():
 def test_the_public_surface():
     public = {name for name in vars(ff) if not name.startswith("_")}
     modules = {path.name.removesuffix(".py") for path in PACKAGE.iterdir()}
-    assert public - modules | {"optim", "backward", "verify"} == {
+    assert public - modules | {"optim", "schedules", "backward", "verify"} == {
         "LossScale",
         "Plan",
         "Route",
@@ -98,6 +99,7 @@ def test_the_public_surface():
         "path",
         "plan",
         "regex",
+        "schedules",
         "verify",
         "verify_equations",
         "where",

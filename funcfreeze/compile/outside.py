@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from funcfreeze.compile.private import FakeTensorMode, TorchDispatchMode, is_traced, tree_map_only, untraced
-from funcfreeze.declare.schedules import Check
 from funcfreeze.model.memory import memory_of
 from funcfreeze.model.watching import tensors_given
+from funcfreeze.schedules.calling import Check
 
 _LIFTS = frozenset(
     {

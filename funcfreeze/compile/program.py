@@ -22,9 +22,9 @@ from funcfreeze.compile.tail import Tail, take_off
 from funcfreeze.computation.back_door import raise_misuse, write_problem
 from funcfreeze.computation.computation import Computation
 from funcfreeze.declare.plan import Plan
-from funcfreeze.declare.schedules import calling
 from funcfreeze.gradients.modes import grad_mode
 from funcfreeze.model.memory import memory_of
+from funcfreeze.schedules.calling import calling
 
 KEPT_BYTES = 2**18
 """Gradients of this size on the CPU stay allocated until the next step starts; see `Lease.gradients`."""

@@ -11,6 +11,10 @@ _KEPT = {
     frozenset({"momentum_buffer", "step"}): "sgd with momentum and dampening",
     frozenset({"step", "exp_avg", "exp_avg_sq"}): "adam",
     frozenset({"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}): "adam with amsgrad",
+    frozenset({"step", "square_avg"}): "rmsprop",
+    frozenset({"step", "square_avg", "momentum_buffer"}): "rmsprop with momentum",
+    frozenset({"step", "square_avg", "grad_avg"}): "centered rmsprop",
+    frozenset({"step", "square_avg", "momentum_buffer", "grad_avg"}): "centered rmsprop with momentum",
 }
 """By what is kept for a parameter; adamw keeps what adam does."""
 

@@ -1,1 +1,1 @@
-"""What a user says: selectors, routes, schedules, and the plan they are resolved into."""
+"""What a user says: selectors, routes, and the plan they are resolved into."""

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from funcfreeze.declare.plan_table import format_plan
 from funcfreeze.declare.routes import Declaration, Route, Selection, Weight, declare
-from funcfreeze.declare.schedules import Schedule
 from funcfreeze.declare.selectors import Leaf, RouteError, label, resolve, to_selector
+from funcfreeze.schedules.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ def _weight_from_data(data: Any) -> Weight:
         return torch.tensor(data["tensor"], dtype=getattr(torch, data["dtype"]))
     raise RouteError(
         f"the weight {data['function']} was a function, which plain data cannot hold; use a schedule of "
-        "funcfreeze.optim, or resolve the plan anew"
+        "funcfreeze.schedules, or resolve the plan anew"
     )
 
 

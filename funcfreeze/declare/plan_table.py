@@ -46,7 +46,7 @@ def format_plan(losses: Sequence[str], rows: Sequence[_Row]) -> str:
         cells.append([line.title, count, *shown, _frozen(first)])
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     table = ["  ".join(_aligned(row, widths)).rstrip() for row in cells]
-    table += [f"{short} = {weight}" for weight, short in legend.items()]
+    table += [f"{short} = {_shortened(weight)}" for weight, short in legend.items()]
     table += [f"tied: {' = '.join(row.names)}" for line in lines if len(line.rows) > 1 for row in _tied(line.rows)]
     return "\n".join([*table, *_summary(losses, rows)])
 
@@ -130,6 +130,11 @@ def _term(weight: Weight, legend: dict[str, str]) -> str:
     if isinstance(weight, Real):
         return f"{float(weight):g}"
     return legend.setdefault(repr(weight), f"w{len(legend) + 1}")
+
+
+def _shortened(text: str) -> str:
+    """What is longer than two lines (a table of numbers may be) by its beginning and its end."""
+    return text if len(text) <= 240 else f"{text[:160]} ... {text[-60:]}"
 
 
 def _summary(losses: Sequence[str], rows: Sequence[_Row]) -> Iterator[str]:

@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
-from funcfreeze.declare.schedules import value_at
 from funcfreeze.declare.selectors import RouteError, Selector, label, to_selector
+from funcfreeze.schedules.calling import value_at
 
 Weight = float | Tensor | Callable[[Tensor], Any]
 """What a loss's gradient is multiplied by: a number, a 0-d tensor, or a schedule of the step."""

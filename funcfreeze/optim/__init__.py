@@ -1,7 +1,14 @@
 """Optimizers as pure transformations of gradients, with torch.optim's names and numbers, in optax's grammar."""
 
-from funcfreeze.declare.schedules import (
-    Schedule,
+from funcfreeze.optim.adam import adam, adamw
+from funcfreeze.optim.chain import chain
+from funcfreeze.optim.clip import clip_by_global_norm
+from funcfreeze.optim.partition import partition
+from funcfreeze.optim.rmsprop import rmsprop
+from funcfreeze.optim.sgd import sgd
+from funcfreeze.optim.torch_optimizer import from_torch
+from funcfreeze.optim.transform import Transform, apply_updates
+from funcfreeze.schedules.optax_names import (
     constant_schedule,
     cosine_decay_schedule,
     dann_schedule,
@@ -9,13 +16,7 @@ from funcfreeze.declare.schedules import (
     warmup_constant_schedule,
     warmup_cosine_decay_schedule,
 )
-from funcfreeze.optim.adam import adam, adamw
-from funcfreeze.optim.chain import chain
-from funcfreeze.optim.clip import clip_by_global_norm
-from funcfreeze.optim.partition import partition
-from funcfreeze.optim.sgd import sgd
-from funcfreeze.optim.torch_optimizer import from_torch
-from funcfreeze.optim.transform import Transform, apply_updates
+from funcfreeze.schedules.schedule import Schedule
 
 __all__ = [
     "Schedule",
@@ -31,6 +32,7 @@ __all__ = [
     "from_torch",
     "linear_schedule",
     "partition",
+    "rmsprop",
     "sgd",
     "warmup_constant_schedule",
     "warmup_cosine_decay_schedule",

@@ -13,6 +13,7 @@ from funcfreeze.optim.hyperparameters import LearningRate, Rate, check_number, c
 from funcfreeze.optim.kernels import adam_
 from funcfreeze.optim.leafwise import Entry, Rule, leafwise
 from funcfreeze.optim.opaque import is_traced, opaque, readable
+from funcfreeze.optim.reals import as_real, back_to
 from funcfreeze.optim.transform import Transform
 
 
@@ -94,16 +95,16 @@ def _adam(
         # The count is float32 as torch's; its powers need more digits than that.
         step = entry["step"] + 1
         count = step.to(torch.float64)
-        direction = _real(descent)
-        mean = _real(entry["exp_avg"]).lerp(direction, 1 - beta1)
-        square = torch.addcmul(beta2 * _real(entry["exp_avg_sq"]), direction, direction, value=1 - beta2)
-        largest = torch.maximum(_real(entry["max_exp_avg_sq"]), square) if amsgrad else square
+        direction = as_real(descent)
+        mean = as_real(entry["exp_avg"]).lerp(direction, 1 - beta1)
+        square = torch.addcmul(beta2 * as_real(entry["exp_avg_sq"]), direction, direction, value=1 - beta2)
+        largest = torch.maximum(as_real(entry["max_exp_avg_sq"]), square) if amsgrad else square
         denominator = largest.sqrt() / (1 - beta2**count).sqrt() + eps
         moved = -(rate / (1 - beta1**count)) * (mean / denominator)
         if decoupled:
-            moved = moved - rate * weight_decay * _real(param)
+            moved = moved - rate * weight_decay * as_real(param)
         kept = {"exp_avg": mean, "exp_avg_sq": square, **({"max_exp_avg_sq": largest} if amsgrad else {})}
-        return _like(moved, param), {"step": step, **{slot: _like(value, param) for slot, value in kept.items()}}
+        return back_to(moved, param), {"step": step, **{slot: back_to(value, param) for slot, value in kept.items()}}
 
     def fused(
         params: list[Tensor], grads: list[Tensor], entries: list[Entry], rate: Rate, found_inf: Tensor | None
@@ -196,13 +197,3 @@ def _pair(name: str, betas: tuple[float, float]) -> tuple[float, float]:
     if not isinstance(betas, tuple | list) or len(betas) != 2:
         raise ValueError(f"{name}: betas must be two numbers, got {betas!r}")
     return betas[0], betas[1]
-
-
-def _real(tensor: Tensor) -> Tensor:
-    """A complex tensor as pairs of reals, which Adam treats one by one."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
-def _like(tensor: Tensor, param: Tensor) -> Tensor:
-    """Back from pairs of reals, and to the parameter's dtype, which float64 scalars promote where it is 0-d."""
-    return (torch.view_as_complex(tensor) if param.is_complex() else tensor).to(param.dtype)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcfreeze.declare.schedules import value_at
+from funcfreeze.schedules.calling import value_at
 
 Rate = float | Tensor
 LearningRate = Rate | Callable[[Any], Rate]

@@ -1,4 +1,4 @@
-"""torch's fused optimizer kernels, for parameters of one device and one dtype.
+"""torch's fused optimizer kernels, for parameters of one device and one dtype; where there is none, those on lists.
 
 They are private to torch and the same in 2.11 to 2.15; `torch.optim.adam.adam(fused=True)` and its like do no more with
 them than is done here, after they have sorted every tensor by device and dtype once more: for 12 parameters that takes
@@ -83,6 +83,65 @@ def sgd_(
         is_first_step=False,
         found_inf=found_inf,
     )
+
+
+def rmsprop_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    square_avgs: list[Tensor],
+    momentum_buffers: list[Tensor],
+    grad_avgs: list[Tensor],
+    steps: list[Tensor],
+    *,
+    lr: float | Tensor,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    momentum: float,
+    maximize: bool,
+    found_inf: Tensor | None,
+) -> None:
+    """Overwrite parameters and their state by RMSprop; nothing where `found_inf` is 1.
+
+    torch has no fused kernel for it; these are the operations on lists that `torch.optim.RMSprop(foreach=True)` does.
+    """
+    overwritten = [*params, *square_avgs, *momentum_buffers, *grad_avgs, *steps]
+    before = [] if found_inf is None else [tensor.clone() for tensor in overwritten]
+    if maximize:
+        grads = [*torch._foreach_neg(grads)]
+    if weight_decay != 0:
+        grads = [*torch._foreach_add(grads, params, alpha=weight_decay)]
+    _count(steps)
+    torch._foreach_mul_(square_avgs, alpha)
+    torch._foreach_addcmul_(square_avgs, grads, grads, value=1 - alpha)
+    variances = square_avgs
+    if grad_avgs:
+        torch._foreach_lerp_(grad_avgs, grads, 1 - alpha)
+        variances = [*torch._foreach_addcmul(square_avgs, grad_avgs, grad_avgs, value=-1)]
+    roots = torch._foreach_sqrt(variances)
+    torch._foreach_add_(roots, eps)
+    if momentum_buffers:
+        torch._foreach_mul_(momentum_buffers, momentum)
+        torch._foreach_addcdiv_(momentum_buffers, grads, roots)
+        _move(params, momentum_buffers, lr)
+    elif isinstance(lr, Tensor):
+        _move(params, [*torch._foreach_div(grads, roots)], lr)
+    else:
+        torch._foreach_addcdiv_(params, grads, roots, value=-lr)
+    if found_inf is not None:  # which none of these takes: where it is 1, everything is put back
+        is_skipped = found_inf > 0
+        for tensor, kept in zip(overwritten, before, strict=True):
+            torch.where(is_skipped, kept, tensor, out=tensor)
+
+
+def _move(params: list[Tensor], directions: list[Tensor], lr: float | Tensor) -> None:
+    """Against the directions. A rate in a tensor is not asked for, which would wait for the device."""
+    if isinstance(lr, Tensor):
+        # In one dtype torch takes the list at once; half precision has too few digits for a rate.
+        is_half = params[0].dtype in (torch.bfloat16, torch.float16)
+        torch._foreach_sub_(params, torch._foreach_mul(directions, lr if is_half else lr.to(params[0].dtype)))
+    else:
+        torch._foreach_add_(params, directions, alpha=-lr)
 
 
 def _count(steps: list[Tensor]) -> None:

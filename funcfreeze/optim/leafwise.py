@@ -37,8 +37,8 @@ class Rule:
             at zero.
         pure: `(param, grad, entry, rate) -> (update, new entry)`, out of place.
         fused: `(params, grads, entries, rate, found_inf) -> run`, for parameters of one device; `run()` overwrites
-            parameters and entries by torch's fused kernel, or nothing if `found_inf` is there and 1. Gradients come in
-            any memory order.
+            parameters and entries by torch's fused kernel (or those on lists, where there is none), or nothing if
+            `found_inf` is there and 1. Gradients come in any memory order.
         takes_sparse: whether gradients may be sparse.
         state_dtype: in which precision tensors are kept and all is computed; None for the parameter's own.
     """

@@ -10,6 +10,7 @@ import optree
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from funcfreeze.optim.algorithm import Algorithm
 from funcfreeze.optim.hyperparameters import rate_at
@@ -20,7 +21,7 @@ Entry = dict[str, Any]
 
 
 def from_torch(optimizer: type[Optimizer], **kwargs: Any) -> Transform:
-    """A torch.optim optimizer, or one of your own, as a transform: `from_torch(torch.optim.RMSprop, lr=1e-3)`.
+    """A torch.optim optimizer, or one of your own, as a transform: `from_torch(torch.optim.NAdam, lr=1e-3)`.
 
     At each step the optimizer is built over copies of the touched parameters, given what it kept for them, and stepped
     once. The state of a parameter is what the optimizer keeps for it, numbers included: nothing until the first
@@ -130,6 +131,8 @@ def from_torch(optimizer: type[Optimizer], **kwargs: Any) -> Transform:
 def _described(given: object) -> str:
     if isinstance(given, Optimizer):
         return f"an instance of {type(given).__name__}; give the class and its options instead"
+    if isinstance(given, LRScheduler) or (isinstance(given, type) and issubclass(given, LRScheduler)):
+        return f"the scheduler {given!r}; for schedulers there is ff.schedules.from_torch"
     return f"{type(given).__name__}: {given!r}"
 
 

@@ -223,6 +223,10 @@ OPTIMIZERS = {
         lambda: ff.optim.adamw(1e-2, amsgrad=True, maximize=True),
         lambda p: torch.optim.AdamW(p, 1e-2, amsgrad=True, maximize=True),
     ),
+    "rmsprop": (
+        lambda: ff.optim.rmsprop(1e-2, momentum=0.9, centered=True),
+        lambda p: torch.optim.RMSprop(p, 1e-2, momentum=0.9, centered=True),
+    ),
     "from_torch": (
         lambda: ff.optim.from_torch(torch.optim.RMSprop, lr=1e-2),
         lambda p: torch.optim.RMSprop(p, lr=1e-2),

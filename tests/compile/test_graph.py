@@ -120,7 +120,7 @@ def test_a_hook_keeps_no_more_apart_than_eagerly(hooked):
     assert counts == [23]  # 8 forward, 8 for weights, 7 for activations; with the losses apart 34
 
 
-@pytest.mark.parametrize("make", [ff.optim.adam, partial(ff.optim.sgd, momentum=0.9)])
+@pytest.mark.parametrize("make", [ff.optim.adam, partial(ff.optim.sgd, momentum=0.9), ff.optim.rmsprop])
 def test_optimizers_kernels_run_after_the_graph(make, monkeypatch):
     calls, graphs = [], []
     for operator, kernel in KERNELS.items():

@@ -93,6 +93,11 @@ OPTIMIZERS = {
         lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, dampening=0.3, weight_decay=0.1),
     ),
     "adamw": (ff.optim.adamw(0.01, amsgrad=True), lambda p: torch.optim.AdamW(p, 0.01, amsgrad=True)),
+    "rmsprop": (ff.optim.rmsprop(0.01), lambda p: torch.optim.RMSprop(p, 0.01)),
+    "rmsprop, centered": (
+        ff.optim.rmsprop(0.01, momentum=0.9, centered=True, weight_decay=0.1),
+        lambda p: torch.optim.RMSprop(p, 0.01, momentum=0.9, centered=True, weight_decay=0.1),
+    ),
     "partition": (
         ff.optim.partition({"encoder": ff.optim.adam(0.01), "a": ff.optim.adam(0.01), "b": ff.optim.adam(0.01)}),
         lambda p: torch.optim.Adam(p, 0.01),

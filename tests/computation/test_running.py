@@ -94,6 +94,7 @@ CASES = {
         partial(optim.RMSprop, lr=1e-3, momentum=0.5, centered=True),
         ff.optim.from_torch(optim.RMSprop, lr=1e-3, momentum=0.5, centered=True),
     ),
+    "rmsprop of ours": (partial(optim.RMSprop, lr=1e-3, momentum=0.5), ff.optim.rmsprop(1e-3, momentum=0.5)),
     "adagrad": (partial(optim.Adagrad, lr=1e-2), ff.optim.from_torch(optim.Adagrad, lr=1e-2)),
     "a rate in a tensor": (partial(optim.Adam, lr=torch.tensor(1e-2, dtype=torch.float64)), ff.optim.adam(1e-2)),
 }

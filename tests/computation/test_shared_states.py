@@ -68,6 +68,10 @@ def test_differently_built_optimizers_are_named_on_both_sides(first, second, own
         (sgd, adam, "adam", "sgd without momentum"),
         (ff.optim.sgd(0.1, momentum=0.9), adam, "adam", "sgd with momentum"),
         (adam, ff.optim.sgd(0.1, momentum=0.9, dampening=0.1), "sgd with momentum and dampening", "adam"),
+        (ff.optim.rmsprop(), adam, "adam", "rmsprop"),
+        (adam, ff.optim.rmsprop(momentum=0.9), "rmsprop with momentum", "adam"),
+        (adam, ff.optim.rmsprop(centered=True), "centered rmsprop", "adam"),
+        (ff.optim.rmsprop(centered=True, momentum=0.9), adam, "adam", "centered rmsprop with momentum"),
     ],
 )
 def test_over_the_same_parameters_too(first, second, own, other):

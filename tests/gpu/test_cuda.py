@@ -93,6 +93,46 @@ def test_nothing_waits_for_the_device(compile, loss_scale):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("compile", [False, True, GRAPHS], ids=["eager", "inductor", "CUDA graphs"])
+@pytest.mark.parametrize("loss_scale", [None, ff.LossScale(2.0**8)], ids=["plain", "scaled"])
+def test_schedules_and_rmsprop_wait_for_nothing(compile, loss_scale):
+    """A table of numbers too, which is copied to the device at the first step; the numbers are torch's."""
+    lambdas = torch.optim.lr_scheduler.LambdaLR
+    rate = ff.schedules.from_torch(lambdas, lr=1e-2, lr_lambda=lambda k: 0.7**k, steps=20)
+    weight = 1 - ff.schedules.cosine(1.0, 0.5, 4)
+    model, given = network(), batches(6)
+    step = ff.Step(
+        model,
+        losses,
+        {"cls": "*", "dom": {"*": weight}},
+        optimizer=ff.optim.rmsprop(rate, momentum=0.9, centered=True),
+        compile=compile,
+        loss_scale=loss_scale,
+    )
+    eager = copy.deepcopy(model)
+    optimizer = torch.optim.RMSprop(eager.parameters(), 1e-2, momentum=0.9, centered=True)
+    scheduler = lambdas(optimizer, lambda k: 0.7**k)
+    for number, batch in enumerate(given):
+        optimizer.zero_grad()
+        found = losses(eager, batch)
+        (found["cls"] + float(weight(number)) * found["dom"]).backward()
+        optimizer.step()
+        scheduler.step()
+    state = step.init()
+    for batch in given[:3]:
+        state, _ = step(state, batch)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in given[3:]:
+            state, _ = step(state, batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert step.traces == (compile is not False)
+    for path, parameter in eager.named_parameters():
+        torch.testing.assert_close(state.params[path], parameter.detach(), rtol=1e-3, atol=1e-4)
+
+
 def test_float16_with_a_loss_scale_compiled():
     model, given = network(), batches(6)
     given[3][0].fill_(float("inf"))

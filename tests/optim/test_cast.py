@@ -16,6 +16,8 @@ FAMILIES = {
     "adam": (ff.optim.adam, torch.optim.Adam, {"weight_decay": 0.1}),
     "adam, amsgrad": (ff.optim.adam, torch.optim.Adam, {"amsgrad": True}),
     "adamw": (ff.optim.adamw, torch.optim.AdamW, {}),
+    "rmsprop": (ff.optim.rmsprop, torch.optim.RMSprop, {"weight_decay": 0.1}),
+    "rmsprop, centered": (ff.optim.rmsprop, torch.optim.RMSprop, {"momentum": 0.9, "centered": True}),
     "sgd, momentum": (ff.optim.sgd, torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
     "sgd": (ff.optim.sgd, torch.optim.SGD, {}),
 }

@@ -1,4 +1,4 @@
-"""sgd, adam and adamw against torch.optim: every combination of options, both forms."""
+"""sgd, adam, adamw and rmsprop against torch.optim: every combination of options, both forms."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trajectories import (
     torch_displacements,
 )
 
-from funcfreeze.optim import adam, adamw, from_torch, linear_schedule, sgd
+from funcfreeze.optim import adam, adamw, from_torch, linear_schedule, rmsprop, sgd
 
 FORMS = [pure_displacements, in_place_displacements]
 
@@ -40,13 +40,24 @@ ADAM = combinations(
     amsgrad=(False, True),
     maximize=(False, True),
 )
+RMSPROP = combinations(
+    alpha=(0.99, 0.5),
+    eps=(1e-8, 1e-3),
+    weight_decay=(0, 0.1),
+    momentum=(0, 0.9),
+    centered=(False, True),
+    maximize=(False, True),
+)
 CASES = [
     *((sgd, torch.optim.SGD, options) for options in SGD),
     *((adam, torch.optim.Adam, options) for options in ADAM),
     *((adamw, torch.optim.AdamW, options) for options in ADAM),
+    *((rmsprop, torch.optim.RMSprop, options) for options in RMSPROP),
 ]
 FAMILIES = [
     (sgd, torch.optim.SGD, {"momentum": 0.9, "dampening": 0.3}),
+    (rmsprop, torch.optim.RMSprop, {"momentum": 0.9, "centered": True}),
+    (rmsprop, torch.optim.RMSprop, {}),
     *((*pair, {}) for pair in [(sgd, torch.optim.SGD), (adam, torch.optim.Adam), (adamw, torch.optim.AdamW)]),
 ]
 
@@ -81,7 +92,7 @@ def test_rate_may_be_a_tensor_or_a_schedule(form, family, oracle, options):
 def test_complex_parameters(form, family, oracle, options):
     params, grads = start(torch.complex128), gradients(torch.complex128)
     grads = [{path: grad.conj() for path, grad in given.items()} for given in grads]
-    given = options | {"weight_decay": 0.1} | ({} if family is sgd else {"amsgrad": True})
+    given = options | {"weight_decay": 0.1} | ({"amsgrad": True} if family in (adam, adamw) else {})
     expected = torch_displacements(
         partial(oracle, lr=0.05, **given), params, [{p: g.resolve_conj() for p, g in step.items()} for step in grads]
     )
@@ -174,8 +185,8 @@ def test_sparse_gradients_of_sgd(form, options):
 
 @pytest.mark.parametrize(
     ("tx", "owner"),
-    [(adam(), "adam"), (adamw(), "adamw"), (sgd(weight_decay=0.1), "sgd")],
-    ids=["adam", "adamw", "sgd"],
+    [(adam(), "adam"), (adamw(), "adamw"), (rmsprop(), "rmsprop"), (sgd(weight_decay=0.1), "sgd")],
+    ids=["adam", "adamw", "rmsprop", "sgd"],
 )
 def test_sparse_gradients_refused_with_paths(tx, owner):
     params = {"in.table": torch.ones(5, 2).double(), "out.table": torch.ones(5, 2).double(), "w": torch.ones(2)}
@@ -197,6 +208,9 @@ def test_sparse_gradients_refused_with_paths(tx, owner):
         (sgd, {"momentum": 0.9, "dampening": 0.5}, ["step", "momentum_buffer"]),
         (adam, {}, ["step", "exp_avg", "exp_avg_sq"]),
         (adamw, {"amsgrad": True}, ["step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"]),
+        (rmsprop, {}, ["step", "square_avg"]),
+        (rmsprop, {"momentum": 0.9}, ["step", "square_avg", "momentum_buffer"]),
+        (rmsprop, {"momentum": 0.9, "centered": True}, ["step", "square_avg", "momentum_buffer", "grad_avg"]),
     ],
 )
 def test_state_has_torchs_names_and_one_structure(family, options, slots):
@@ -237,6 +251,11 @@ def test_state_has_torchs_names_and_one_structure(family, options, slots):
         (lambda: adam(betas=0.9), ValueError, "adam: betas must be two numbers, got 0.9"),
         (lambda: adam(eps=-1), ValueError, "adam: eps must be at least 0, got -1"),
         (lambda: adamw(weight_decay=-1), ValueError, "adamw: weight_decay must be at least 0, got -1"),
+        (lambda: rmsprop(-0.1), ValueError, "rmsprop: lr must be at least 0, got -0.1"),
+        (lambda: rmsprop(alpha=-0.1), ValueError, "rmsprop: alpha must be at least 0, got -0.1"),
+        (lambda: rmsprop(eps=float("nan")), ValueError, "rmsprop: eps must be at least 0, got nan"),
+        (lambda: rmsprop(weight_decay="0.1"), TypeError, "rmsprop: weight_decay must be a number, got str: '0.1'"),
+        (lambda: rmsprop(momentum=-1), ValueError, "rmsprop: momentum must be at least 0, got -1"),
         (lambda: adamw(weight_decay=torch.tensor(1.0)), TypeError, "adamw: weight_decay must be a number, got Tensor"),
     ],
 )

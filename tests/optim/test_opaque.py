@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from funcfreeze.optim import adam, adamw, from_torch, sgd
+from funcfreeze.optim import adam, adamw, from_torch, rmsprop, sgd
 from funcfreeze.optim.opaque import is_traced
 
 
@@ -18,8 +18,16 @@ def stand_ins(count):
 @pytest.mark.parametrize("rate", [0.1, "a tensor"])
 @pytest.mark.parametrize(
     "make",
-    [sgd, lambda lr: sgd(lr, momentum=0.9, dampening=0.5), adam, lambda lr: adam(lr, amsgrad=True), adamw],
-    ids=["sgd", "dampened", "adam", "amsgrad", "adamw"],
+    [
+        sgd,
+        lambda lr: sgd(lr, momentum=0.9, dampening=0.5),
+        adam,
+        lambda lr: adam(lr, amsgrad=True),
+        adamw,
+        rmsprop,
+        lambda lr: rmsprop(lr, momentum=0.9, centered=True),
+    ],
+    ids=["sgd", "dampened", "adam", "amsgrad", "adamw", "rmsprop", "centered"],
 )
 def test_in_place_forms_run_on_stand_ins(make, rate, count):
     with FakeTensorMode():

@@ -15,7 +15,17 @@ from trajectories import (
     torch_displacements,
 )
 
-from funcfreeze.optim import adam, adamw, apply_updates, chain, clip_by_global_norm, linear_schedule, partition, sgd
+from funcfreeze.optim import (
+    adam,
+    adamw,
+    apply_updates,
+    chain,
+    clip_by_global_norm,
+    linear_schedule,
+    partition,
+    rmsprop,
+    sgd,
+)
 
 HALVES = [torch.bfloat16, torch.float16]
 FORMS = [pure_displacements, in_place_displacements]
@@ -25,6 +35,8 @@ FAMILIES = [
     (sgd, torch.optim.SGD, {"momentum": 0.9, "dampening": 0.3, "maximize": True}),
     (adam, torch.optim.Adam, {"weight_decay": 0.1, "amsgrad": True}),
     (adamw, torch.optim.AdamW, {"weight_decay": 0.1}),
+    (rmsprop, torch.optim.RMSprop, {"weight_decay": 0.1, "momentum": 0.9, "centered": True}),
+    (rmsprop, torch.optim.RMSprop, {"maximize": True}),
 ]
 
 
@@ -120,7 +132,7 @@ def test_a_state_in_a_wider_precision_is_refused():
             form(grads, wide.init(params), params)
 
 
-@pytest.mark.parametrize("family", [sgd, adam, adamw])
+@pytest.mark.parametrize("family", [sgd, adam, adamw, rmsprop])
 @pytest.mark.parametrize("given", [torch.int64, torch.complex64, "float32", 32])
 def test_bad_dtypes(family, given):
     with pytest.raises(TypeError, match=f"^{family.__name__}: state_dtype must be a floating point dtype such as"):

@@ -87,6 +87,7 @@ def test_state_is_what_the_optimizer_keeps():
         (sgd(), {}, TypeError, "takes a torch.optim.Optimizer class, got Transform: "),
         ("sgd", {}, TypeError, "takes a torch.optim.Optimizer class, got str: 'sgd'"),
         (nn.Linear, {}, TypeError, "takes a torch.optim.Optimizer class, got type: <class "),
+        (torch.optim.lr_scheduler.StepLR, {}, TypeError, "StepLR'>; for schedulers there is ff.schedules.from_torch"),
         (torch.optim.LBFGS, {}, ValueError, r"from_torch\(LBFGS\): its step\(\) needs a closure"),
         (torch.optim.SGD, {"beta": 1}, TypeError, "unexpected keyword argument 'beta'"),
         (torch.optim.SGD, {"lr": -1.0}, ValueError, "Invalid learning rate: -1.0"),

@@ -11,13 +11,25 @@ from torch import Tensor
 from trajectories import assert_close, gradients, pure_displacements, start
 
 from funcfreeze.declare.selectors import path
-from funcfreeze.optim import adam, adamw, apply_updates, chain, clip_by_global_norm, from_torch, partition, sgd
+from funcfreeze.optim import (
+    adam,
+    adamw,
+    apply_updates,
+    chain,
+    clip_by_global_norm,
+    from_torch,
+    partition,
+    rmsprop,
+    sgd,
+)
 
 TRANSFORMS = {
     "sgd": sgd(0.1),
     "momentum": sgd(0.1, momentum=0.9, dampening=0.5, weight_decay=0.1, maximize=True),
     "adam": adam(0.1, weight_decay=0.1, amsgrad=True, maximize=True),
     "adamw": adamw(0.1),
+    "rmsprop": rmsprop(0.1),
+    "centered": rmsprop(0.1, momentum=0.9, centered=True, weight_decay=0.1, maximize=True),
     "from_torch": from_torch(torch.optim.NAdam, lr=0.1, weight_decay=0.1, maximize=True),
     "chain": chain(clip_by_global_norm(0.5), adamw(0.1)),
     "partition": partition({"a": adam(0.1), path("*") - "a": sgd(0.1, momentum=0.9)}),
@@ -143,7 +155,7 @@ def test_no_gradient_at_all(tx):
 
 def test_a_gradient_that_lies_in_a_parameters_memory():
     """An old-style Function may hand out a saved parameter as another's gradient; the kernel writes to it."""
-    for tx in (sgd(0.1, momentum=0.9), adam(0.1)):
+    for tx in (sgd(0.1, momentum=0.9), adam(0.1), rmsprop(0.1, momentum=0.9)):
         params = {"a": torch.ones(3).double(), "b": torch.arange(3.0).double()}
         grads = {"a": params["b"], "b": params["a"]}
         expected = apply_updates(params, tx.update(grads, tx.init(params), params)[0])

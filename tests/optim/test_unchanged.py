@@ -14,6 +14,7 @@ from funcfreeze.optim.unchanged import Checked
 MAKERS = {
     "adam": lambda: ff.optim.adam(0.1, weight_decay=0.1),
     "adamw": lambda: ff.optim.adamw(0.1, amsgrad=True),
+    "rmsprop": lambda: ff.optim.rmsprop(0.1, momentum=0.9, centered=True),
     "sgd": lambda: ff.optim.sgd(0.1, momentum=0.9),
     "schedule": lambda: ff.optim.adam(ff.optim.linear_schedule(0.1, 0.0, 5)),
     "chain": lambda: ff.optim.chain(ff.optim.clip_by_global_norm(0.5), ff.optim.adam(0.1)),

@@ -62,6 +62,7 @@ def test_right_engines_are_ok(engine, donate):
         ff.optim.sgd(0.1, momentum=0.9, weight_decay=0.1),
         ff.optim.chain(ff.optim.clip_by_global_norm(0.5), ff.optim.adam(ff.optim.linear_schedule(1e-2, 0, 10))),
         ff.optim.partition({"encoder": ff.optim.adam(1e-3), ff.path("*") - "encoder": ff.optim.sgd(0.1)}),
+        ff.optim.rmsprop(ff.schedules.cosine(1e-2, 0, 10), momentum=0.9),
         ff.optim.from_torch(torch.optim.RAdam, lr=1e-2),
     ],
 )
