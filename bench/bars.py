@@ -97,6 +97,21 @@ def memory(workload: Workload) -> Measures:
     }
 
 
+def doors(workload: Workload, rounds: int) -> Measures:
+    """`ff.combine(...).backward()` against `ff.backward(...)`, forward included: time, and peak bytes."""
+    batch = workload.batch()
+    fixed = replace(workload, batch=lambda: batch)
+    contenders = {name: recipes.in_a_loop(fixed, combined=name == "combine") for name in ("backward", "combine")}
+    times = interleaved(contenders, rounds)
+    peaks = {name: peak_bytes(run) for name, run in contenders.items()}
+    return {
+        "ms": medians(times),
+        "combine / backward": median_ratio(times, "combine", "backward"),
+        "bytes": peaks,
+        "combine / backward, bytes": peaks["combine"] / peaks["backward"],
+    }
+
+
 def listing(data: Mapping[str, Any]) -> str:
     """The bars as lines to read: what was measured, then one line a number or a group of numbers."""
     machine, versions = data["machine"], data["versions"]
@@ -132,6 +147,11 @@ def measure(rounds: int) -> dict[str, Measures]:
         "memory, adversarial MLP, signed weights": memory(workloads.adversarial(size=8192)),
         "memory, adversarial MLP, 3 losses": memory(workloads.confusion(size=8192)),
         "memory, 16 losses on one trunk": memory(workloads.many_heads(16, size=8192)),
+        "combine, adversarial MLP, signed weights": doors(workloads.adversarial(), rounds),
+        "combine, adversarial MLP, 3 losses": doors(workloads.confusion(), rounds),
+        "combine, 16 losses on one trunk": doors(heads, rounds),
+        "combine, ResNet-18": doors(workloads.make("resnet"), max(4, rounds // 3)),
+        "combine, actor-critic": doors(workloads.make("actor-critic"), rounds),
         "overhead of a compiled step": {
             f"microseconds, {name}, {count} parameters, {what}": taken
             for name, make in (("sgd", ff.optim.sgd), ("adam", ff.optim.adam))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 
 import torch
@@ -13,7 +14,7 @@ from bench.peers import by_hand, ours
 from bench.peers import recipe as toggling
 from bench.workloads.workload import Reversal, Workload
 
-__all__ = ["Reversal", "gradients", "recipe", "reversal", "routed", "summed"]
+__all__ = ["Reversal", "gradients", "in_a_loop", "recipe", "reversal", "routed", "summed"]
 
 CPU = torch.device("cpu")
 
@@ -39,6 +40,22 @@ def routed(workload: Workload, engine: str = "routed") -> Callable[[], None]:
     """One funcfreeze step with Adam."""
     step = ff.Step(workload.model, workload.losses, workload.routes, optimizer=ff.optim.adam(1e-3), engine=engine)
     return ours.contender(step, workload, CPU)
+
+
+def in_a_loop(workload: Workload, *, combined: bool) -> Callable[[], None]:
+    """A forward and `ff.backward`, or the backward of what `ff.combine` gives, into `.grad`."""
+    model = copy.deepcopy(workload.model)
+    plan, batches = ff.plan(model, workload.routes), batches_on(workload, CPU)
+
+    def run() -> None:
+        model.zero_grad()
+        losses = workload.losses(model, next(batches))
+        if combined:
+            ff.combine(losses, plan, model).backward()  # type: ignore[no-untyped-call]  # torch's
+        else:
+            ff.backward(losses, plan, model)
+
+    return run
 
 
 def gradients(workload: Workload) -> Callable[[], Mapping[str, Tensor]]:

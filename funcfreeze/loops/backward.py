@@ -71,8 +71,9 @@ def backward(
     graph = without_hooks_where_free(graph, parameters)
     with torch.inference_mode(False), torch.no_grad():
         gradients = planned_backward(graph, parameters, routing, weights)
-        for parameter, merged in zip(parameters, gradients, strict=True):
-            if merged is not None:
+        gradients.reverse()
+        for parameter in parameters:  # each gradient is let go when it is in `.grad`: all twice would be the peak
+            if (merged := gradients.pop()) is not None:
                 _accumulate(parameter, merged)
     note_call()
 
