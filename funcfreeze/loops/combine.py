@@ -29,7 +29,7 @@ from funcfreeze.gradients.weights import UNIT_WEIGHT
 from funcfreeze.loops.external import with_gradients
 from funcfreeze.loops.freedom import Moment, hooked_anywhere, note_call, without_hooks_where_free
 from funcfreeze.loops.live import leaves_of, parameters_and_routing, read_live
-from funcfreeze.loops.replicas import averaged, begin_backward, waits_for_all, wrappers
+from funcfreeze.loops.replicas import averaged, begin_backward, waits_for_all, walks_other_outputs, wrappers
 from funcfreeze.loops.uncompiled import uncompiled
 from funcfreeze.model.mapping import Model
 
@@ -120,7 +120,8 @@ def combine(
     touched = {leaf for planned in plan_passes(graph.structure, routing.weights) for leaf, _, _ in planned.leaves}
     wanted = sorted(touched | _waited_for(around, graph, parameters))
     values = [None if loss is None else loss.detach() for loss in present]
-    call = _Call(graph, values, parameters, routing, weights, wanted, around, note_call())
+    is_shared = walks_other_outputs(around)
+    call = _Call(graph, values, parameters, routing, weights, wanted, around, is_shared, note_call())
     # without any parameter to hang on it is still a loss: of absent losses alone, say
     inputs = [parameters[index] for index in wanted] or [torch.zeros((), requires_grad=True)]
     combined: Tensor = _Combined.apply(call, value, *inputs)  # type: ignore[no-untyped-call]  # torch's
@@ -179,6 +180,7 @@ class _Call:
         weights: the value of every weight index.
         wanted: the leaves that get a gradient.
         around: what averages the gradients of the model's parameters.
+        is_shared: whether the backward walks the graph once more, from other outputs of a forward.
         moment: when the losses were complete. The next call has the same, and counts on its handles.
     """
 
@@ -189,6 +191,7 @@ class _Call:
     weights: Sequence[float | Tensor]
     wanted: Sequence[int]
     around: Sequence[DistributedDataParallel]
+    is_shared: bool
     moment: Moment
 
     @uncompiled
@@ -210,7 +213,11 @@ class _Call:
             self.graph = None
         with noticing_hooks() as noticed, _hooks_left_out([self.leaves[index] for index in self.wanted]):
             found = planned_backward(
-                graph._replace(seeds=seeds), self.leaves, self.routing, self.weights, retain_graph=keeps
+                graph._replace(seeds=seeds),
+                self.leaves,
+                self.routing,
+                self.weights,
+                retain_graph=keeps or self.is_shared,
             )
         if noticed.all_known and not noticed.nodes:
             self.moment.handles += noticed.registrations  # of hooks that are gone

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import gc
-import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
-from weakref import ref
+from collections.abc import Iterable, Mapping, Sequence
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from funcfreeze.gradients.walk import at_end_of_backward
 from funcfreeze.model.mapping import Model
@@ -40,27 +40,30 @@ def wrappers(model: Model) -> list[DistributedDataParallel]:
     return [wrapper for wrapper in found.values() if id(wrapper.module) in parts]
 
 
-@dataclass
-class _Known:
-    """All wrappers that there were when the process was last searched for them."""
+_KNOWN: WeakSet[DistributedDataParallel] = WeakSet()
+"""All wrappers in the process, once somebody has asked for them."""
 
-    references: int
-    wrappers: list[ref[DistributedDataParallel]]
-
-
-_KNOWN = _Known(-1, [])
+_WATCHING: list[RemovableHandle] = []
+"""The handle of what notes them."""
 
 
-def _all() -> list[DistributedDataParallel | None]:
+def _all() -> Iterable[DistributedDataParallel]:
     """All wrappers in the process.
 
-    A search takes longer than the step of a small network. But everyone refers to the class: as long as it has as many
-    references as then, there is no new one.
+    A search takes longer than the step of a small network: there is one, at the first call in a process that has ranks;
+    from then on they are noted when a module becomes theirs.
     """
-    if sys.getrefcount(DistributedDataParallel) != _KNOWN.references:
-        _KNOWN.wrappers = [ref(held) for held in gc.get_objects() if type(held) is DistributedDataParallel]
-        _KNOWN.references = sys.getrefcount(DistributedDataParallel)
-    return [wrapper() for wrapper in _KNOWN.wrappers]
+    if not _WATCHING:
+        _WATCHING.append(register_module_module_registration_hook(_note))
+        for held in gc.get_objects():
+            if issubclass(type(held), DistributedDataParallel):
+                _KNOWN.add(held)
+    return [*_KNOWN]
+
+
+def _note(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    if isinstance(module, DistributedDataParallel):
+        _KNOWN.add(module)
 
 
 def is_averaging(wrapper: DistributedDataParallel) -> bool:
@@ -79,6 +82,16 @@ def averaged(wrapper: DistributedDataParallel) -> list[Tensor]:
 def waits_for_all(wrapper: DistributedDataParallel) -> bool:
     """Whether it waits for the gradient of every parameter, also of those that a forward did not use."""
     return not wrapper.find_unused_parameters or wrapper.static_graph
+
+
+def walks_other_outputs(around: Sequence[DistributedDataParallel]) -> bool:
+    """Whether this is inside of a forward of which a backward walks all outputs, those without a gradient on zeros.
+
+    With unused parameters to find, or a static graph, one node is put around them.
+    """
+    active = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]  # torch's
+    ties = active is not None and (active.find_unused_parameters or active.static_graph)
+    return ties and any(wrapper is active for wrapper in around)
 
 
 def begin_backward(wrapper: DistributedDataParallel) -> None:

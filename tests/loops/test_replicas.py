@@ -20,13 +20,28 @@ OTHERS = (
 )
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+
+
+def with_this_project():
+    paths = [str(PROGRAM.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def test_outputs_beside_the_combined_loss_and_wrappers_that_come_and_go(tmp_path):
+    command = [sys.executable, str(PROGRAM.parent / "wrapped.py"), str(tmp_path / "meet")]
+    run = subprocess.run(command, env=with_this_project(), capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert max(found["worst"]) < 1e-14
+    assert found["refused"] == [True, True, True]
+
+
 @pytest.mark.parametrize(
     ("mode", "ranks", "model"), [("find", 2, "Branches"), *(pytest.param(*other, marks=SLOW) for other in OTHERS)]
 )
 def test_as_one_process_that_sees_all_shares(mode, ranks, model, tmp_path):
-    paths = [str(PROGRAM.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment = with_this_project()
     commands = [
         [sys.executable, str(PROGRAM), str(rank), str(ranks), str(tmp_path / "meet"), mode, model]
         for rank in range(ranks)
