@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,23 +102,24 @@ class Running:
             ValueError: all options that differ, and all that is kept in another way.
         """
         problems = [*self.problems, *self._option_problems(step)]
-        taken: dict[str, int] = dict.fromkeys(self.algorithms, 0)
+        taken: list[str] = []
 
         def filled(own: Any) -> Any:
             if isinstance(own, Mapping):
                 return {
-                    key: entry(key, kept) if is_entry(key, kept, taken) else filled(kept) for key, kept in own.items()
+                    key: entry(key, kept) if is_entry(key, kept, self.algorithms) else filled(kept)
+                    for key, kept in own.items()
                 }
             return tuple(map(filled, own)) if type(own) is tuple else own
 
         def entry(path: str, own: Any) -> Any:
-            taken[path] += 1
+            taken.append(path)
             found, wrong = _taken(self.algorithms[path], own, self._kept(path), self.own[path].device)
             problems.extend(f"{path}: {what}" for what in wrong)
             return {slot: _apart(value) if copy else value for slot, value in found.items()}
 
         made = filled(initial)
-        problems += [f"{path}: the Step's optimizer keeps it in {n} places" for path, n in taken.items() if n > 1]
+        problems += _in_several_places(taken)
         if problems:
             raise ValueError(_told(self.optimizer, problems))
         return made
@@ -132,15 +134,17 @@ class Running:
         Raises:
             ValueError: all options that differ, and all that the running optimizer cannot keep.
         """
-        kept = dict(entries(state, self.algorithms.keys()))
+        found = [*entries(state, self.algorithms.keys())]
+        kept = dict(found)
         rates = self._scheduled_rates(step)
         problems = [
             *self.problems,
             *self._option_problems(step, but=rates.keys()),
+            *_in_several_places([path for path, _ in found]),
             *(
-                f"lr: param_groups[{index}] has one, the Step's schedules give {' and '.join(map(repr, sorted(found)))}"
-                for index, found in rates.items()
-                if len(found) > 1
+                f"lr: param_groups[{index}] has one, the Step's schedules give {' and '.join(map(repr, sorted(given)))}"
+                for index, given in rates.items()
+                if len(given) > 1
             ),
             *(
                 f"{path}: {slot} is {value.dtype} in the State, and torch.optim keeps it in the parameter's "
@@ -165,7 +169,7 @@ class Running:
             if _has_begun(entry) or _has_begun(self._kept(path))
         }
         groups = [
-            {**group, "lr": next(iter(rates[index]))} if index in rates else group
+            {**group, "lr": _like(group["lr"], next(iter(rates[index])))} if index in rates else group
             for index, group in enumerate(made["param_groups"])
         ]
         return {**made, "state": {**made["state"], **after}, "param_groups": groups}
@@ -174,7 +178,7 @@ class Running:
         """The rates at this step, by the index of a parameter group, where they are schedules."""
         found: dict[int, set[float]] = {}
         for path, algorithm in self.algorithms.items():
-            if callable(algorithm.options["lr"]):
+            if callable(algorithm.options.get("lr")):
                 found.setdefault(self.groups[path], set()).add(algorithm.rate(step))
         return found
 
@@ -209,6 +213,17 @@ class Running:
         given = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         number = {id(parameter): index for index, parameter in enumerate(given)}
         return {path: number[id(self.own[path])] for path in self.groups}
+
+
+def _in_several_places(paths: Sequence[str]) -> Iterator[str]:
+    for path, number in Counter(paths).items():
+        if number > 1:
+            yield f"{path}: the Step's optimizer keeps something for it in {number} places, torch.optim in one"
+
+
+def _like(rate: Any, new: float) -> Any:
+    """The new rate as the old one is kept, which may be a tensor."""
+    return torch.full_like(rate, new) if isinstance(rate, Tensor) else new
 
 
 def _told(optimizer: Optimizer, problems: Sequence[str]) -> str:

@@ -379,3 +379,17 @@ def test_a_transform_that_torch_has_no_name_for():
         ValueError, match="head.bias: its part of the Step's optimizer has no counterpart in torch.optim"
     ):
         make(model, lion).init(optimizer=optim.Adam(model.parameters()))
+
+
+def test_two_transforms_that_keep_something_for_one_parameter():
+    model = network()
+    averaged = ff.optim.Transform(
+        lambda params: {path: {"mean": torch.zeros_like(p)} for path, p in params.items()},
+        lambda grads, state, params, *, step=None: (grads, state),
+    )
+    step = make(model, ff.optim.chain(averaged, ff.optim.adam(1e-2)))
+    text = "head.bias: the Step's optimizer keeps something for it in 2 places, torch.optim in one"
+    with pytest.raises(ValueError, match=text):
+        step.init(optimizer=optim.Adam(model.parameters(), lr=1e-2))
+    with pytest.raises(ValueError, match=text):
+        step.export(step.init(), optimizer=optim.Adam(model.parameters(), lr=1e-2))
