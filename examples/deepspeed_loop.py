@@ -42,9 +42,9 @@ class Reader(nn.Module):
         return {"digit": F.cross_entropy(self.digit(code), labels), "drawing": F.mse_loss(drawn, pixels)}
 
 
-def engine_of(model, stage=2):
+def engine_of(model, batch=BATCH, stage=2):
     settings = {
-        "train_micro_batch_size_per_gpu": BATCH,
+        "train_micro_batch_size_per_gpu": batch,
         "gradient_accumulation_steps": 2,
         "gradient_clipping": 1.0,
         "zero_optimization": {"stage": stage},

@@ -74,11 +74,11 @@ def reviews(count, seed):
     return found
 
 
-def arguments(**options):
+def arguments(batch=16, accumulated=2, **options):
     return TrainingArguments(
         output_dir=tempfile.mkdtemp(),
-        per_device_train_batch_size=16,
-        gradient_accumulation_steps=2,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulated,
         max_grad_norm=1.0,
         learning_rate=5e-3,
         lr_scheduler_type="constant",

@@ -1,0 +1,72 @@
+"""A plain loop with a gradient scaler, accumulation and clipping, against the same loop around the recipe."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from plain_ways import dann, distance, example, framework, recipe, relative_distance
+from torch import nn
+
+
+@pytest.fixture(scope="module")
+def plain_loop():
+    framework("sklearn")
+    return example("plain_loop")
+
+
+def by_hand(plain_loop, model, batches, half=False, summed=False):
+    readers = [*model.encoder.parameters(), *model.digit.parameters()]
+    groups = [{"params": readers, "lr": 2e-3}, {"params": model.domain.parameters(), "lr": 1e-2}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.5, 0.999))
+    scaler = torch.amp.GradScaler("cpu")
+    for number, batch in enumerate(batches, 1):
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            found = plain_loop.losses(model, batch)
+        if summed:
+            scaler.scale(sum(found.values()) / 2).backward()
+        else:
+            entries = [
+                (found["digit"], 1.0, ("encoder", "digit")),
+                (found["domain"], 1.0, ("domain",)),
+                (found["domain"], -0.3 * dann(number // 2, 400), ("encoder",)),
+            ]
+            recipe(model, entries, lambda loss, **how: scaler.scale(loss / 2).backward(**how))
+        if number % 2 == 0:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+
+
+def some(plain_loop, seed, dtype):
+    batches = plain_loop.batches(plain_loop.two_domains(seed), seed, steps=24, size=32)
+    return [(clean.to(dtype), labels, noisy.to(dtype)) for clean, labels, noisy in batches]
+
+
+def test_as_the_recipe(plain_loop, seed, capsys):
+    batches = some(plain_loop, seed, torch.float64)
+    ours = plain_loop.Reader()
+    theirs, summed = copy.deepcopy(ours), copy.deepcopy(ours)
+    start = copy.deepcopy(ours.state_dict())
+    plain_loop.train(ours, batches, half=False)
+    by_hand(plain_loop, theirs, batches)
+    by_hand(plain_loop, summed, batches, summed=True)
+    assert distance(ours, theirs, start) < 1e-10
+    assert distance(ours, summed, start) > 1e-4
+    assert "domain.4.bias" in capsys.readouterr().out
+
+
+def test_half_precision_is_near_the_recipe_in_half_precision(plain_loop, seed):
+    batches = some(plain_loop, seed, torch.float32)
+    ours = plain_loop.Reader().float()
+    theirs, summed = copy.deepcopy(ours), copy.deepcopy(ours)
+    start = copy.deepcopy(ours.state_dict())
+    plain_loop.train(ours, batches, half=True)
+    by_hand(plain_loop, theirs, batches, half=True)
+    by_hand(plain_loop, summed, batches, half=True, summed=True)
+    print("MEASURED", relative_distance(ours, theirs, start), relative_distance(ours, summed, start))
+    assert relative_distance(ours, theirs, start) < 0.1
+    assert relative_distance(ours, summed, start) > 0.2
