@@ -1,9 +1,9 @@
 # pip install -c constraints.txt ".[examples]" && python examples/accelerate_loop.py
 """accelerate, with accumulation, clipping and bfloat16: an adversarial autoencoder draws digits out of noise.
 
-A critic learns to tell codes of images from numbers drawn from a normal distribution. The encoder learns to fool it, and
-the decoder to draw images from their codes: in the end it draws some from random numbers. Three losses, of which
-each moves another part of one model, in one backward pass.
+A critic learns to tell codes of images from numbers drawn from a normal distribution. The encoder learns to fool it,
+and the decoder to draw images from their codes: in the end it draws some from random numbers. Three losses, each of
+which moves other parts of one model, in one backward pass. (All move at once; by turns would be two optimizers' work.)
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def train(model, batches, accelerator, epochs=EPOCHS):
                 found = model(pixels, torch.randn(len(pixels), SIZE).to(pixels))
                 accelerator.backward(ff.combine(found, plan, model))  # divided as a plain loss is
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                    accelerator.clip_grad_norm_(model.parameters(), 0.5)
                 optimizer.step()
                 optimizer.zero_grad()
         if epoch % 5 == 0:

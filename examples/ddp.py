@@ -63,7 +63,7 @@ def train(model, batches, epochs=EPOCHS):
                 loss = ff.combine(found, plan, model)
                 (loss / ACCUMULATED).backward()  # one all-reduce, whatever the number of losses
             if last:
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
                 optimizer.step()
                 optimizer.zero_grad()
         if dist.get_rank() == 0 and epoch % 3 == 0:

@@ -46,7 +46,7 @@ def engine_of(model, batch=BATCH, stage=2):
     settings = {
         "train_micro_batch_size_per_gpu": batch,
         "gradient_accumulation_steps": 2,
-        "gradient_clipping": 1.0,
+        "gradient_clipping": 0.5,
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,  # a plain one of torch's
     }

@@ -73,15 +73,20 @@ class ReaderByHand(Reader):
         loss = super().training_step(batch, index)
         self.manual_backward(loss / ACCUMULATED)
         if (index + 1) % ACCUMULATED == 0:
-            self.clip_gradients(optimizer, gradient_clip_val=1.0, gradient_clip_algorithm="norm")
+            self.clip_gradients(optimizer, gradient_clip_val=0.5, gradient_clip_algorithm="norm")
             optimizer.step()
             optimizer.zero_grad()
 
 
 def trainer(module, steps=STEPS, **options):
     if module.automatic_optimization:  # a loop by hand does these by hand
-        options |= {"accumulate_grad_batches": ACCUMULATED, "gradient_clip_val": 1.0}
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+        options |= {"accumulate_grad_batches": ACCUMULATED, "gradient_clip_val": 0.5}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     return lightning.Trainer(max_steps=steps, accelerator="cpu", devices=1, **quiet, **options)
 
 

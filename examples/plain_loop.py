@@ -1,5 +1,5 @@
 # pip install -c constraints.txt ".[examples]" && python examples/plain_loop.py
-"""A plain loop with autocast, `GradScaler`, accumulation and clipping: digits, read by an encoder that hides the domain.
+"""A plain loop with autocast, `GradScaler`, accumulation, clipping: digits, read by an encoder that hides the domain.
 
 Labels are known of clean images alone. One head learns to tell clean images from noisy ones, and the encoder learns to
 leave it nothing to go by, so that the other head can read both.
@@ -61,7 +61,7 @@ def train(model, batches, half=True):
         scaler.scale(loss / ACCUMULATED).backward()
         if number % ACCUMULATED == 0:
             scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()

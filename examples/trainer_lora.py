@@ -79,7 +79,7 @@ def arguments(batch=16, accumulated=2, **options):
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulated,
-        max_grad_norm=1.0,
+        max_grad_norm=0.1,
         learning_rate=5e-3,
         lr_scheduler_type="constant",
         report_to="none",
@@ -102,7 +102,9 @@ def main():
     model = with_adapters(Reader(BertConfig(vocab_size=len(WORDS), **size)))
     print(ff.plan(model.get_base_model(), ROUTES))
     options = arguments(max_steps=150, logging_steps=30, disable_tqdm=True)
-    trainer = Trainer(model, options, train_dataset=reviews(2000, 0), eval_dataset=reviews(500, 1), compute_metrics=shares)
+    trainer = Trainer(
+        model, options, train_dataset=reviews(2000, 0), eval_dataset=reviews(500, 1), compute_metrics=shares
+    )
     trainer.train()
     found = trainer.evaluate()
     print(f"held out: praise is read in {found['eval_praise']:.0%}, the topic in {found['eval_topic']:.0%}")

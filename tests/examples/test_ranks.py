@@ -39,7 +39,6 @@ def found_on_ranks(name, folder):
 def test_ddp(tmp_path):
     pytest.importorskip("sklearn")
     for found in found_on_ranks("ddp", tmp_path):
-        sys.stderr.write(f"MEASURED {found}\n")
         assert found["distance"] < 1e-10
         assert found["from the sum"] > 1e-4
 
@@ -47,6 +46,5 @@ def test_ddp(tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_deepspeed(tmp_path):
     for found in found_on_ranks("deepspeed", tmp_path):
-        sys.stderr.write(f"MEASURED {found}\n")
         assert found["distance"] < 1e-6
         assert found["from the sum"] > 1e-4
