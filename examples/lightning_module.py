@@ -78,7 +78,7 @@ class ReaderByHand(Reader):
             optimizer.zero_grad()
 
 
-def trainer(module, steps=STEPS, **options):
+def trainer(module, steps=STEPS, devices=1, **options):
     if module.automatic_optimization:  # a loop by hand does these by hand
         options |= {"accumulate_grad_batches": ACCUMULATED, "gradient_clip_val": 0.5}
     quiet = {
@@ -87,7 +87,7 @@ def trainer(module, steps=STEPS, **options):
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    return lightning.Trainer(max_steps=steps, accelerator="cpu", devices=1, **quiet, **options)
+    return lightning.Trainer(max_steps=steps, accelerator="cpu", devices=devices, **quiet, **options)
 
 
 class Progress(lightning.Callback):

@@ -47,7 +47,8 @@ class Reader(BertPreTrainedModel):
         if labels is not None:
             losses = {"praise": F.cross_entropy(praise, labels), "topic": F.cross_entropy(topic, topic_labels)}
             loss = ff.combine(losses, ROUTES, self)  # in evaluation, under `no_grad`, their sum
-        return SequenceClassifierOutput(loss=loss, logits=(praise, topic))
+        # detached: in several processes a backward would walk them once more, and their graph is used up
+        return SequenceClassifierOutput(loss=loss, logits=(praise.detach(), topic.detach()))
 
 
 def with_adapters(model):

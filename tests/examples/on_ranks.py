@@ -1,41 +1,39 @@
-"""What runs on every rank, in processes of its own: `python on_ranks.py RANK RANKS FILE NAME`.
+"""What runs on every rank: `torchrun --nproc-per-node 2 on_ranks.py FRAMEWORK FOLDER`.
 
-Trains a model by the example of that name, and a copy the plain way in the same loop: the losses' plain sum, with
-layers that scale gradients and with `detach()` in the model. Writes how far apart they are.
+Trains a model by the framework's example, and copies the plain way in the same loop: the losses' plain sum, with layers
+that scale gradients and with `detach()` in the model. Writes how far apart they are into the folder.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import logging
+import os
+import pathlib
 import sys
 from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from plain_ways import distance, example, scaled
+from plain_ways import distance, example, framework, scaled
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
 
-def by_hand(module, pixels, labels, noisy=None, draw=0.1):
-    code = module.encoder(pixels)
-    total = F.cross_entropy(module.digit(code), labels) + F.mse_loss(module.decoder(scaled(code, draw)), pixels)
-    return total if noisy is None else total + F.cross_entropy(module.probe(code.detach()), noisy)
+def drawing_reader(program, factor):
+    """The readers of two examples, with the loss that people write by hand."""
 
+    class Plain(program.Reader):
+        def forward(self, pixels, labels, noisy=None):
+            code = self.encoder(pixels)
+            drawn = self.decoder(scaled(code, factor))
+            total = F.cross_entropy(self.digit(code), labels) + F.mse_loss(drawn, pixels)
+            return total if noisy is None else total + F.cross_entropy(self.probe(code.detach()), noisy)
 
-def with_plain_forward(module, draw):
-    """A copy whose forward gives the loss that people write by hand."""
-
-    class Plain(type(module)):
-        def forward(self, *batch):
-            return by_hand(self, *batch, draw=draw)
-
-    other = copy.deepcopy(module)
-    other.__class__ = Plain
-    return other
+    return Plain()
 
 
 def share(dataset, size):
@@ -46,14 +44,15 @@ def share(dataset, size):
 
 def ddp():
     program = example("ddp")
+    dist.init_process_group("gloo")
     digits = program.two_domains(seed=0)
     pixels, labels, noisy = program.both(digits.source, digits.target)
     batches = share(TensorDataset(pixels.double(), labels, noisy), 16)
 
-    def trained(module):
+    def train(module):
         program.train(DistributedDataParallel(module), batches, epochs=1)
 
-    def trained_by_hand(module):
+    def train_by_hand(module):
         model = DistributedDataParallel(module)
         optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
         batches.sampler.set_epoch(1)
@@ -67,42 +66,115 @@ def ddp():
                 optimizer.zero_grad()
         assert max(norms) > 0.5, "clipping bites"
 
-    return program.Reader(), trained, trained_by_hand
+    return program.Reader(), drawing_reader(program, 0.1), drawing_reader(program, 1.0), train, train_by_hand
 
 
 def deepspeed():
     program = example("deepspeed_loop")
+    program.deepspeed.init_distributed("gloo")
     images = program.two_domains(seed=0).source
     batches = share(TensorDataset(images.pixels.float(), images.labels), 12)
 
-    def trained(module):
+    def train(module):
         program.train(program.engine_of(module, batch=12), batches, epochs=1)
 
-    def trained_by_hand(module):
+    def train_by_hand(module):
         engine = program.engine_of(module, batch=12)
         batches.sampler.set_epoch(1)
         for batch in batches:
             engine.backward(engine(*batch))
             engine.step()
 
-    return program.Reader().float(), trained, trained_by_hand
+    torch.set_default_dtype(torch.float32)
+    return program.Reader(), drawing_reader(program, 0.1), drawing_reader(program, 1.0), train, train_by_hand
 
 
-def main(rank, ranks, file, name):
+def accelerate():
+    framework("accelerate")
+    program = example("accelerate_loop")
+    accelerator = program.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    batches = DataLoader(program.all_digits().pixels[:768].double(), 16)
+    cross_entropy = F.binary_cross_entropy_with_logits
+
+    class Plain(program.Autoencoder):
+        factor = 0.02
+
+        def forward(self, pixels, noise):
+            code = self.encoder(pixels)
+            as_it_is = {name: parameter.detach() for name, parameter in self.critic.named_parameters()}
+            fooled = torch.func.functional_call(self.critic, as_it_is, scaled(code, self.factor))
+            on_code, on_noise = self.critic(code.detach()), self.critic(noise)
+            no, yes = torch.zeros_like(on_code), torch.ones_like(on_code)
+            critic = cross_entropy(on_noise, yes) + cross_entropy(on_code, no)
+            return F.mse_loss(self.decoder(code), pixels) + critic + cross_entropy(fooled, yes)
+
+    class Summed(Plain):
+        factor = 1.0
+
+    def train(module):
+        torch.manual_seed(1 + accelerator.process_index)
+        program.train(module, batches, accelerator, epochs=1)
+
+    def train_by_hand(module):
+        torch.manual_seed(1 + accelerator.process_index)
+        optimizer = torch.optim.Adam(module.parameters(), 3e-3, betas=(0.5, 0.999))
+        model, optimizer, own = accelerator.prepare(module, optimizer, batches)
+        for pixels in own:
+            with accelerator.accumulate(model):
+                accelerator.backward(model(pixels, torch.randn(len(pixels), program.SIZE).to(pixels)))
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 0.5)
+                optimizer.step()
+                optimizer.zero_grad()
+
+    return program.Autoencoder(), Plain(), Summed(), train, train_by_hand
+
+
+def lightning():
+    import test_lightning
+
+    framework("lightning")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    program = example("lightning_module")
+    plain, _ = test_lightning.kinds(program)
+    digits = program.two_domains(seed=0)
+    pairs = TensorDataset(digits.source.pixels.double(), digits.source.labels, digits.target.pixels.double())
+
+    def train(module):
+        batches = DataLoader(pairs, batch_size=12, drop_last=True)
+        program.trainer(module, 12, devices=2, strategy="ddp").fit(module, batches)
+
+    return program.Reader(), plain(), plain(1.0), train, train
+
+
+def trainer():
+    import test_trainer
+
+    framework("transformers")
+    program = example("trainer_lora")
+
+    def train(model):
+        test_trainer.fitted(program, model, count=640, ddp_backend="gloo")
+
+    return *(test_trainer.reader(program, kind) for kind in ("Reader", "Plain", "Summed")), train, train
+
+
+def main(name, folder):
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks)
     torch.manual_seed(0)
-    model, trained, trained_by_hand = {"ddp": ddp, "deepspeed": deepspeed}[name]()
-    start = copy.deepcopy(model.state_dict())
-    theirs, summed = with_plain_forward(model, 0.1), with_plain_forward(model, 1.0)
-    trained(model)
-    trained_by_hand(theirs)
-    trained_by_hand(summed)
-    found = {"distance": distance(model, theirs, start), "from the sum": distance(model, summed, start)}
-    sys.stdout.write("\n" + json.dumps(found))
+    parts = {each.__name__: each for each in (ddp, deepspeed, accelerate, lightning, trainer)}
+    ours, theirs, summed, train, train_by_hand = parts[name]()
+    start = copy.deepcopy(ours.state_dict())
+    theirs.load_state_dict(start)
+    summed.load_state_dict(start)
+    train(ours)
+    train_by_hand(theirs)
+    train_by_hand(summed)
+    found = {"distance": distance(ours, theirs, start), "from the sum": distance(ours, summed, start)}
+    (pathlib.Path(folder) / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    main(*sys.argv[1:])
