@@ -12,6 +12,7 @@ from torch import nn
 
 import funcfreeze as ff
 
+pytestmark = SLOW
 ROUTES = {"digit": ["encoder", "digit"], "domain": {"domain": 1.0, "encoder": -0.1}}
 PARTS = ("digit", 1.0, ("encoder", "digit")), ("domain", 1.0, ("domain",)), ("domain", -0.1, ("encoder",))
 
@@ -45,7 +46,7 @@ def trained(model, batches, differentiate, find):
 
 
 @pytest.mark.parametrize("way", ["combine", "backward"])
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=SLOW)])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("compiled", ["the model", "in place", "the encoder", "losses"])
 def test_as_the_recipe(way, backend, compiled):
     ours = Reader()

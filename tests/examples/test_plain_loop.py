@@ -61,13 +61,15 @@ def test_as_the_recipe(plain_loop, seed, capsys):
     assert "domain.4.bias" in capsys.readouterr().out
 
 
-def test_half_precision_is_near_the_recipe_in_half_precision(plain_loop, seed):
+def test_half_precision_costs_what_it_costs_the_recipe(plain_loop, seed):
     batches = some(plain_loop, seed, torch.float32)
-    ours = plain_loop.Reader().float()
-    theirs, summed = copy.deepcopy(ours), copy.deepcopy(ours)
-    start = copy.deepcopy(ours.state_dict())
+    full = plain_loop.Reader().float()
+    ours, theirs, summed = (copy.deepcopy(full) for _ in range(3))
+    start = copy.deepcopy(full.state_dict())
+    by_hand(plain_loop, full, batches)
     plain_loop.train(ours, batches, half=True)
     by_hand(plain_loop, theirs, batches, half=True)
     by_hand(plain_loop, summed, batches, half=True, summed=True)
-    assert relative_distance(ours, theirs, start) < 0.1
-    assert relative_distance(ours, summed, start) > 0.2
+    cost = relative_distance(theirs, full, start)
+    assert 0 < relative_distance(ours, full, start) < 2 * cost
+    assert relative_distance(summed, full, start) > 2 * cost
