@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 
@@ -23,6 +24,7 @@ def example(name: str) -> ModuleType:
     """An example as a module. Its framework is there, or the test that asks is skipped."""
     specification = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module  # where transformers looks for the module of a class
     specification.loader.exec_module(module)
     return module
 
