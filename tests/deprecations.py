@@ -22,7 +22,7 @@ import typing_extensions
 DEPRECATIONS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 
 ROOT = pathlib.Path(__file__).parent.parent
-OURS = ("funcfreeze", "tests", "bench", "conftest.py", "README.md")
+OURS = ("funcfreeze", "tests", "bench", "examples", "conftest.py", "README.md")
 BETWEEN = {
     module.__file__
     for module in (contextlib, functools, typing, typing_extensions, warnings, torch.utils._contextlib, _pytest.recwarn)
