@@ -108,7 +108,7 @@ def test_states_of_another_model():
 def test_models_that_cannot_be_used():
     with pytest.raises(TypeError, match="the model is an nn.Module or a mapping of them, got int"):
         step(m=3)
-    with pytest.raises(TypeError, match="a mapping of modules holds nn.Modules only, got 'a': int"):
+    with pytest.raises(TypeError, match="a mapping of modules holds nn.Modules and nn.Parameters only, got 'a': int"):
         step(m={"a": 3})
     for name, text in (
         ("a.b", "use 'a_b'"),
