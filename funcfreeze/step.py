@@ -19,7 +19,7 @@ from funcfreeze.computation.loss_scale import LossScale
 from funcfreeze.computation.running import Running
 from funcfreeze.computation.specification import Specification, check_fits
 from funcfreeze.computation.state import Lease, State, lease_of, make_state
-from funcfreeze.computation.updating import Updating, apart_from
+from funcfreeze.computation.updating import Updating, apart_from, borrowed_in
 from funcfreeze.declare.plan import Plan, chosen, resolve_plan
 from funcfreeze.declare.routes import Selection
 from funcfreeze.gradients import Routing, find_engine
@@ -168,7 +168,8 @@ class Step:
         Args:
             copy: False adopts the module's storage for all the rest too, which steps then overwrite.
             optimizer: a running optimizer of torch.optim over this model's parameters, whose state is taken; it stays
-                as it is. A parameter for which it keeps nothing yet starts afresh, and so does a loss scale.
+                as it is, unless `copy` is False. A parameter for which it keeps nothing yet starts afresh, and so does
+                a loss scale.
             step: the number of steps taken so far, which schedules read; if not given the largest count that the
                 optimizer keeps, 0 without one.
 
@@ -230,15 +231,24 @@ class Step:
             metrics = {**half.losses, **self._updating.metrics(state, half)}
             return self._updating.update(state, half), metrics
 
-    def compute(self, state: State, batch: Any) -> Half:
-        """The first half of a step: one forward and its backward. Nothing is spent or changed.
+    def compute(self, state: State, batch: Any, *, per_loss: bool = False) -> Half:
+        """The first half of a step: one forward and its backward. The state is not spent.
 
-        For what a step of one's own does between gradients and update: clipping each loss's gradients, a second
-        forward somewhere else (sharpness-aware minimisation), a rule for conflicts. The forward draws random numbers
-        and changes the modules' Python attributes as in a step.
+        For what people do between gradients and update: clipping each loss's gradients, a second forward somewhere
+        else (sharpness-aware minimisation), a rule for conflicts. The forward draws random numbers and changes the
+        modules' Python attributes as in a step. No tensor of module or state is changed, but by what `losses` writes to
+        a parameter for the first time after the step's first call (see `__call__`).
+
+        Args:
+            state: where gradients are taken.
+            batch: what `losses` is given.
+            per_loss: whether each loss's gradients are kept apart, too, in `half.per_loss`. They take as long as the
+                losses one by one, and are always computed eagerly.
         """
         state = check_fits(state, self.specification)
         lease_of(state).gradients = ()
+        if per_loss:
+            return self._updating.apart(state, self.computation.separately(*state.fields, batch))
         if self.compiled is not None:
             return self._updating.apart(state, self.compiled.compute(state, batch))
         return self._updating.apart(state, self.computation.gradients(*state.fields, batch))
@@ -280,8 +290,8 @@ class Step:
         """Each loss's gradients by path, weights applied; summed over the losses they are `gradients`."""
         state = check_fits(state, self.specification)
         with self.functional.alone, attributes_kept(self.module):
-            apart = self.computation.per_loss_gradients(*state.fields, batch)
-        return {loss: tied(row, self.specification.tied_params) for loss, row in apart.items()}
+            apart = self.computation.separately(*state.fields, batch).per_loss
+        return {loss: tied(dict(row), self.specification.tied_params) for loss, row in apart.items()}
 
     def call(self, state: State, f: Callable[..., Any], *args: Any) -> Any:
         """`f(model, *args)` with the state's tensors in the model: evaluation, acting, sampling.
@@ -307,14 +317,17 @@ class Step:
         Args:
             state: what is written; read, and not kept.
             optimizer: an optimizer of torch.optim over this model's parameters, which takes over the optimizer's state,
-                and rates that are schedules as they are at this step. A loss scale is not taken over.
+                and rates that are schedules as they are at this step. A loss scale is not taken over. A scheduler of
+                torch goes on from where it is: step it beside every step that is taken here.
 
         Raises:
             ValueError: the optimizer is not the Step's (see `init`); nothing is written then.
         """
         state = check_fits(state, self.specification)
         if optimizer is not None:
-            goes_on_with = self._beside(optimizer).given_back(state.optimizer, int(state.step))
+            goes_on_with = self._beside(optimizer).given_back(
+                self.specification.optimizer, state.optimizer, int(state.step)
+            )
             optimizer.load_state_dict(goes_on_with)
         self.functional.write(state.params, state.buffers)
         return self.model
@@ -344,7 +357,7 @@ class Step:
         if not any(name.startswith("params.") for name in adoption.kept):
             raise ValueError(f"no parameter of this State is one of the Step's, by path and shape:\n{adoption}")
         lease = lease_of(state)
-        lease.borrowed |= lease_of(fresh).borrowed
+        lease.borrowed |= borrowed_in(fields[0], (state, fresh))  # the two may know a tied tensor by different names
         return make_state(self.specification.named(fields), lease, self.specification), adoption
 
     def _beside(self, optimizer: torch.optim.Optimizer) -> Running:

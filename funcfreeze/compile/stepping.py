@@ -12,7 +12,7 @@ from torch import Tensor
 from funcfreeze.compile.compiled import Compilation, Run
 from funcfreeze.compile.layout import Listed
 from funcfreeze.compile.options import Options
-from funcfreeze.compile.updated import CompiledUpdate
+from funcfreeze.compile.updated import CompiledUpdate, refuse_sparse
 from funcfreeze.computation.half import Half
 from funcfreeze.computation.state import Lease, State, lease_of, listing_of, make_state
 from funcfreeze.computation.updating import Fields, Updating
@@ -121,6 +121,7 @@ class _GivenBack(NamedTuple):
 def _give_back(
     grads: Mapping[str, Tensor], state: object, params: object, *, step: object = None
 ) -> Callable[[], _GivenBack]:
+    refuse_sparse(grads)
     return lambda: _GivenBack(dict(grads))
 
 

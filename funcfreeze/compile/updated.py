@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from funcfreeze.compile.compiled import note_on_torch
@@ -18,6 +19,20 @@ Key = tuple[Layout, tuple[tuple[str, Kind], ...]]
 
 Program = Callable[[Listed, Sequence[Tensor]], Any]
 """Takes an update: (a state that is overwritten, gradients) -> the optimizer's state where it is another then."""
+
+
+def refuse_sparse(gradients: Mapping[str, Tensor]) -> None:
+    """Refuse gradients that a graph can neither give nor take.
+
+    Raises:
+        ValueError: naming them.
+    """
+    sparse = [path for path, gradient in gradients.items() if gradient.layout is not torch.strided]
+    if sparse:
+        raise ValueError(
+            f"{', '.join(sparse)}: the gradient is sparse, which the halves of a compiled step neither give nor take; "
+            "take whole steps, or build the Step with compile=False"
+        )
 
 
 class CompiledUpdate:
@@ -45,6 +60,7 @@ class CompiledUpdate:
 
     def __call__(self, state: Listed, gradients: Mapping[str, Tensor]) -> Any:
         """Overwrite parameters and the optimizer's state; what it returns is that where it could not be, else None."""
+        refuse_sparse(gradients)
         given = [state.apart(gradient) for gradient in gradients.values()]
         key = state.layout, tuple(zip(gradients, map(kind_of, given), strict=True))
         with self._computation.evaluation.functional.alone:

@@ -6,13 +6,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import optree
 import torch
 from torch import Tensor
 from torch.optim import SparseAdam
 
 from funcfreeze.computation.specification import Specification
 from funcfreeze.computation.state import State
-from funcfreeze.computation.structure import entries, is_entry
+from funcfreeze.computation.structure import entries, entries_at, in_several_places, with_entries
 from funcfreeze.model.ties import aliases_of
 from funcfreeze.optim import Transform
 from funcfreeze.optim.cast import cast
@@ -109,35 +110,48 @@ class _Notes:
         return found
 
     def optimizer(self, own: Any, begun: Any, given: Any, params: Mapping[str, Tensor], known: Collection[str]) -> Any:
+        """The optimizer's state: the other as it is where it is of one form with ours, else what fits, by path."""
+        if _is_scaled(own) and _is_scaled(given):
+            self.kept.append("optimizer.loss_scale")
+            inner = self.optimizer(own["optimizer"], begun["optimizer"], given["optimizer"], params, known)
+            return {"loss_scale": given["loss_scale"], "optimizer": inner}
+        if _is_scaled(own):
+            self.afresh.append("optimizer.loss_scale: the state has none")
+            return {**own, "optimizer": self.optimizer(own["optimizer"], begun["optimizer"], given, params, known)}
+        if _is_scaled(given):
+            self.left.append("optimizer.loss_scale")
+            return self.optimizer(own, begun, given["optimizer"], params, known)
+        if _of_one_form(begun, given):
+            self.kept.extend(f"optimizer.{path}" for path in params if optree.tree_leaves(given))
+            return given
+        return self.by_entries(own, begun, given, params, known)
+
+    def by_entries(self, own: Any, begun: Any, given: Any, params: Mapping[str, Tensor], known: Collection[str]) -> Any:
         """The optimizer's state, with what the other keeps for a parameter by the same names, wherever that is."""
         kept: dict[str, list[Mapping[str, Any]]] = {}
         for path, found in entries(given, known):
             kept.setdefault(path, []).append(found)
+        ours = dict(entries_at(own, begun, params))
+        several = in_several_places(path for path, _ in entries_at(own, own, params))
 
-        visited: set[str] = set()
+        def entry(path: str, before: Mapping[str, Any]) -> Any:
+            others = kept.get(path, ())
+            if not ours[path]:
+                self.left.extend(f"optimizer.{path}" for other in others if other)
+                return before
+            if len(others) > 1 or path in several:
+                self.afresh.append(f"optimizer.{path}: kept in several places, and which is which is not known")
+                return before
+            found = _cast(ours[path], others[0], params[path].device) if others else None
+            self.note(f"optimizer.{path}", None if found is not None else _difference(ours[path], others))
+            return before if found is None else found
 
-        def filled(own: Any, begun: Any) -> Any:
-            if isinstance(own, Mapping):
-                return {key: entry(key, own[key], begun[key]) for key in own}
-            return tuple(map(filled, own, begun)) if type(own) is tuple else own
-
-        def entry(key: str, own: Any, begun: Any) -> Any:
-            if key == "loss_scale" and isinstance(given, Mapping) and "loss_scale" in given:
-                self.note("optimizer.loss_scale", None)
-                return given["loss_scale"]
-            if not is_entry(key, own, params):
-                return filled(own, begun)
-            visited.add(key)
-            if not begun:
-                self.left.extend(f"optimizer.{key}" for other in kept.get(key, ()) if other)
-                return own
-            casts = [_cast(begun, other, params[key].device) for other in kept.get(key, ())]
-            found = next((entry for entry in casts if entry is not None), None)
-            self.note(f"optimizer.{key}", None if found is not None else _difference(begun, kept.get(key, ())))
-            return own if found is None else found
-
-        made = filled(own, begun)
-        self.left.extend(f"optimizer.{path}" for path in kept if path not in visited)
+        made = with_entries(own, entry, params)
+        self.left.extend(f"optimizer.{path}" for path in kept if path not in ours)
+        if others := _beside_entries(own, params):
+            self.afresh.append(f"optimizer: {others} tensors that it keeps otherwise than by parameter and name")
+        if others := _beside_entries(given, known):
+            self.left.append(f"optimizer: {others} tensors that it keeps otherwise than by parameter and name")
         return made
 
     def note(self, name: str, problem: str | None) -> None:
@@ -146,6 +160,35 @@ class _Notes:
             self.kept.append(name)
         else:
             self.afresh.append(f"{name}: {problem}")
+
+
+def _is_scaled(optimizer: Any) -> bool:
+    """Whether a loss scale is around it."""
+    is_pair = isinstance(optimizer, Mapping) and optimizer.keys() == {"loss_scale", "optimizer"}
+    return is_pair and optimizer["loss_scale"].keys() == {"scale", "growth_tracker"}
+
+
+def _of_one_form(one: Any, other: Any) -> bool:
+    """Whether two optimizer states have the same structure, and tensors of the same form in it."""
+    mine, structure = optree.tree_flatten(one, none_is_leaf=True)
+    theirs, others = optree.tree_flatten(other, none_is_leaf=True)
+    return structure == others and all(map(_alike, mine, theirs))
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+    return type(one) is type(other)
+
+
+def _beside_entries(optimizer: Any, paths: Collection[str]) -> int:
+    """How many tensors there are outside of what is kept for a parameter."""
+    inside = sum(len(_tensors(entry)) for _, entry in entries(optimizer, paths))
+    return len(_tensors(optimizer)) - inside
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in optree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _misfit(own: Tensor, other: Tensor) -> str | None:

@@ -23,6 +23,7 @@ from funcfreeze.declare.selectors import RouteError
 from funcfreeze.gradients import Engine, Routing
 from funcfreeze.gradients.law import Evaluate, OtherLeaf, Outcome, SeparateOutcome
 from funcfreeze.gradients.returned import exchanged
+from funcfreeze.gradients.sums import plus
 from funcfreeze.model.memory import memory_of
 from funcfreeze.model.watching import Watch, by_memory
 from funcfreeze.optim import Transform
@@ -62,12 +63,7 @@ class Computation:
         outcome = self._run(self.engine.merged, params, buffers, optimizer, step, batch, watch)
         beside: Beside = outcome.rest or NOTHING
         self._refuse_other_leaves(outcome.other_leaves, params)
-        raise_misuse(
-            form_problem(path, params[path], value)
-            for path, value in beside.written.items()
-            if form_of(value) != form_of(params[path])
-        )
-        _check_names(outcome.losses, beside.metrics)
+        _check_beside(outcome.losses, beside, params)
         gradients = self._unscaled(_touched(self.routing.paths, outcome.gradients), optimizer)
         return Half(gradients, outcome.losses, beside.metrics, beside.buffers, beside.written)
 
@@ -81,14 +77,20 @@ class Computation:
         gradients = self._unscaled(_touched(self.routing.paths, outcome.gradients), optimizer)
         return Differentiated(gradients, outcome.losses)
 
-    def per_loss_gradients(
+    def separately(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Any, step: Tensor, batch: Any
-    ) -> dict[str, dict[str, Tensor]]:
-        """Each loss's weighted gradients by path, touched parameters only."""
+    ) -> Half:
+        """The same with each loss's weighted gradients apart, and their sums as the merged ones."""
         watch = self.evaluation.watch(params)
         outcome = self._run(self.engine.separate, params, buffers, optimizer, step, batch, watch)
-        rows = zip(self.routing.losses, outcome.gradients, strict=True)
-        return {loss: self._unscaled(_touched(self.routing.paths, row), optimizer) for loss, row in rows}
+        beside: Beside = outcome.rest or NOTHING
+        _check_beside(outcome.losses, beside, params)
+        pairs = zip(self.routing.losses, outcome.gradients, strict=True)
+        rows = {loss: self._unscaled(_touched(self.routing.paths, row), optimizer) for loss, row in pairs}
+        merged: dict[str, Tensor] = {}
+        for row in rows.values():
+            merged |= {path: plus(merged[path], g) if path in merged else g for path, g in row.items()}
+        return Half(merged, outcome.losses, beside.metrics, beside.buffers, beside.written, rows)
 
     def _run(
         self,
@@ -189,6 +191,15 @@ def not_sharing(metrics: Mapping[str, Any], params: Sequence[Tensor]) -> dict[st
 
 def _touched(paths: Sequence[str], gradients: Sequence[Tensor | None]) -> dict[str, Tensor]:
     return {path: gradient for path, gradient in zip(paths, gradients, strict=True) if gradient is not None}
+
+
+def _check_beside(losses: Mapping[str, Tensor], beside: Beside, params: Mapping[str, Tensor]) -> None:
+    raise_misuse(
+        form_problem(path, params[path], value)
+        for path, value in beside.written.items()
+        if form_of(value) != form_of(params[path])
+    )
+    _check_names(losses, beside.metrics)
 
 
 def _check_names(losses: Mapping[str, Tensor], metrics: Mapping[str, Any]) -> None:

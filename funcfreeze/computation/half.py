@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +22,7 @@ class Half:
         metrics: what `losses` returned beside them, detached.
         buffers: path -> every buffer as the forward left it.
         written: path -> the new value of every parameter that no loss may update and that the forward wrote to.
+        per_loss: loss -> path -> its own gradient, with its weights; their sums are `gradients`. Only if asked for.
 
     >>> import torch
     >>> half = Half({"w": torch.ones(2)}, {"fit": torch.tensor(1.0)}, {}, {}, {})
@@ -32,7 +33,7 @@ class Half:
     >>> half.replace(grads={})
     Traceback (most recent call last):
         ...
-    TypeError: a Half has gradients, losses, metrics, buffers, written; got grads
+    TypeError: a Half has gradients, losses, metrics, buffers, written, per_loss; got grads
     """
 
     gradients: Mapping[str, Tensor]
@@ -40,14 +41,19 @@ class Half:
     metrics: Mapping[str, Any]
     buffers: Mapping[str, Tensor]
     written: Mapping[str, Tensor]
+    per_loss: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def replace(self, **changes: Any) -> Half:
         """The same with some fields exchanged; the others are shared. `apply_gradients` checks what it is given."""
-        names = [field.name for field in fields(self)]
-        unknown = [name for name in changes if name not in names]
+        unknown = [name for name in changes if name not in self.fields]
         if unknown:
-            raise TypeError(f"a Half has {', '.join(names)}; got {', '.join(unknown)}")
+            raise TypeError(f"a Half has {', '.join(self.fields)}; got {', '.join(unknown)}")
         return replace(self, **changes)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """All of it by name."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     def __repr__(self) -> str:
         return f"Half({', '.join(self.losses)}; {len(self.gradients)} gradients)"

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import optree
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from funcfreeze.computation.structure import entries, is_entry
+from funcfreeze.computation.structure import entries_at, in_several_places, with_entries
 from funcfreeze.declare.plan import Plan
 from funcfreeze.optim import Transform
 from funcfreeze.optim.algorithm import Algorithm
@@ -72,7 +72,8 @@ class Running:
             ),
             *(
                 f"{path}: the running optimizer keeps {', '.join(optimizer.state[own[path]])} for it, and no loss of "
-                "the Step may update it"
+                "the Step may update it (take the optimizer over by a Step that routes all of its parameters; Steps "
+                "that update some of them share that State)"
                 for path in groups
                 if path not in plan.routed and _has_begun(optimizer.state.get(own[path], {}))
             ),
@@ -104,37 +105,30 @@ class Running:
         problems = [*self.problems, *self._option_problems(step)]
         taken: list[str] = []
 
-        def filled(own: Any) -> Any:
-            if isinstance(own, Mapping):
-                return {
-                    key: entry(key, kept) if is_entry(key, kept, self.algorithms) else filled(kept)
-                    for key, kept in own.items()
-                }
-            return tuple(map(filled, own)) if type(own) is tuple else own
-
-        def entry(path: str, own: Any) -> Any:
+        def entry(path: str, own: Entry) -> Entry:
             taken.append(path)
             found, wrong = _taken(self.algorithms[path], own, self._kept(path), self.own[path].device)
             problems.extend(f"{path}: {what}" for what in wrong)
-            return {slot: _apart(value) if copy else value for slot, value in found.items()}
+            return _copied(found) if copy else found
 
-        made = filled(initial)
+        made = with_entries(initial, entry, self.algorithms)
         problems += _in_several_places(taken)
         if problems:
             raise ValueError(_told(self.optimizer, problems))
         return made
 
-    def given_back(self, state: Any, step: int) -> dict[str, Any]:
+    def given_back(self, initial: Any, state: Any, step: int) -> dict[str, Any]:
         """The state dict with which the running optimizer goes on.
 
         Args:
-            state: the step's optimizer state.
+            initial: the step's initial optimizer state, of tensors without storage.
+            state: its present one.
             step: the number of steps taken, which schedules read.
 
         Raises:
             ValueError: all options that differ, and all that the running optimizer cannot keep.
         """
-        found = [*entries(state, self.algorithms.keys())]
+        found = [*entries_at(initial, state, self.algorithms)]
         kept = dict(found)
         rates = self._scheduled_rates(step)
         problems = [
@@ -147,8 +141,8 @@ class Running:
                 if len(given) > 1
             ),
             *(
-                f"{path}: {slot} is {value.dtype} in the State, and torch.optim keeps it in the parameter's "
-                f"{self.own[path].dtype}, which would lose digits"
+                f"{path}: {slot} is {value.dtype} in the State, and load_state_dict would make it the parameter's "
+                f"{self.own[path].dtype}, which loses digits"
                 for path, entry in kept.items()
                 for slot, value in entry.items()
                 if slot != COUNT and isinstance(value, Tensor) and _loses(value, self.own[path])
@@ -193,7 +187,9 @@ class Running:
         for path, algorithm in self.algorithms.items():
             index = self.groups[path]
             if type(self.optimizer) not in algorithm.kinds:
-                head = f"the Step's optimizer is {algorithm.name}, the running one {type(self.optimizer).__name__}"
+                kind = type(self.optimizer)
+                hint = "" if kind.__module__.startswith("torch.") else "; if that wraps another, give the inner one"
+                head = f"the Step's optimizer is {algorithm.name}, the running one {kind.__name__}{hint}"
                 found.setdefault(head, []).append(path)
                 continue
             for option, own, other in algorithm.differences(self.optimizer.param_groups[index], step):
@@ -216,9 +212,8 @@ class Running:
 
 
 def _in_several_places(paths: Sequence[str]) -> Iterator[str]:
-    for path, number in Counter(paths).items():
-        if number > 1:
-            yield f"{path}: the Step's optimizer keeps something for it in {number} places, torch.optim in one"
+    for path in in_several_places(paths):
+        yield f"{path}: the Step's optimizer keeps something for it in several places, torch.optim in one"
 
 
 def _like(rate: Any, new: float) -> Any:
@@ -256,7 +251,7 @@ def _as_torchs(algorithm: Algorithm, entry: Entry, kept: Entry) -> dict[str, Any
     """What is kept for one parameter, as the running optimizer keeps it: nothing where it has yet to begin."""
     if not _has_begun(entry):
         return {}
-    found = {slot: _apart(value) for slot, value in entry.items() if not (algorithm.is_counted and slot == COUNT)}
+    found = _copied({slot: kept for slot, kept in entry.items() if not (algorithm.is_counted and slot == COUNT)})
     if COUNT in found and algorithm.slots is not None:
         found[COUNT] = _count(found[COUNT], kept.get(COUNT))
     return found
@@ -276,8 +271,13 @@ def _count(own: Tensor, kept: Any) -> Any:
     return own.to("cpu", torch.promote_types(torch.float32, torch.get_default_dtype()))
 
 
-def _apart(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
+def _copied(entry: Entry) -> dict[str, Any]:
+    """What is kept for a parameter with tensors of its own, however deep they are."""
+
+    def copied(leaf: Any) -> Any:
+        return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+    return {slot: optree.tree_map(copied, kept) for slot, kept in entry.items()}
 
 
 def _loses(value: Tensor, own: Tensor) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 _KEPT = {
@@ -61,6 +62,46 @@ def entries(state: Any, paths: Collection[str]) -> Iterator[tuple[str, Mapping[s
                 yield key, kept
             else:
                 yield from entries(kept, paths)
+
+
+def entries_at(own: Any, state: Any, paths: Collection[str]) -> Iterator[tuple[str, Any]]:
+    """What a state keeps for parameters, in the places where an optimizer's own initial state says it does.
+
+    >>> list(entries_at(((), {"w": {}}), ((), {"w": {"moments": {"mean": 0}}}), ["w"]))
+    [('w', {'moments': {'mean': 0}})]
+    """
+    if type(own) is tuple:
+        for mine, theirs in zip(own, state, strict=True):
+            yield from entries_at(mine, theirs, paths)
+    elif isinstance(own, Mapping):
+        for key, kept in own.items():
+            if key not in state:
+                continue
+            if is_entry(key, kept, paths):
+                yield key, state[key]
+            else:
+                yield from entries_at(kept, state[key], paths)
+
+
+def with_entries(own: Any, f: Callable[[str, Mapping[str, Any]], Any], paths: Collection[str]) -> Any:
+    """An optimizer's initial state with `f(path, entry)` in the place of what it keeps for each parameter.
+
+    >>> with_entries(((), {"w": {"step": 0}}), lambda path, entry: {"step": 3}, ["w"])
+    ((), {'w': {'step': 3}})
+    """
+    if type(own) is tuple:
+        return tuple(with_entries(part, f, paths) for part in own)
+    if isinstance(own, Mapping):
+        return {
+            key: f(key, kept) if is_entry(key, kept, paths) else with_entries(kept, f, paths)
+            for key, kept in own.items()
+        }
+    return own
+
+
+def in_several_places(paths: Iterable[str]) -> list[str]:
+    """The parameters for which something is kept more than once."""
+    return [path for path, number in Counter(paths).items() if number > 1]
 
 
 def _kept(entry: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from funcfreeze.declare.selectors import closest
 from funcfreeze.gradients.modes import grad_mode
 from funcfreeze.model.memory import memory_of
 from funcfreeze.model.ties import by_first_names, tied
-from funcfreeze.optim.transform import misfits
+from funcfreeze.optim.transform import lines, misfits
 
 Fields = tuple[Mapping[str, Tensor], Mapping[str, Tensor], Any, Tensor]
 """Params, buffers, optimizer and step of a state."""
@@ -74,10 +74,10 @@ class Updating:
         params = [*state.params.values(), *half.written.values()]
         memories = {memory_of(param) for param in params} - {None}
         with grad_mode(False):
-            gradients = {
-                path: gradient.clone() if memory_of(gradient) in memories else gradient
-                for path, gradient in half.gradients.items()
-            }
+            gradients, *rows = (
+                {path: g.clone() if memory_of(g) in memories else g for path, g in row.items()}
+                for row in (half.gradients, *half.per_loss.values())
+            )
             written = {path: value.clone() for path, value in half.written.items()}
             metrics = self.metrics(state, half)
         return Half(
@@ -86,6 +86,7 @@ class Updating:
             metrics,
             tied(half.buffers, self.specification.tied_buffers),
             written,
+            {name: tied(row, self.specification.tied_params) for name, row in zip(half.per_loss, rows, strict=True)},
         )
 
     def checked(self, state: State, half: object) -> Half:
@@ -99,16 +100,28 @@ class Updating:
             seen = "a pair; a step returns that at once" if isinstance(half, tuple) else type(half).__name__
             raise TypeError(f"apply_gradients(state, half) takes what step.compute(state, batch) gives, got {seen}")
         spec = self.specification
+        others = [
+            f"{name} is a mapping, got {type(given).__name__}"
+            for name, given in half.fields.items()
+            if not isinstance(given, Mapping)
+        ]
+        if others:
+            raise TypeError(lines("the fields of a Half are mappings by name or path:", others))
         named: dict[str, Any] = dict.fromkeys(
             [*state.params, *(name for name in half.gradients if name not in spec.tied_params)]
         )
         given = by_first_names(half.gradients, tied(named, spec.tied_params))
-        problems = [*self._problems(given, state), *_form_problems(half, state)]
+        problems = [*self._problems(given, state), *self._form_problems(half, state)]
         if problems:
-            raise ValueError("\n  ".join(["this Half does not fit the State:", *problems]))
+            raise ValueError(lines("this Half does not fit the State:", problems))
+        kept = {memory_of(leaf) for leaf in optree.tree_leaves(state.optimizer) if isinstance(leaf, Tensor)} - {None}
         with grad_mode(False):
             return half.replace(
-                gradients={path: gradient.detach() for path, gradient in given.items() if gradient is not None},
+                gradients={
+                    path: gradient.clone() if memory_of(gradient) in kept else gradient.detach()
+                    for path, gradient in given.items()
+                    if gradient is not None
+                },
                 written={path: value.clone() for path, value in half.written.items()},
             )
 
@@ -126,6 +139,24 @@ class Updating:
                 yield from (
                     f"gradients[{path!r}]: {what}" for what in misfits(gradient, state.params[path], "gradient")
                 )
+
+    def _form_problems(self, half: Half, state: State) -> Iterator[str]:
+        """What is wrong with buffers and written parameters; a forward may change the shapes of buffers."""
+        for path in sorted(state.buffers.keys() ^ half.buffers.keys()):
+            has, has_not = ("State", "Half") if path in state.buffers else ("Half", "State")
+            yield f"buffer {path}: the {has} has it, the {has_not} does not"
+        for path, value in half.buffers.items():
+            if not isinstance(value, Tensor):
+                yield f"buffer {path} is a tensor, got {type(value).__name__}"
+        for path, value in half.written.items():
+            if path not in state.params:
+                yield f"written[{path!r}]: there is no such parameter{closest(str(path), state.params)}"
+            elif path not in self.computation.evaluation.unrouted:
+                yield f"written[{path!r}]: a loss may update this parameter; its update belongs into `gradients`"
+            elif not isinstance(value, Tensor):
+                yield f"written[{path!r}] is a tensor, got {type(value).__name__}"
+            elif form_of(value) != form_of(state.params[path]):
+                yield form_problem(path, state.params[path], value)
 
     def owns(self, lease: Lease) -> bool:
         """Whether all that a step overwrites may be overwritten."""
@@ -154,16 +185,10 @@ class Updating:
         return params, buffers, optimizer, mine(state.step, True)
 
 
-def _form_problems(half: Half, state: State) -> Iterator[str]:
-    """What is wrong with buffers and written parameters; a forward may change the shapes of buffers."""
-    for path in sorted(state.buffers.keys() ^ half.buffers.keys()):
-        has, has_not = ("State", "Half") if path in state.buffers else ("Half", "State")
-        yield f"buffer {path}: the {has} has it, the {has_not} does not"
-    for path, value in half.written.items():
-        if path not in state.params:
-            yield f"written[{path!r}]: there is no such parameter{closest(str(path), state.params)}"
-        elif form_of(value) != form_of(state.params[path]):
-            yield form_problem(path, state.params[path], value)
+def borrowed_in(params: Mapping[str, Tensor], states: Iterable[State]) -> set[str]:
+    """The paths of parameters that one of these states, from which they come, has borrowed."""
+    known = {id(state.params[path]) for state in states for path in lease_of(state).borrowed & state.params.keys()}
+    return {path for path, tensor in params.items() if id(tensor) in known}
 
 
 def apart_from(params: Mapping[str, Tensor], optimizer: Any) -> Any:

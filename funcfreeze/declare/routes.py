@@ -138,8 +138,8 @@ def _evaluate(weight: Weight, step: Tensor | None) -> float | Tensor:
         return float(weight)
     if step is None:
         raise TypeError(
-            f"the weight {weight!r} is a schedule of the step, and there is no step here: use ff.Step, or pass its "
-            "value as a number"
+            f"the weight {weight!r} is a schedule of the step, and there is no step here: give ff.combine step=, use "
+            "ff.Step, or pass its value as a number"
         )
     schedule: Callable[[Any], Any] = weight  # type: ignore[assignment]  # mypy takes an int for a Real, a float for none
     value: float | Tensor = value_at(schedule, step, partial(_checked, schedule))

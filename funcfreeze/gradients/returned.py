@@ -14,7 +14,9 @@ from funcfreeze.gradients.law import Routing
 from funcfreeze.model.containers import LEAVES, flatten, hidden_tensors
 
 
-def check_losses(returned: Any, routing: Routing, *, inside_func: bool = False) -> list[Tensor | None]:
+def check_losses(
+    returned: Any, routing: Routing, *, inside_func: bool = False, takes_vectors: bool = False
+) -> list[Tensor | None]:
     """The returned losses in the routing's order, None for those that are absent this step.
 
     Absent is None, and nothing else: a number says that somebody wanted to say so, and so may a tensor that does not
@@ -26,6 +28,7 @@ def check_losses(returned: Any, routing: Routing, *, inside_func: bool = False) 
         routing: what was declared.
         inside_func: whether a transform of torch.func is at work, in which `requires_grad` does not tell what a loss
             depends on; whoever calls then looks for constants later, with `refuse_constants`.
+        takes_vectors: whether a loss may be a vector, with a gradient from outside.
 
     Raises:
         TypeError: not a mapping.
@@ -41,7 +44,12 @@ def check_losses(returned: Any, routing: Routing, *, inside_func: bool = False) 
             f"metrics), got {_described(returned)}{hint}"
         )
     returned = _with_fields_that_are_none(returned, routing.losses)
-    raise_problems([*_name_problems(returned, routing.losses), *_value_problems(returned, routing.losses, inside_func)])
+    raise_problems(
+        [
+            *_name_problems(returned, routing.losses),
+            *_value_problems(returned, routing.losses, inside_func, takes_vectors),
+        ]
+    )
     return [returned[name] for name in routing.losses]
 
 
@@ -88,14 +96,18 @@ def _name_problems(returned: Mapping[Any, Any], declared: Sequence[str]) -> Iter
             )
 
 
-def _value_problems(returned: Mapping[Any, Any], declared: Sequence[str], inside_func: bool) -> Iterator[str]:
+def _value_problems(
+    returned: Mapping[Any, Any], declared: Sequence[str], inside_func: bool, takes_vectors: bool
+) -> Iterator[str]:
     for name, loss in returned.items():
         if loss is None:
             continue
         if not isinstance(loss, Tensor):
             yield f"loss {name!r} is not a tensor but {_described(loss)}; {_ABSENT}"
         elif loss.ndim != 0:
-            yield f"loss {name!r} is not a scalar: its shape is {tuple(loss.shape)}; reduce it, for example by .mean()"
+            hint = f", or give its gradient={{{name!r}: ...}}" if takes_vectors else ""
+            shape = tuple(loss.shape)
+            yield f"loss {name!r} is not a scalar: its shape is {shape}; reduce it, for example by .mean(){hint}"
         elif not loss.is_floating_point():
             yield f"loss {name!r} is not a floating point number: its dtype is {loss.dtype}; {_ABSENT}"
         elif not loss.requires_grad and name in declared and not inside_func:

@@ -39,7 +39,7 @@ def backward(
         routes: loss name -> which parameters it may update (see `Route`). A `Plan` (`step.plan`) is not resolved anew
             at every call, which small networks notice.
         model: the module whose parameters the losses were computed from, or a mapping of modules and parameters.
-        gradient: for losses that are no scalars, by name, what `loss.backward(gradient=...)` would be given.
+        gradient: for losses that are no scalars, by name, what `loss.backward(gradient=...)` would be given: constants.
 
     Raises:
         RouteError: everything that is wrong with the routes or the losses, at once.
@@ -67,7 +67,7 @@ def backward(
     weights = routing.weight_values(None)
     with torch.enable_grad():
         losses = with_gradients(losses, gradient)
-    graph = read_live(check_losses(losses, routing), parameters)
+    graph = read_live(check_losses(losses, routing, takes_vectors=True), parameters)
     graph = without_hooks_where_free(graph, parameters)
     with torch.inference_mode(False), torch.no_grad():
         gradients = planned_backward(graph, parameters, routing, weights)

@@ -70,7 +70,8 @@ def combine(
     A cotangent that arrives multiplies the gradients of all losses, as their weights do.
 
     Hooks on a parameter run once, on its merged gradient, and not where no loss touches it; such a parameter keeps the
-    `.grad` it has. Hooks on activations run as they would for each loss alone. Tensors that require grad and belong to
+    `.grad` it has. Hooks on activations run as they would for each loss alone; `retain_grad()` on one makes no hook
+    that could be known, and leaves a part of its gradient. Tensors that require grad and belong to
     no parameter of the model (inputs, other models' parameters) get the gradient of the plain sum, as from any
     backward: detach or freeze what needs none, since a graph that reaches them may have to be walked once for each
     loss. A further loss on the same forward belongs into `losses`, with a route: added to the result, it would find the
@@ -87,8 +88,8 @@ def combine(
         model: the module whose parameters the losses were computed from, or a mapping of modules and parameters;
             `DistributedDataParallel` around them does not matter.
         step: the count of steps, for weights that are schedules.
-        gradient: for losses that are no scalars, by name, what `loss.backward(gradient=...)` would be given; such a
-            loss's value is the sum of its products with that.
+        gradient: for losses that are no scalars, by name, what `loss.backward(gradient=...)` would be given: constants.
+            Such a loss's value is the sum of its products with that.
 
     Returns:
         A 0-d tensor, at least float32, on the device of the first loss that is present.
@@ -108,9 +109,9 @@ def combine(
             [0., 0.]]), tensor([1.]))
     """
     parameters, routing = parameters_and_routing(model, routes)
-    weights = routing.weight_values(None if step is None else torch.as_tensor(step))
+    weights = routing.weight_values(None if step is None else _count(step))
     losses = with_gradients(losses, gradient)
-    present = check_losses(losses, routing, inside_func=not torch.is_grad_enabled())
+    present = check_losses(losses, routing, inside_func=not torch.is_grad_enabled(), takes_vectors=True)
     value = _sum(present, parameters[0].device)
     if not torch.is_grad_enabled():
         return value
@@ -126,6 +127,14 @@ def combine(
     inputs = [parameters[index] for index in wanted] or [torch.zeros((), requires_grad=True)]
     combined: Tensor = _Combined.apply(call, value, *inputs)  # type: ignore[no-untyped-call]  # torch's
     return combined
+
+
+def _count(step: int | Tensor) -> Tensor:
+    """The count of steps, as schedules want it."""
+    is_whole = not isinstance(step, bool | float) and not torch.as_tensor(step).is_floating_point()
+    if not is_whole or torch.as_tensor(step).ndim != 0 or (isinstance(step, int) and step < 0):
+        raise TypeError(f"step= is the number of steps taken so far, an int or a 0-d integer tensor; got {step!r}")
+    return torch.as_tensor(step)
 
 
 def _waited_for(around: Sequence[DistributedDataParallel], graph: LiveGraph, parameters: Sequence[Tensor]) -> set[int]:
@@ -209,6 +218,8 @@ class _Call:
         for wrapper in self.around:
             begin_backward(wrapper)
         keeps = is_kept()
+        # what is made of gradients that carry a graph hangs on this one too, and may be in the same backward later
+        self.is_shared |= torch.is_grad_enabled()
         if not keeps:
             self.graph = None
         with noticing_hooks() as noticed, _hooks_left_out([self.leaves[index] for index in self.wanted]):
@@ -259,12 +270,16 @@ def _hooks_left_out(leaves: Sequence[Tensor]) -> Iterator[None]:
     hooks = [leaf._backward_hooks for leaf in leaves if leaf._backward_hooks]
     kept = [dict(held) for held in hooks]
     for held in hooks:
-        held.clear()
+        held.update(dict.fromkeys(held, _pass_on))
     try:
         yield
     finally:
         for held, before in zip(hooks, kept, strict=True):
-            held.update(before)
+            held.update({key: hook for key, hook in before.items() if key in held})  # others were removed meanwhile
+
+
+def _pass_on(gradient: Tensor) -> None:
+    """A hook that does nothing."""
 
 
 class _Combined(torch.autograd.Function):

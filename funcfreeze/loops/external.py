@@ -36,7 +36,7 @@ def with_gradients(
     found = dict(losses)
     for name, given in gradient.items():
         loss = losses[name]
-        if loss is not None:
+        if isinstance(loss, Tensor):  # what is neither that nor None is refused later
             found[name] = (loss * given.detach().to(loss.dtype)).sum()
     return found
 
@@ -47,6 +47,8 @@ def _problems(losses: Mapping[str, Tensor | None], gradient: Mapping[str, Tensor
             yield f"gradient[{name!r}]: there is no such loss{closest(str(name), map(str, losses))}"
             continue
         loss = losses[name]
+        if loss is None:
+            continue
         if not isinstance(given, Tensor):
             yield f"gradient[{name!r}] is a tensor of the loss's shape, got {type(given).__name__}"
         elif isinstance(loss, Tensor) and (loss.shape, loss.device) != (given.shape, given.device):
@@ -54,3 +56,5 @@ def _problems(losses: Mapping[str, Tensor | None], gradient: Mapping[str, Tensor
                 f"gradient[{name!r}] has shape {tuple(given.shape)} on {given.device}, the loss has shape "
                 f"{tuple(loss.shape)} on {loss.device}"
             )
+        elif isinstance(loss, Tensor) and given.is_complex() and not loss.is_complex():
+            yield f"gradient[{name!r}] is {given.dtype}, the loss {loss.dtype}, and the imaginary part would be lost"

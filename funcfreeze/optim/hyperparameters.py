@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from funcfreeze.schedules.calling import value_at
 
@@ -45,7 +46,12 @@ def check_rate(owner: str, lr: LearningRate) -> None:
             raise ValueError(f"{owner}: a tensor lr must be 0-d, got shape {tuple(lr.shape)}")
         if not lr >= 0:
             raise ValueError(f"{owner}: lr must be at least 0, got {lr!r}")
-    elif not callable(lr):
+    elif isinstance(lr, LRScheduler) or (isinstance(lr, type) and issubclass(lr, LRScheduler)):
+        raise TypeError(
+            f"{owner}: lr is a scheduler of torch's; make a schedule of its class: "
+            f"funcfreeze.schedules.from_torch({(lr if isinstance(lr, type) else type(lr)).__name__}, lr=..., ...)"
+        )
+    elif not callable(lr) or isinstance(lr, type):
         check_number(owner, "lr", lr)
 
 

@@ -105,3 +105,21 @@ def test_on_a_gpu_with_cuda_graphs():
         other, _ = eager.apply_gradients(other, eager.compute(other, batch))
     for a, b in zip(optree.tree_leaves(one.params), optree.tree_leaves(other.params), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_sparse_gradients_are_for_whole_steps():
+    model = nn.ModuleDict({"table": nn.Embedding(5, 3, sparse=True)})
+
+    def look_up(model, batch):
+        return {"l": model["table"](batch).square().mean()}
+
+    step = ff.Step(model, look_up, {"l": "*"}, optimizer=ff.optim.sgd(0.1), compile=GRAPH)
+    state, _ = step(step.init(), torch.tensor([1, 2]))
+    text = "table.weight: the gradient is sparse, which the halves of a compiled step neither give nor take"
+    with pytest.raises(ValueError, match=text):
+        step.compute(state, torch.tensor([1, 2]))
+    eager = ff.Step(model, look_up, {"l": "*"}, optimizer=ff.optim.sgd(0.1))
+    half = eager.compute(state, torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match=text):
+        step.apply_gradients(state, half)
+    state, _ = step(state, torch.tensor([1, 2]))

@@ -161,3 +161,69 @@ def test_nothing_in_common_is_an_error():
     step(state := step.init(), torch.randn(8, 4))
     with pytest.raises(RuntimeError, match="spent"):
         step.adopt(state)
+
+
+def test_a_frozen_tensor_that_is_tied_by_other_names():
+    class Old(nn.Module):
+        def __init__(self, frozen):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.a.weight = frozen
+
+    class New(nn.Module):
+        def __init__(self, frozen):
+            super().__init__()
+            self.b, self.c = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.c.weight = frozen
+            self.a = nn.Module()
+            self.a.weight = frozen
+
+    frozen = nn.Parameter(torch.randn(3, 3))
+    old = ff.Step(Old(frozen), lambda m, x: {"l": m.b(m.a(x)).square().mean()}, {"l": "b"}, optimizer=ff.optim.sgd(0.1))
+    new = ff.Step(New(frozen), lambda m, x: {"l": m.b(m.c(x)).square().mean()}, {"l": "*"}, optimizer=ff.optim.sgd(0.1))
+    before = frozen.detach().clone()
+    state, _ = new.adopt(old.init())
+    state, _ = new(state, torch.randn(4, 3))
+    assert not torch.equal(state.params["a.weight"], before)
+    assert torch.equal(frozen, before)
+
+
+def test_what_a_chain_keeps_twice():
+    both = ff.optim.chain(ff.optim.sgd(1.0, momentum=0.9), ff.optim.sgd(0.1, momentum=0.5))
+    one = make(optimizer=both)
+    state = trained(one)
+    expected, _ = make(optimizer=both, donate=False)(state, batch := torch.randn(8, 4))
+    adopted, adoption = make(optimizer=both).adopt(state)
+    found, _ = make(optimizer=both)(adopted, batch)
+    assert not adoption.afresh
+    assert all(map(torch.equal, optree.tree_leaves(found.params), optree.tree_leaves(expected.params)))
+    _, adoption = make(optimizer=ff.optim.sgd(0.1, momentum=0.5)).adopt(found)
+    assert all("kept in several places" in line for line in adoption.afresh)
+    assert len(adoption.afresh) == 5
+
+
+def test_a_transform_of_ones_own():
+    def update(grads, state, params, *, step=None):
+        mean = {path: 0.9 * kept + grads.get(path, 0) for path, kept in state["mean"].items()}
+        return {path: -0.1 * mean[path] for path in grads}, {"mean": mean}
+
+    own = ff.optim.Transform(lambda params: {"mean": {path: torch.zeros_like(p) for path, p in params.items()}}, update)
+    state = trained(make(optimizer=own))
+    kept = {path: tensor.clone() for path, tensor in state.optimizer["mean"].items()}
+    adopted, adoption = make(optimizer=own).adopt(state)
+    assert not adoption.afresh
+    assert all(torch.equal(adopted.optimizer["mean"][path], tensor) for path, tensor in kept.items())
+    _, adoption = make(optimizer=ff.optim.adam(1e-3)).adopt(adopted)
+    assert "optimizer: 5 tensors that it keeps otherwise than by parameter and name" in adoption.left
+    _, adoption = make(optimizer=own).adopt(trained(make()))
+    assert "optimizer: 5 tensors that it keeps otherwise than by parameter and name" in adoption.afresh
+
+
+def test_a_loss_scale_that_only_one_has():
+    _, adoption = make().adopt(trained(make(loss_scale=ff.LossScale(8.0))))
+    assert adoption.left == ("optimizer.loss_scale",)
+    assert len(adoption.kept) == 13
+    state, adoption = make(loss_scale=ff.LossScale(4.0)).adopt(trained(make()))
+    assert adoption.afresh == ("optimizer.loss_scale: the state has none",)
+    assert float(state.optimizer["loss_scale"]["scale"]) == 4.0
+    assert float(state.optimizer["optimizer"]["head.bias"]["step"]) == 3

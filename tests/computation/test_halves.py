@@ -233,6 +233,13 @@ def test_all_that_does_not_fit_is_told_at_once_and_changes_nothing():
     ):
         assert line in str(caught.value)
     assert same(bytes_of(state), before)
+    with pytest.raises(TypeError, match="the fields of a Half are mappings") as caught:
+        step.apply_gradients(state, half.replace(gradients=[1], buffers=None, written=None))
+    for line in ("gradients is a mapping, got list", "buffers is a mapping, got NoneType", "written is a mapping, got"):
+        assert line in str(caught.value)
+    with pytest.raises(ValueError, match=r"written\['head.bias'\]: a loss may update this parameter"):
+        step.apply_gradients(state, half.replace(written={"head.bias": torch.zeros(2)}))
+    assert same(bytes_of(state), before)
     for given, text in ((half.gradients, "got dict"), (step(state, torch.randn(6, 4)), "got a pair")):
         with pytest.raises(TypeError, match=text):
             step.apply_gradients(step.init(), given)
@@ -246,3 +253,51 @@ def test_gradients_with_a_graph_are_taken_without_it():
     doubled = half.replace(gradients={path: gradient * factor for path, gradient in half.gradients.items()})
     state, _ = step.apply_gradients(state, doubled)
     assert not any(leaf.requires_grad for leaf in optree.tree_leaves(state))
+
+
+@pytest.mark.parametrize("options", [{}, {"engine": "reference"}, {"compile": {"backend": "aot_eager"}}], ids=str)
+def test_each_loss_clipped_by_itself_in_one_forward(options):
+    model = Net().eval()
+    plain, step = copy.deepcopy(model), make(model, optimizer=ff.optim.sgd(0.5), **options)
+    state, batch = step.init(), torch.randn(6, 4)
+    half = step.compute(state, batch, per_loss=True)
+    assert half.per_loss.keys() == {"task", "small"}
+    for path, gradient in half.gradients.items():
+        rows = [row[path] for row in half.per_loss.values() if path in row]
+        torch.testing.assert_close(gradient, sum(rows), rtol=1e-12, atol=1e-15)
+
+    def clipped(row):
+        norm = torch.stack([g.norm() for g in row.values()]).norm()
+        return {path: g * (0.1 / norm).clamp(max=1.0) for path, g in row.items()}
+
+    merged = {}
+    for row in half.per_loss.values():
+        for path, gradient in clipped(row).items():
+            merged[path] = merged.get(path, 0) + gradient
+    calls = model.calls
+    state, _ = step.apply_gradients(state, half.replace(gradients=merged))
+    assert model.calls == calls
+
+    found, _ = losses(plain, batch)
+    wanted = {path: torch.zeros_like(p) for path, p in plain.named_parameters()}
+    for name, weight, allowed in (("task", 1.0, ("encoder", "head")), ("small", -0.1, ("encoder",))):
+        named = {path: p for path, p in plain.named_parameters() if path.startswith(allowed)}
+        gradients = torch.autograd.grad(weight * found[name], list(named.values()), retain_graph=True)
+        for path, gradient in clipped(dict(zip(named, gradients, strict=True))).items():
+            wanted[path] += gradient
+    for path, p in plain.named_parameters():
+        torch.testing.assert_close(state.params[path] - p.detach(), -0.5 * wanted[path], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "rmsprop", "adam"])
+def test_a_gradient_in_the_memory_of_the_optimizers_state(optimizer):
+    options = {"sgd": {"momentum": 0.9}, "rmsprop": {"momentum": 0.9}, "adam": {}}[optimizer]
+    slot = "exp_avg" if optimizer == "adam" else "momentum_buffer"
+    step = make(optimizer=getattr(ff.optim, optimizer)(1e-2, **options))
+    state, _ = step(step.init(), torch.randn(6, 4))
+    half = step.compute(state, torch.randn(6, 4))
+    held = {path: state.optimizer[path][slot] for path in half.gradients}
+    apart = half.replace(gradients={path: tensor.clone() for path, tensor in held.items()})
+    expected, _ = step.apply_gradients(copy.deepcopy(state), apart)
+    found, _ = step.apply_gradients(state, half.replace(gradients=held))
+    assert same(bytes_of(found), bytes_of(expected))

@@ -353,7 +353,7 @@ def test_digits_that_would_be_lost():
     state = step.init(optimizer=optimizer)
     assert state.optimizer["l.weight"]["exp_avg"].dtype == torch.float32
     with pytest.raises(
-        ValueError, match="l.weight: exp_avg is torch.float32 in the State, and torch.optim keeps it in"
+        ValueError, match="l.weight: exp_avg is torch.float32 in the State, and load_state_dict would make it"
     ):
         step.export(state, optimizer=optimizer)
 
@@ -388,8 +388,64 @@ def test_two_transforms_that_keep_something_for_one_parameter():
         lambda grads, state, params, *, step=None: (grads, state),
     )
     step = make(model, ff.optim.chain(averaged, ff.optim.adam(1e-2)))
-    text = "head.bias: the Step's optimizer keeps something for it in 2 places, torch.optim in one"
+    text = "head.bias: the Step's optimizer keeps something for it in several places, torch.optim in one"
     with pytest.raises(ValueError, match=text):
         step.init(optimizer=optim.Adam(model.parameters(), lr=1e-2))
     with pytest.raises(ValueError, match=text):
         step.export(step.init(), optimizer=optim.Adam(model.parameters(), lr=1e-2))
+
+
+class Nested(optim.Optimizer):
+    """Keeps tensors in containers, as some of people's own do."""
+
+    def __init__(self, params, lr=0.1, container=dict):
+        super().__init__(params, {"lr": lr, "container": container})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    mean = torch.zeros_like(parameter)
+                    state["m"] = {dict: {"mean": mean}, list: [mean], tuple: (mean,)}[group["container"]]
+                (mean,) = state["m"].values() if isinstance(state["m"], dict) else state["m"]
+                mean.mul_(0.9).add_(parameter.grad)
+                parameter.add_(mean, alpha=-group["lr"])
+
+
+@pytest.mark.parametrize("container", [dict, list, tuple])
+def test_an_optimizer_that_keeps_containers(container):
+    moving = network()
+    never, start = copy.deepcopy(moving), copy.deepcopy(moving)
+    mine, theirs = (Nested(model.parameters(), container=container) for model in (moving, never))
+    parts = [[torch.randn(8, 4) for _ in range(4)] for _ in range(3)]
+    train(moving, mine, parts[0])
+    step = make(moving, ff.optim.from_torch(Nested, container=container))
+    state = take(step, step.init(optimizer=mine), parts[1])
+    step.export(state, optimizer=mine)
+    kept = [leaf.clone() for leaf in tensors(state)]
+    train(moving, mine, parts[2])
+    assert all(map(torch.equal, kept, tensors(state)))
+    train(never, theirs, [*parts[0], *parts[1], *parts[2]])
+    assert_equal_displacement(moving, never, start)
+    _, adoption = make(moving, ff.optim.from_torch(Nested, container=container)).adopt(state)
+    assert not adoption.afresh
+
+
+def test_a_rate_in_a_tensor_stays_one():
+    model = network()
+    optimizer = optim.Adam(model.parameters(), lr=torch.tensor(0.1, dtype=torch.float64))
+    step = make(model, ff.optim.adam(lambda step: 0.1 / (step + 1)))
+    state = take(step, step.init(optimizer=optimizer), [torch.randn(8, 4)])
+    step.export(state, optimizer=optimizer)
+    assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.05)
+
+
+def test_a_scheduler_for_a_rate():
+    for given in (optim.lr_scheduler.StepLR, optim.lr_scheduler.StepLR(optim.SGD(network().parameters(), lr=0.1), 5)):
+        with pytest.raises(TypeError, match=r"make a schedule of its class: funcfreeze.schedules.from_torch\(StepLR"):
+            ff.optim.adamw(given)

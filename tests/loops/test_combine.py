@@ -166,6 +166,48 @@ def clipped(g):
     return g.clamp(-0.01, 0.01)
 
 
+def test_a_penalty_on_its_own_gradient_may_be_added():
+    ours, theirs = pair()
+    x = torch.randn(6, 4)
+    everything = dict.fromkeys(ROUTES, "*")
+    for net in (ours, theirs):
+        found = losses(net, x)
+        loss = ff.combine(found, everything, net) if net is ours else sum(found.values())
+        gradients = torch.autograd.grad(loss, list(net.parameters()), create_graph=True, allow_unused=True)
+        penalty = sum(gradient.square().sum() for gradient in gradients if gradient is not None)
+        (loss + 0.1 * penalty).backward()
+    same(grads(ours), grads(theirs))
+
+
+def test_a_hook_that_is_removed_in_the_backward_stays_removed():
+    net = Net()
+    parameter = next(net.parameters())
+    calls = []
+    handle = parameter.register_hook(lambda gradient: calls.append(1))
+
+    class Removing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            handle.remove()
+            return gradient
+
+    found = {name: Removing.apply(loss) for name, loss in losses(net, torch.randn(6, 4)).items()}
+    ff.combine(found, ROUTES, net).backward()
+    assert not parameter._backward_hooks
+    assert not calls
+
+
+@pytest.mark.parametrize("step", [1.5, -1, True, torch.tensor(1.0), torch.tensor([1])])
+def test_a_count_of_steps_is_a_whole_number(step):
+    net = Net()
+    with pytest.raises(TypeError, match="step= is the number of steps taken so far, an int or a 0-d integer tensor"):
+        ff.combine(losses(net, torch.randn(6, 4)), ROUTES, net, step=step)
+
+
 @pytest.mark.parametrize("when", ["in the forward", "after combine"])
 def test_hooks_on_activations_run_as_for_each_loss_alone(when):
     ours, theirs = pair()

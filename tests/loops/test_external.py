@@ -71,9 +71,7 @@ def test_the_gradient_is_a_constant_and_may_be_narrower():
 def test_absent_and_scalar_losses():
     model = network()
     q, adv = outputs(model, torch.randn(6, 3))
-    loss = ff.combine(
-        {"Q": None, "adv": adv}, ROUTES, model, gradient={"Q": torch.ones(6, 5), "adv": torch.tensor(2.0)}
-    )
+    loss = ff.combine({"Q": None, "adv": adv}, ROUTES, model, gradient={"Q": None, "adv": torch.tensor(2.0)})
     assert loss.item() == pytest.approx(2 * adv.item())
     with torch.no_grad():
         q, adv = outputs(model, torch.randn(6, 3))
@@ -92,6 +90,10 @@ def test_all_mistakes_at_once(door):
     assert "gradient['adv'] is a tensor of the loss's shape, got float" in str(caught.value)
     with pytest.raises(TypeError, match="gradient= is a mapping by loss"):
         door({"Q": q, "adv": adv}, ROUTES, model, gradient=torch.ones(6, 5))
-    with pytest.raises(ff.RouteError, match="loss 'Q' is not a scalar: its shape is"):
+    with pytest.raises(ff.RouteError, match=r"loss 'Q' is not a scalar.*or give its gradient=\{'Q': ...\}"):
         door({"Q": q, "adv": adv}, ROUTES, model)
+    with pytest.raises(ff.RouteError, match="is torch.complex64, the loss torch.float64, and the imaginary part"):
+        door({"Q": q, "adv": adv}, ROUTES, model, gradient={"Q": torch.ones(6, 5, dtype=torch.complex64)})
+    with pytest.raises(ff.RouteError, match="loss 'Q' is not a tensor but float"):
+        door({"Q": 1.0, "adv": adv}, ROUTES, model, gradient={"Q": torch.ones(6, 5)})
     assert all(p.grad is None for p in model.parameters())
