@@ -13,7 +13,7 @@ from funcfreeze.computation.state import State, known_to_fit, lease_of, make_sta
 from funcfreeze.computation.structure import looks_like
 from funcfreeze.declare.plan import Plan
 from funcfreeze.model.functional import FunctionalModule
-from funcfreeze.model.sites import grouped
+from funcfreeze.model.sites import other_names
 from funcfreeze.model.ties import tied
 from funcfreeze.optim import Transform
 from funcfreeze.optim.cast import cast
@@ -28,7 +28,7 @@ class Specification:
 
     Attributes:
         optimizer: the optimizer's initial state with tensors that have no storage.
-        tied_params: other names of tied parameters, with the path that each is known by.
+        tied_params: other names of parameters, with the path that each is known by.
         tied_buffers: the same for buffers.
     """
 
@@ -47,8 +47,8 @@ class Specification:
             _shapes(params),
             _shapes(buffers),
             transform.init(shapeless),
-            {name: row.path for row in plan.rows for name in row.names[1:]},
-            {name: names[0] for names, _ in grouped(functional.module, "_buffers") for name in names[1:]},
+            other_names(functional.module, "_parameters"),
+            other_names(functional.module, "_buffers"),
         )
 
     def named(self, fields: tuple[Mapping[str, Tensor], Mapping[str, Tensor], Any, Tensor]) -> tuple[Any, ...]:

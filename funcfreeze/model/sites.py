@@ -27,6 +27,15 @@ def grouped(module: nn.Module, store: str) -> list[Group]:
     return [(tuple(clear[name] for name in names), sites) for names, sites in groups]
 
 
+def other_names(module: nn.Module, store: str) -> dict[str, str]:
+    """All other names that a tensor in a store goes by, ties and how torch writes them, with the one it is known by."""
+    groups = _as_torch_names_them(module, store)
+    clear = _clear_names([name for names, _ in groups for name in names])
+    known = {name: clear[names[0]] for names, _ in groups for name in names}
+    found = {**known, **{clear[name]: path for name, path in known.items()}}
+    return {name: path for name, path in found.items() if name != path}
+
+
 def _clear_names(names: Sequence[str]) -> dict[str, str]:
     """The names without `_orig_mod`, of which each stands for one.
 

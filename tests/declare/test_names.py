@@ -112,6 +112,11 @@ def test_plans_and_states_do_not_tell_a_compiled_module():
     state, _ = other(one.init(), x := torch.randn(4, 3))
     state, _ = one(state, x)
     assert set(state.params) == {path for path, _ in plain.named_parameters()}
+    assert all(path in state.params for path, _ in m.named_parameters())  # as torch writes them
+    half = one.compute(state, x)
+    state, _ = one.apply_gradients(
+        state, half.replace(gradients={path: torch.zeros_like(p) for path, p in m.named_parameters()})
+    )
     assert ff.verify(one, state, x, steps=2).ok
 
 
