@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from funcfreeze.declare.plan import Plan, resolve_plan
+from funcfreeze.declare.selectors import RouteError
 from funcfreeze.gradients import Routing
 from funcfreeze.gradients.graph import NO_LEAF
 from funcfreeze.gradients.hooks import noticing_hooks
@@ -29,7 +30,7 @@ from funcfreeze.gradients.weights import UNIT_WEIGHT
 from funcfreeze.loops.external import with_gradients
 from funcfreeze.loops.freedom import Moment, hooked_anywhere, note_call, without_hooks_where_free
 from funcfreeze.loops.live import leaves_of, parameters_and_routing, read_live
-from funcfreeze.loops.replicas import averaged, begin_backward, waits_for_all, walks_other_outputs, wrappers
+from funcfreeze.loops.replicas import averaged, begin_backward, unknown_to, waits_for_all, walks_other_outputs, wrappers
 from funcfreeze.loops.uncompiled import uncompiled
 from funcfreeze.model.mapping import Model
 
@@ -95,7 +96,8 @@ def combine(
         A 0-d tensor, at least float32, on the device of the first loss that is present.
 
     Raises:
-        RouteError: everything that is wrong with the routes or the losses, at once.
+        RouteError: everything that is wrong with the routes or the losses, at once; or a loss touches a parameter that
+            `DistributedDataParallel`, around other parts of the model, does not know.
         TypeError: the model is sharded by `fully_shard`, or a ScriptModule; or a weight is a schedule and there is no
             `step`.
 
@@ -119,6 +121,7 @@ def combine(
     graph = without_hooks_where_free(graph, parameters)
     around = wrappers(model)
     touched = {leaf for planned in plan_passes(graph.structure, routing.weights) for leaf, _, _ in planned.leaves}
+    _refuse_unknown(around, [(path, parameters[at]) for at, path in enumerate(routing.paths) if at in touched])
     wanted = sorted(touched | _waited_for(around, graph, parameters))
     values = [None if loss is None else loss.detach() for loss in present]
     is_shared = walks_other_outputs(around)
@@ -135,6 +138,15 @@ def _count(step: int | Tensor) -> Tensor:
     if not is_whole or torch.as_tensor(step).ndim != 0 or (isinstance(step, int) and step < 0):
         raise TypeError(f"step= is the number of steps taken so far, an int or a 0-d integer tensor; got {step!r}")
     return torch.as_tensor(step)
+
+
+def _refuse_unknown(around: Sequence[DistributedDataParallel], named: Sequence[tuple[str, Tensor]]) -> None:
+    unknown = unknown_to(around, named)
+    if unknown:
+        raise RouteError(
+            f"{', '.join(unknown)}: DistributedDataParallel is around other parts of the model and does not know these "
+            "parameters, so that every rank would go on with gradients of its own; wrap all that losses may update"
+        )
 
 
 def _waited_for(around: Sequence[DistributedDataParallel], graph: LiveGraph, parameters: Sequence[Tensor]) -> set[int]:

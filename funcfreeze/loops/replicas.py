@@ -79,6 +79,14 @@ def averaged(wrapper: DistributedDataParallel) -> list[Tensor]:
     return [parameter for name, parameter in named if parameter.requires_grad and name not in ignored]
 
 
+def unknown_to(around: Sequence[DistributedDataParallel], named: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """The names of parameters that are in none of the wrapped modules, where one of these averages over ranks now."""
+    if not any(is_averaging(each) and torch.distributed.get_world_size(each.process_group) > 1 for each in around):
+        return []
+    known = {id(parameter) for wrapper in around for parameter in wrapper.module.parameters()}
+    return [name for name, parameter in named if id(parameter) not in known]
+
+
 def waits_for_all(wrapper: DistributedDataParallel) -> bool:
     """Whether it waits for the gradient of every parameter, also of those that a forward did not use."""
     return not wrapper.find_unused_parameters or wrapper.static_graph

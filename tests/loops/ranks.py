@@ -180,8 +180,20 @@ def main(rank, ranks, file, mode, kind):
         refused = "no"
     except TypeError as error:
         refused = str(error)
+    head = nn.Linear(3, 1)
+    try:
+        found = ddp(x[rank::ranks])
+        loss = head(torch.ones(1, 3)).sum() + sum(found.values())
+        ff.combine({"l": loss}, {"l": "*"}, {"model": ddp, "head": head})
+        unknown = "no"
+    except ff.RouteError as error:
+        unknown = str(error)
+    with ddp.no_sync():
+        found = ddp(x[rank::ranks])
+        ff.combine({"l": head(torch.ones(1, 3)).sum()}, {"l": "head"}, {"model": ddp, "head": head})
     of_one_gradient = sum(parameter.nbytes for parameter in model.parameters())
-    told = {"worst": worst, "moved": moved, "refused": refused, "sent": sent[1:], "of one gradient": of_one_gradient}
+    told = {"worst": worst, "moved": moved, "refused": refused, "unknown": unknown}
+    told |= {"sent": sent[1:], "of one gradient": of_one_gradient}
     sys.stdout.write(json.dumps(told))
 
 

@@ -58,4 +58,7 @@ def test_as_one_process_that_sees_all_shares(mode, ranks, model, tmp_path):
         assert set(found["sent"]) == {found["of one gradient"]}  # whatever the number of losses
         still = {"reached.weight", "reached.bias"} | ({"unused.weight", "unused.bias"} if "find" in mode else set())
         assert {name for name, moved in found["moved"].items() if not moved} == still
+        assert found["unknown"].startswith(
+            "head.weight, head.bias: DistributedDataParallel is around other parts of the"
+        )
         assert "every rank would go on with its own. Use ff.combine(" in found["refused"]
