@@ -244,6 +244,14 @@ class Step:
             batch: what `losses` is given.
             per_loss: whether each loss's gradients are kept apart, too, in `half.per_loss`. They take as long as the
                 losses one by one, and are always computed eagerly.
+
+        >>> import funcfreeze as ff
+        >>> losses = lambda model, x: {"fit": model(x).square().mean()}
+        >>> step = ff.Step(nn.Linear(2, 1), losses, {"fit": "*"}, optimizer=ff.optim.sgd(0.1))
+        >>> state = step.init()
+        >>> half = step.compute(state, torch.ones(3, 2))
+        >>> halved = {path: gradient / 2 for path, gradient in half.gradients.items()}
+        >>> state, metrics = step.apply_gradients(state, half.replace(gradients=halved))
         """
         state = check_fits(state, self.specification)
         lease_of(state).gradients = ()
