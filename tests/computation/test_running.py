@@ -100,9 +100,10 @@ CASES = {
 }
 
 
+GRAPH = {"backend": "aot_eager"}
 KINDS = [
-    *((case, options) for case in CASES for options in ({}, {"donate": False})),
-    *((case, {"compile": {"backend": "aot_eager"}}) for case in ("adamw", "momentum")),
+    *((case, {}) for case in CASES),
+    *((case, options) for case in ("adamw", "momentum") for options in ({"donate": False}, {"compile": GRAPH})),
 ]
 
 
