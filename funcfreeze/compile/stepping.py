@@ -14,8 +14,8 @@ from funcfreeze.compile.layout import Listed
 from funcfreeze.compile.options import Options
 from funcfreeze.compile.updated import CompiledUpdate, refuse_sparse
 from funcfreeze.computation.half import Half
-from funcfreeze.computation.state import Lease, State, lease_of, listing_of, make_state
-from funcfreeze.computation.updating import Fields, Updating
+from funcfreeze.computation.state import Fields, Lease, State, lease_of, listing_of, make_state
+from funcfreeze.computation.updating import Updating
 from funcfreeze.gradients.modes import grad_mode
 from funcfreeze.model.ties import tied
 from funcfreeze.optim import Transform

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import SparseAdam
 
 from funcfreeze.computation.specification import Specification
-from funcfreeze.computation.state import State
+from funcfreeze.computation.state import Fields, State
 from funcfreeze.computation.structure import entries, entries_at, in_several_places, with_entries
 from funcfreeze.model.ties import aliases_of
 from funcfreeze.optim import Transform
@@ -47,10 +47,6 @@ class Adoption:
             if found:
                 told += [f"{len(found)} {name}:", *(f"  {line}" for line in found)]
         return "\n".join(told)
-
-
-Fields = tuple[Mapping[str, Tensor], Mapping[str, Tensor], Any, Tensor]
-"""Params, buffers, optimizer and step of a state."""
 
 
 def adopted(state: State, fresh: Fields, begun: Any, wanted: Specification) -> tuple[Fields, Adoption]:
@@ -122,7 +118,9 @@ class _Notes:
             self.left.append("optimizer.loss_scale")
             return self.optimizer(own, begun, given["optimizer"], params, known)
         if _of_one_form(begun, given):
-            self.kept.extend(f"optimizer.{path}" for path in params if optree.tree_leaves(given))
+            self.kept.extend(dict.fromkeys(f"optimizer.{path}" for path, entry in entries(begun, params) if entry))
+            if others := _beside_entries(begun, params):
+                self.kept.append(f"optimizer: {others} {_OTHERWISE}")
             return given
         return self.by_entries(own, begun, given, params, known)
 
@@ -149,9 +147,9 @@ class _Notes:
         made = with_entries(own, entry, params)
         self.left.extend(f"optimizer.{path}" for path in kept if path not in ours)
         if others := _beside_entries(own, params):
-            self.afresh.append(f"optimizer: {others} tensors that it keeps otherwise than by parameter and name")
+            self.afresh.append(f"optimizer: {others} {_OTHERWISE}")
         if others := _beside_entries(given, known):
-            self.left.append(f"optimizer: {others} tensors that it keeps otherwise than by parameter and name")
+            self.left.append(f"optimizer: {others} {_OTHERWISE}")
         return made
 
     def note(self, name: str, problem: str | None) -> None:
@@ -160,6 +158,9 @@ class _Notes:
             self.kept.append(name)
         else:
             self.afresh.append(f"{name}: {problem}")
+
+
+_OTHERWISE = "tensors that it keeps otherwise than by parameter and name"
 
 
 def _is_scaled(optimizer: Any) -> bool:

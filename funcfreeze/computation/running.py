@@ -95,7 +95,7 @@ class Running:
         """The step's optimizer state, with what the running optimizer keeps.
 
         Args:
-            initial: the optimizer's initial state, which is changed.
+            initial: the optimizer's initial state.
             step: the number of steps taken, which schedules read.
             copy: whether tensors are copied.
 
@@ -107,7 +107,7 @@ class Running:
 
         def entry(path: str, own: Entry) -> Entry:
             taken.append(path)
-            found, wrong = _taken(self.algorithms[path], own, self._kept(path), self.own[path].device)
+            found, wrong = _in_our_form(self.algorithms[path], own, self._kept(path), self.own[path].device)
             problems.extend(f"{path}: {what}" for what in wrong)
             return _copied(found) if copy else found
 
@@ -225,7 +225,7 @@ def _told(optimizer: Optimizer, problems: Sequence[str]) -> str:
     return lines(f"the running {type(optimizer).__name__} is not as the Step's optimizer:", problems)
 
 
-def _taken(algorithm: Algorithm, own: Any, kept: Entry, device: torch.device) -> tuple[Entry, list[str]]:
+def _in_our_form(algorithm: Algorithm, own: Any, kept: Entry, device: torch.device) -> tuple[Entry, list[str]]:
     """What is kept for one parameter, as the step keeps it, and what in it cannot be that."""
     if algorithm.slots is None:
         return kept, []

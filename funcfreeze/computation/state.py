@@ -14,6 +14,9 @@ from funcfreeze.model.ties import aliases_of, by_first_names, tied
 
 FIELDS = ("params", "buffers", "optimizer", "step")
 
+Fields = tuple[Mapping[str, Tensor], Mapping[str, Tensor], Any, Tensor]
+"""Params, buffers, optimizer and step of a state."""
+
 
 @dataclass
 class Lease:
@@ -65,7 +68,7 @@ class State:
     """
 
     __slots__ = ("_fields", "_fits", "_lease", "_listed")
-    _fields: tuple[Mapping[str, Tensor], Mapping[str, Tensor], Any, Tensor]
+    _fields: Fields
     _lease: Lease
     _fits: object
     _listed: object
@@ -97,12 +100,12 @@ class State:
         return self._live[3]
 
     @property
-    def fields(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Any, Tensor]:
+    def fields(self) -> Fields:
         """`params`, `buffers`, `optimizer` and `step`."""
         return self._live
 
     @property
-    def _live(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Any, Tensor]:
+    def _live(self) -> Fields:
         if self._lease.spent:
             raise RuntimeError(
                 "this State is spent: a step with donate=True has reused its storage for the state it returned. "

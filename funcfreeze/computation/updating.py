@@ -14,15 +14,12 @@ from funcfreeze.computation.back_door import form_of, form_problem, refuse_late_
 from funcfreeze.computation.computation import Computation, not_sharing
 from funcfreeze.computation.half import Half
 from funcfreeze.computation.specification import Specification
-from funcfreeze.computation.state import Lease, State, lease_of, make_state
+from funcfreeze.computation.state import Fields, Lease, State, lease_of, make_state
 from funcfreeze.declare.selectors import closest
 from funcfreeze.gradients.modes import grad_mode
 from funcfreeze.model.memory import memory_of
 from funcfreeze.model.ties import by_first_names, tied
 from funcfreeze.optim.transform import lines, misfits
-
-Fields = tuple[Mapping[str, Tensor], Mapping[str, Tensor], Any, Tensor]
-"""Params, buffers, optimizer and step of a state."""
 
 
 @dataclass(frozen=True, eq=False)

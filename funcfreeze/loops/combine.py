@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -72,11 +73,11 @@ def combine(
 
     Hooks on a parameter run once, on its merged gradient, and not where no loss touches it; such a parameter keeps the
     `.grad` it has. Hooks on activations run as they would for each loss alone; `retain_grad()` on one makes no hook
-    that could be known, and leaves a part of its gradient. Tensors that require grad and belong to
-    no parameter of the model (inputs, other models' parameters) get the gradient of the plain sum, as from any
-    backward: detach or freeze what needs none, since a graph that reaches them may have to be walked once for each
-    loss. A further loss on the same forward belongs into `losses`, with a route: added to the result, it would find the
-    graph used up. Under `torch.no_grad()` the result is the plain sum, since trainers evaluate so.
+    that could be known, and leaves a part of its gradient. Tensors that require grad and belong to no parameter of the
+    model (inputs, other models' parameters) get the gradient of the plain sum, as from any backward: detach or freeze
+    what needs none, since a graph that reaches them may have to be walked once for each loss. A further loss on the
+    same forward belongs into `losses`, with a route: added to the result, it would find the graph used up. Under
+    `torch.no_grad()` the result is the plain sum, since trainers evaluate so.
 
     Under `DistributedDataParallel` gradients are averaged as for a plain loss, all of them once. Parameters that no
     loss touches on any rank keep their `.grad` with `find_unused_parameters=True`; without it `DistributedDataParallel`
@@ -134,8 +135,11 @@ def combine(
 
 def _count(step: int | Tensor) -> Tensor:
     """The count of steps, as schedules want it."""
-    is_whole = not isinstance(step, bool | float) and not torch.as_tensor(step).is_floating_point()
-    if not is_whole or torch.as_tensor(step).ndim != 0 or (isinstance(step, int) and step < 0):
+    if isinstance(step, Tensor):
+        is_count = step.ndim == 0 and step.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    else:
+        is_count = isinstance(step, Integral) and not isinstance(step, bool) and step >= 0
+    if not is_count:
         raise TypeError(f"step= is the number of steps taken so far, an int or a 0-d integer tensor; got {step!r}")
     return torch.as_tensor(step)
 

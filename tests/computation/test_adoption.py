@@ -43,7 +43,7 @@ def test_the_same_step_keeps_everything():
     after, _ = other(state, batch)
     assert all(map(torch.equal, optree.tree_leaves(after), optree.tree_leaves(expected)))
     with pytest.raises(RuntimeError, match="spent"):
-        before.params  # noqa: B018
+        _ = before.params
 
 
 def test_another_head():
@@ -66,7 +66,8 @@ def test_another_head():
     )
     assert "4 start afresh:" in str(adoption)
     adopted, _ = make(model)(adopted, torch.randn(8, 4))
-    assert torch.equal(model["head"].weight, model["head"].weight)
+    assert float(adopted.optimizer["encoder.0.weight"]["step"]) == 4
+    assert float(adopted.optimizer["head.weight"]["step"]) == 1
 
 
 def test_a_step_never_writes_to_the_module_through_an_adopted_state():
@@ -212,6 +213,9 @@ def test_a_transform_of_ones_own():
     kept = {path: tensor.clone() for path, tensor in state.optimizer["mean"].items()}
     adopted, adoption = make(optimizer=own).adopt(state)
     assert not adoption.afresh
+    assert [name for name in adoption.kept if name.startswith("optimizer")] == [
+        "optimizer: 5 tensors that it keeps otherwise than by parameter and name"
+    ]
     assert all(torch.equal(adopted.optimizer["mean"][path], tensor) for path, tensor in kept.items())
     _, adoption = make(optimizer=ff.optim.adam(1e-3)).adopt(adopted)
     assert "optimizer: 5 tensors that it keeps otherwise than by parameter and name" in adoption.left
@@ -227,3 +231,10 @@ def test_a_loss_scale_that_only_one_has():
     assert adoption.afresh == ("optimizer.loss_scale: the state has none",)
     assert float(state.optimizer["loss_scale"]["scale"]) == 4.0
     assert float(state.optimizer["optimizer"]["head.bias"]["step"]) == 3
+
+
+def test_nothing_is_said_to_be_kept_for_what_no_loss_may_update():
+    routes = {"task": "head", "small": "encoder.1"}
+    _, adoption = make(routes=routes).adopt(trained(make(routes=routes)))
+    kept = {name.removeprefix("optimizer.") for name in adoption.kept if name.startswith("optimizer")}
+    assert kept == {"head.weight", "head.bias", "encoder.1.weight", "encoder.1.bias"}

@@ -444,9 +444,3 @@ def test_a_rate_in_a_tensor_stays_one():
     step.export(state, optimizer=optimizer)
     assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)
     assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.05)
-
-
-def test_a_scheduler_for_a_rate():
-    for given in (optim.lr_scheduler.StepLR, optim.lr_scheduler.StepLR(optim.SGD(network().parameters(), lr=0.1), 5)):
-        with pytest.raises(TypeError, match=r"make a schedule of its class: funcfreeze.schedules.from_torch\(StepLR"):
-            ff.optim.adamw(given)

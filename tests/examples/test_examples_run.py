@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import os
 import pathlib
 import re
@@ -11,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from plain_ways import FOLDER, ROOT, SLOW
+from plain_ways import FOLDER, ROOT, SLOW, skip_if_by_hand
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
 INSTALL = r'pip install -c constraints\.txt "\.\[examples\]"( deepspeed)?'
@@ -54,8 +53,7 @@ def test_each_is_short_and_begins_with_its_command_and_what_it_shows(name):
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW) for name in NAMES])
 def test_each_runs(name):
-    if importlib.util.find_spec(FRAMEWORKS[name]) is None:
-        pytest.skip(f"{FRAMEWORKS[name]} is not installed")
+    skip_if_by_hand(FRAMEWORKS[name])
     found = first_line(name)
     if found["launcher"] == "python":
         ended = run([str(RUNNER), found["path"]])
@@ -84,8 +82,7 @@ def test_without_its_framework_it_says_how_to_get_it(name, tmp_path):
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW) for name in ("ddp", "deepspeed_loop")])
 def test_without_torchrun_it_says_how_to_start(name):
-    if importlib.util.find_spec(FRAMEWORKS[name]) is None:
-        pytest.skip(f"{FRAMEWORKS[name]} is not installed")
+    skip_if_by_hand(FRAMEWORKS[name])
     ended = run([f"examples/{name}.py"])
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1].endswith(f"torchrun --nproc-per-node 2 examples/{name}.py")

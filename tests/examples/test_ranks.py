@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -11,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from plain_ways import ROOT, SLOW
+from plain_ways import ROOT, SLOW, skip_if_by_hand
 
 PROGRAM = pathlib.Path(__file__).parent / "on_ranks.py"
 NEEDED = {
@@ -26,8 +25,7 @@ pytestmark = [SLOW, pytest.mark.skipif(not torch.distributed.is_available(), rea
 
 @pytest.mark.parametrize("name", NEEDED)
 def test_as_the_plain_way(name, tmp_path):
-    if importlib.util.find_spec(NEEDED[name]) is None:
-        pytest.skip(f"{NEEDED[name]} is not installed")
+    skip_if_by_hand(NEEDED[name])
     paths = [ROOT, ROOT / "tests", *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ import funcfreeze as ff
 class Branches(nn.Module):
     """Two heads over one encoder, a head that a loss reaches and none may update, and one that nobody calls."""
 
-    routes = {"cls": ["encoder", "cls"], "dom": {"dom": 1.0, "encoder": -0.3}}  # noqa: RUF012  # a constant
+    routes: ClassVar = {"cls": ["encoder", "cls"], "dom": {"dom": 1.0, "encoder": -0.3}}
     still = "reached"
 
     def __init__(self, unused):
@@ -48,7 +49,7 @@ class Branches(nn.Module):
 class Vision(nn.Module):
     """Convolutions with a skip from trunk to head, batch norms, a parametrized head."""
 
-    routes = {"cls": ["stem", "block", "cls"], "dom": {"dom": 1.0, "stem": -0.3}}  # noqa: RUF012
+    routes: ClassVar = {"cls": ["stem", "block", "cls"], "dom": {"dom": 1.0, "stem": -0.3}}
     still = "reached"
 
     def __init__(self, unused):
@@ -75,7 +76,7 @@ class Vision(nn.Module):
 class Language(nn.Module):
     """A transformer whose embedding is tied to its head, and an auxiliary loss on a trunk that it shares."""
 
-    routes = {"cls": ["embed", "body", "cls"], "dom": {"dom": 1.0, "body": 0.3}}  # noqa: RUF012
+    routes: ClassVar = {"cls": ["embed", "body", "cls"], "dom": {"dom": 1.0, "body": 0.3}}
     still = "reached"
 
     def __init__(self, unused):

@@ -41,7 +41,6 @@ ROUTES = {"critic": ["q", "scales.two"], "actor": ["actor", "scales.one"], "alph
 def recipe(model, x, optimizer):
     optimizer.zero_grad()
     for name, allowed in ROUTES.items():
-        loss = losses(model, x)[name]
         for path, parameter in parameters(model).items():
             chosen = [allowed] if isinstance(allowed, str) else allowed
             parameter.requires_grad_(any(path == one or path.startswith(one + ".") for one in chosen))

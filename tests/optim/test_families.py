@@ -278,3 +278,10 @@ def test_schedules_are_checked_before_anything_changes(lr, step, error, text):
         with pytest.raises(error, match=text):
             form(gradients()[0], tx.init(params), params, step=step)
     assert_close(params, start(), 0)
+
+
+def test_a_scheduler_of_torchs_is_no_rate():
+    running = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    for given in (torch.optim.lr_scheduler.StepLR, torch.optim.lr_scheduler.StepLR(running, 5)):
+        with pytest.raises(TypeError, match=r"make a schedule of its class: funcfreeze.schedules.from_torch\(StepLR"):
+            adamw(given)
