@@ -121,16 +121,13 @@ def test_manual_optimization_as_the_recipe(program, seed):
 
 
 @pytest.mark.parametrize("kind", ["Reader", "ReaderByHand"])
-def test_mixed_precision_costs_what_it_costs_the_plain_way(kind, program, seed):
+def test_mixed_precision_is_nearer_to_the_plain_way_than_the_sum_is(kind, program, seed):
     torch.set_default_dtype(torch.float32)
     batches, start = some(program, seed, torch.float32), copy.deepcopy(program.Reader().state_dict())
     plain, _ = kinds(program)
-    full = fitted(program, plain(), start, batches)
     ours = fitted(program, getattr(program, kind)(), start, batches, precision="bf16-mixed")
     theirs, summed = (
         fitted(program, plain(*weight), start, batches, precision="bf16-mixed") for weight in ((), (1.0,))
     )
-    cost = relative_distance(theirs, full, start)
-
-    assert 0 < relative_distance(ours, full, start) < 1.5 * cost
-    assert relative_distance(summed, full, start) > 2 * cost
+    # how far apart they are is no measure: Adam turns rounding into steps of full size
+    assert relative_distance(ours, theirs, start) < 0.5 * relative_distance(summed, theirs, start)
