@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcfreeze.compile.private import FakeTensorMode, TorchDispatchMode, is_traced, tree_map_only, untraced
+from funcfreeze.compile.private import FakeTensorMode, TorchDispatchMode, device_of, is_traced, tree_map_only, untraced
 from funcfreeze.model.memory import memory_of
 from funcfreeze.model.watching import tensors_given
 from funcfreeze.schedules.calling import Check
@@ -75,9 +75,13 @@ class Outside(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func not in _LIFTS:
+        if func is torch.ops.prim.device.default:  # two of three calls of a trace, and every mode takes its time
+            return device_of(args[0])
+        given = list(tensors_given(func, args, kwargs or {}))
+        if func not in _LIFTS and not all(is_traced(tensor) for tensor, _ in given):
             args, kwargs = tree_map_only(Tensor, self._traced, (args, kwargs or {}))
-        for tensor, is_written in tensors_given(func, args, kwargs or {}):
+            given = list(tensors_given(func, args, kwargs))
+        for tensor, is_written in given:
             if is_written:
                 self.written.add(memory_of(tensor))
         self.written |= {memory_of(tensor) for tensor in _statistics(func, args)}

@@ -181,6 +181,13 @@ def is_traced(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor | FunctionalTensor) or tensor.device.type == "meta"
 
 
+def device_of(tensor: Tensor) -> torch.device:
+    """The device of a tensor; of a fake one it is read from where it is kept, since `device` asks every mode."""
+    if isinstance(tensor, FakeTensor) and not tensor.fake_mode.in_kernel_invocation:
+        return tensor.fake_device
+    return tensor.device
+
+
 @contextmanager
 def tracing(mode: FakeTensorMode, has_lstm: bool) -> Iterator[None]:
     """Settings for a trace of our own, in Dynamo's compilation.
