@@ -4,6 +4,8 @@ from importlib.metadata import version as _version
 
 from funcfreeze import optim as optim
 from funcfreeze import schedules as schedules
+from funcfreeze.alternating.alternate import alternate as alternate
+from funcfreeze.alternating.alternation import Alternation as Alternation
 from funcfreeze.computation.half import Half as Half
 from funcfreeze.computation.loss_scale import LossScale as LossScale
 from funcfreeze.computation.state import State as State

@@ -20,6 +20,7 @@ FLOORS = [
     ["loops", "computation"],
     ["compile"],
     ["step"],
+    ["alternating"],
     ["proof"],
     ["demos"],
     ["cli"],
@@ -83,6 +84,7 @@ def test_the_public_surface():
     public = {name for name in vars(ff) if not name.startswith("_")}
     modules = {path.name.removesuffix(".py") for path in PACKAGE.iterdir()}
     assert public - modules | {"optim", "schedules", "backward", "verify"} == {
+        "Alternation",
         "Half",
         "LossScale",
         "Plan",
@@ -90,6 +92,7 @@ def test_the_public_surface():
         "RouteError",
         "State",
         "Step",
+        "alternate",
         "apply_updates",
         "backward",
         "combine",

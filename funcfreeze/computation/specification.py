@@ -89,6 +89,10 @@ def check_fits(state: object, wanted: Specification) -> State:
     ]
     if not as_ours:
         problems += _optimizer_problems(wanted.optimizer, optimizer, wanted.params.keys(), "optimizer")
+    if state.clocks:
+        problems.append(f"clocks of {', '.join(state.clocks)}: it is the State of an alternation, the Step is alone")
+    if state.targets:
+        problems.append(f"targets {', '.join(state.targets)}: the State has them, the Step does not")
     if not isinstance(state.step, Tensor) or state.step.ndim != 0 or state.step.dtype != torch.int64:
         problems.append(f"state.step is a 0-d int64 tensor, got {state.step!r}")
     if problems:

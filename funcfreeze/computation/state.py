@@ -12,10 +12,18 @@ from torch import Tensor
 
 from funcfreeze.model.ties import aliases_of, by_first_names, tied
 
-FIELDS = ("params", "buffers", "optimizer", "step")
+FIELDS = ("params", "buffers", "optimizer", "step", "targets", "clocks")
+
+FORMAT = 1
+"""Of what is pickled. A number of its own, since files outlive versions."""
 
 Fields = tuple[Mapping[str, Tensor], Mapping[str, Tensor], Any, Tensor]
-"""Params, buffers, optimizer and step of a state."""
+"""Params, buffers, optimizer and step of a state: what a lone step computes with."""
+
+Whole = tuple[
+    Mapping[str, Tensor], Mapping[str, Tensor], Any, Tensor, Mapping[str, Mapping[str, Tensor]], Mapping[str, Tensor]
+]
+"""All of a state's fields, in the order of `FIELDS`."""
 
 
 @dataclass
@@ -38,7 +46,7 @@ class Lease:
 
 
 class State:
-    """Everything a step changes. Frozen; a pytree whose children are the four fields.
+    """Everything a step changes. Frozen; a pytree whose children are the six fields.
 
     A step with `donate=True` reuses the storage of the state it is given. That state is *spent* then, and reading it
     raises, so that nobody takes the new values for the old. A state made by `replace` shares tensors with its origin
@@ -52,8 +60,10 @@ class State:
         params: path -> tensor, all of the model's parameters, also those that no loss may update. A tied parameter is
             there once, by its first path, and any of its names is accepted as a key; so are tied buffers.
         buffers: path -> tensor.
-        optimizer: the optimizer's own pytree.
+        optimizer: the optimizer's own pytree; of an alternation member -> that member's.
         step: 0-d int64, the number of steps taken.
+        targets: name -> the tensors of an averaged twin; empty without any.
+        clocks: of an alternation member -> 0-d int64, the number of steps that the member took; else empty.
 
     >>> import torch
     >>> state = State({"w": torch.zeros(2)}, {}, {"w": {}}, torch.tensor(0))
@@ -68,16 +78,23 @@ class State:
     """
 
     __slots__ = ("_fields", "_fits", "_lease", "_listed")
-    _fields: Fields
+    _fields: Whole
     _lease: Lease
     _fits: object
     _listed: object
 
     def __init__(
-        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Any, step: Tensor
+        self,
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        optimizer: Any,
+        step: Tensor,
+        targets: Mapping[str, Mapping[str, Tensor]] | None = None,
+        clocks: Mapping[str, Tensor] | None = None,
     ) -> None:
         # nobody here knows who else holds these tensors: the first step copies what it would overwrite
-        _fill(self, (params, buffers, optimizer, step), Lease(False, set(params), True), None)
+        fields = params, buffers, optimizer, step, targets or {}, clocks or {}
+        _fill(self, fields, Lease(False, set(params), True), None)
 
     @property
     def params(self) -> Mapping[str, Tensor]:
@@ -100,12 +117,22 @@ class State:
         return self._live[3]
 
     @property
-    def fields(self) -> Fields:
-        """`params`, `buffers`, `optimizer` and `step`."""
-        return self._live
+    def targets(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """Name -> the tensors of an averaged twin."""
+        return self._live[4]
 
     @property
-    def _live(self) -> Fields:
+    def clocks(self) -> Mapping[str, Tensor]:
+        """Member of an alternation -> the number of steps it took, 0-d int64."""
+        return self._live[5]
+
+    @property
+    def fields(self) -> Fields:
+        """`params`, `buffers`, `optimizer` and `step`."""
+        return self._live[:4]
+
+    @property
+    def _live(self) -> Whole:
         if self._lease.spent:
             raise RuntimeError(
                 "this State is spent: a step with donate=True has reused its storage for the state it returned. "
@@ -141,11 +168,9 @@ class State:
     __delattr__ = __setattr__  # type: ignore[assignment]  # it raises whatever it is given
 
     def __reduce__(self) -> tuple[Any, ...]:
-        params, buffers, optimizer, step = self._live  # for deep copies and pickles, which hold tensors of their own
-        if not aliases_of(params) and not aliases_of(buffers):
-            return State, self._live
-        names = aliases_of(params), aliases_of(buffers)
-        return _restored, ((dict(params), dict(buffers), optimizer, step), names)
+        params, buffers, *rest = self._live  # for deep copies and pickles, which hold tensors of their own
+        names = dict(aliases_of(params)), dict(aliases_of(buffers))
+        return _restored, (FORMAT, dict(zip(FIELDS, (dict(params), dict(buffers), *rest), strict=True)), names)
 
     def __copy__(self) -> State:
         return make_state(self._live, self._lease, self._fits)  # a shallow copy holds the same tensors
@@ -156,12 +181,16 @@ class State:
         return f"State(step={int(self.step)}, {len(self.params)} parameters, {len(self.buffers)} buffers)"
 
 
-def _restored(fields: tuple[Any, ...], names: tuple[Mapping[str, str], Mapping[str, str]]) -> State:
-    params, buffers, optimizer, step = fields
-    return State(tied(params, names[0]), tied(buffers, names[1]), optimizer, step)
+def _restored(format: int, fields: dict[str, Any], names: tuple[Mapping[str, str], Mapping[str, str]]) -> State:
+    if format > FORMAT:
+        raise ValueError(
+            f"this State was pickled in format {format}, this version of funcfreeze reads format {FORMAT}: update it"
+        )
+    named = {name: tied(fields[name], aliases) for name, aliases in zip(("params", "buffers"), names, strict=True)}
+    return State(**{**fields, **named})
 
 
-def _fill(state: State, fields: tuple[Any, ...], lease: Lease, fits: object, listed: object = None) -> None:
+def _fill(state: State, fields: Whole, lease: Lease, fits: object, listed: object = None) -> None:
     object.__setattr__(state, "_fields", fields)
     object.__setattr__(state, "_lease", lease)
     object.__setattr__(state, "_fits", fits)
@@ -172,14 +201,21 @@ def make_state(fields: tuple[Any, ...], lease: Lease, fits: object = None, liste
     """A state under a lease that it may share, known to fit a specification.
 
     Args:
-        fields: params, buffers, optimizer and step.
+        fields: params, buffers, optimizer and step; targets and clocks, where there are any.
         lease: who may write to the tensors.
         fits: what `known_to_fit` answers with.
         listed: what `listing_of` answers with.
     """
     state = State.__new__(State)
-    _fill(state, fields, lease, fits, listed)
+    params, buffers, optimizer, step, *beside = fields
+    targets, clocks = beside or ({}, {})
+    _fill(state, (params, buffers, optimizer, step, targets, clocks), lease, fits, listed)
     return state
+
+
+def renew(state: State, fields: Whole, lease: Lease, fits: object) -> None:
+    """Let a state go on with other values: after an error, in the place of tensors that were overwritten."""
+    _fill(state, fields, lease, fits)
 
 
 def lease_of(state: State) -> Lease:

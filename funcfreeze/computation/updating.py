@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,23 +163,33 @@ class Updating:
         """The state's fields, copied where somebody else may hold them, or where two of them share their memory."""
         lease, routed = lease_of(state), set(self.computation.evaluation.plan.routed)
         copied = lease.borrowed & routed if self.donate else routed
-        memories: set[int] = set()
+        return owned(state.fields, copied, not self.donate or lease.borrowed_optimizer)
 
-        def mine(tensor: Tensor, copy: bool) -> Tensor:
-            if tensor.layout is not torch.strided:
-                return tensor
-            memory = tensor.untyped_storage().data_ptr()
-            shared = memory in memories and tensor.numel() > 0
-            memories.add(memory)
-            return tensor.clone() if copy or shared else tensor.detach()
 
-        params = {path: mine(tensor, path in copied) for path, tensor in state.params.items()}
-        copy = not self.donate or lease.borrowed_optimizer
-        optimizer = optree.tree_map(
-            lambda leaf: mine(leaf, copy) if isinstance(leaf, Tensor) else leaf, state.optimizer
-        )
-        buffers = {path: mine(tensor, True) for path, tensor in state.buffers.items()}
-        return params, buffers, optimizer, mine(state.step, True)
+def owned(fields: Fields, copied: Collection[str], copies_optimizer: bool) -> Fields:
+    """Fields that may be overwritten: no two of their tensors share memory, and buffers and step are copies.
+
+    Args:
+        fields: of a state.
+        copied: the paths of parameters that are copied in any case.
+        copies_optimizer: whether all of the optimizer's state is.
+    """
+    memories: set[int] = set()
+
+    def mine(tensor: Tensor, copy: bool) -> Tensor:
+        if tensor.layout is not torch.strided:
+            return tensor
+        memory = tensor.untyped_storage().data_ptr()
+        shared = memory in memories and tensor.numel() > 0
+        memories.add(memory)
+        return tensor.clone() if copy or shared else tensor.detach()
+
+    params = {path: mine(tensor, path in copied) for path, tensor in fields[0].items()}
+    optimizer = optree.tree_map(
+        lambda leaf: mine(leaf, copies_optimizer) if isinstance(leaf, Tensor) else leaf, fields[2]
+    )
+    buffers = {path: mine(tensor, True) for path, tensor in fields[1].items()}
+    return params, buffers, optimizer, mine(fields[3], True)
 
 
 def borrowed_in(params: Mapping[str, Tensor], states: Iterable[State]) -> set[str]:

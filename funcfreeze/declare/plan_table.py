@@ -34,21 +34,41 @@ class Group:
     rows: Sequence[_Row]
 
 
-def format_plan(losses: Sequence[str], rows: Sequence[_Row]) -> str:
-    """The table, a legend for weights that are not plain numbers, ties, and what each loss updates."""
+def format_plan(losses: Sequence[str], rows: Sequence[_Row], members: Sequence[tuple[str, int]] = ()) -> str:
+    """The table, a legend for weights that are not plain numbers, ties, and what each loss updates.
+
+    Args:
+        losses: the columns.
+        rows: the lines, in which weights go by the names of the columns.
+        members: titles for groups of neighbouring columns, with the number of columns in each. A column's own title is
+            then what follows the first dot of its name.
+    """
     lines = list(group_rows(rows)) if len(rows) > MOST_ROWS else [Group(_title(row), [row]) for row in rows]
     legend: dict[str, str] = {}
-    cells = [["parameter", "elements", *losses, ""]]
+    titles = [loss.split(".", 1)[1] for loss in losses] if members else losses
+    cells = [["parameter", "elements", *titles, ""]]
     for line in lines:
         first = line.rows[0]
         count = f"{sum(row.elements for row in line.rows):,}"
         shown = [_cell(first.weights.get(loss, ()), legend) for loss in losses]
         cells.append([line.title, count, *shown, _frozen(first)])
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    table = ["  ".join(_aligned(row, widths)).rstrip() for row in cells]
+    table = [_over(members, widths)] if members else []
+    table += ["  ".join(_aligned(row, widths)).rstrip() for row in cells]
     table += [f"{short} = {_shortened(weight)}" for weight, short in legend.items()]
     table += [f"tied: {' = '.join(row.names)}" for line in lines if len(line.rows) > 1 for row in _tied(line.rows)]
     return "\n".join([*table, *_summary(losses, rows)])
+
+
+def _over(members: Sequence[tuple[str, int]], widths: list[int]) -> str:
+    """The line above the columns' titles; the first column of a group is widened where the group's title is longer."""
+    parts, at = [" " * (widths[0] + 2 + widths[1])], 2
+    for title, number in members:
+        span = sum(widths[at : at + number]) + 2 * (number - 1)
+        widths[at] += max(0, len(title) - span)
+        parts.append(title.rjust(span))
+        at += number
+    return "  ".join(parts)
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> Iterator[str]:

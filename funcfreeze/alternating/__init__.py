@@ -1,0 +1,1 @@
+"""Training by turns: several steps over one model and one state."""

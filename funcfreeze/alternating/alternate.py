@@ -1,0 +1,144 @@
+"""What somebody declares as an alternation, checked, and the alternation that comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from funcfreeze.alternating.alternation import Alternation, Compile
+from funcfreeze.alternating.members import Members
+from funcfreeze.declare.plans import Plans
+from funcfreeze.declare.turns import Turns
+from funcfreeze.model.mapping import Model
+from funcfreeze.optim.transform import lines
+from funcfreeze.step import Step
+
+
+def alternate(
+    members: Mapping[str, Step],
+    *,
+    every: Mapping[str, int] | None = None,
+    start: Mapping[str, int] | None = None,
+    stop: Mapping[str, int | None] | None = None,
+    compile: Compile = None,
+    donate: bool = True,
+    engine: str = "routed",
+) -> Alternation:
+    """Train by turns: what GAN, actor-critic and bilevel loops do with several optimizers.
+
+    In a call the members run one after another, each on the parameters and buffers that the one before left. A member
+    has its own losses, routes, optimizer, loss scale and clock (`state.clocks[name]`, which its schedules read). One
+    parameter may be in several members, with an optimizer state in each. A single `Step` with the same losses makes a
+    *simultaneous* update, all gradients at one point: another algorithm.
+
+    Args:
+        members: name -> `Step`, all over one model. How they run (`compile`, `donate`, `engine`) is said here.
+        every: name -> the member runs at every so many calls; with `start` and `stop` at the calls in
+            `range(start, stop, every)`.
+        start: name -> the call at which it runs first, from 0.
+        stop: name -> the call from which on it runs no more.
+        compile: as in `Step`, for every member.
+        donate: as in `Step`.
+        engine: as in `Step`, for every member.
+
+    Raises:
+        TypeError, ValueError: everything that is wrong with the declaration.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> import funcfreeze as ff
+    >>> nets = {"gen": nn.Linear(4, 2), "disc": nn.Linear(2, 1)}
+    >>> def disc_losses(model, real):
+    ...     fake = model["gen"](torch.randn(len(real), 4))
+    ...     return {"score": model["disc"](fake).mean() - model["disc"](real).mean()}
+    >>> def gen_losses(model, real):
+    ...     return {"fool": -model["disc"](model["gen"](torch.randn(len(real), 4))).mean()}
+    >>> step = ff.alternate(
+    ...     {
+    ...         "disc": ff.Step(nets, disc_losses, {"score": "disc"}, optimizer=ff.optim.adam(1e-3)),
+    ...         "gen": ff.Step(nets, gen_losses, {"fool": "gen"}, optimizer=ff.optim.adam(1e-3)),
+    ...     },
+    ...     every={"gen": 2},
+    ... )
+    >>> state = step.init()
+    >>> for _ in range(3):
+    ...     state, metrics = step(state, torch.randn(8, 2))
+    >>> state.step, state.clocks["gen"], sorted(metrics)
+    (tensor(3), tensor(2), ['disc', 'gen'])
+    """
+    turns = _turns(members, every=every, start=start, stop=stop)
+    _refuse_run_options(members)
+    _refuse_other_models(members)
+    if not isinstance(donate, bool):
+        raise TypeError(f"donate is True or False, got {donate!r}")
+    own = {name: member.under(engine=engine, compile=compile, donate=donate) for name, member in members.items()}
+    plans = Plans({name: member.plan for name, member in own.items()}, turns)
+    return Alternation(own, plans, engine, compile, donate, Members(own, turns, donate))
+
+
+def _turns(members: object, **given: object) -> dict[str, Turns]:
+    """When each member runs."""
+    if not isinstance(members, Mapping) or not members:
+        raise TypeError(f"members is a mapping name -> Step, got {members!r}")
+    problems = [
+        f"a member is named by a non-empty string without dots, got {name!r}" for name in members if not _is_name(name)
+    ]
+    problems += [
+        f"member {name!r} is a funcfreeze.Step, got {type(member).__name__}"
+        for name, member in members.items()
+        if not isinstance(member, Step)
+    ]
+    for option, values in given.items():
+        if values is not None and not isinstance(values, Mapping):
+            problems.append(f"{option} goes by member, as in {{{next(iter(members))!r}: 2}}; got {values!r}")
+        elif values is not None:
+            problems += [f"{option}: no member is called {name!r}" for name in values if name not in members]
+    if problems:
+        raise TypeError(lines("these cannot alternate:", problems))
+    named: dict[str, Any] = {option: values or {} for option, values in given.items()}
+    turns = {
+        name: Turns(**{option: values[name] for option, values in named.items() if name in values}) for name in members
+    }
+    wrong = [f"{name}: {problem}" for name, turn in turns.items() for problem in turn.problems()]
+    if wrong:
+        raise ValueError(lines("the members' turns:", wrong))
+    return turns
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and bool(name) and "." not in name
+
+
+def _refuse_run_options(members: Mapping[str, Step]) -> None:
+    """How members run is the alternation's affair."""
+    problems = [
+        f"{option}={getattr(member, option)!r} of member {name!r}: give {option}= to alternate, for all members"
+        for name, member in members.items()
+        for option, usual in (("engine", "routed"), ("compile", None), ("donate", True))
+        if getattr(member, option) != usual
+    ]
+    if problems:
+        raise ValueError(lines("the alternation says how its members run:", problems))
+
+
+def _refuse_other_models(members: Mapping[str, Step]) -> None:
+    (first, one), *rest = members.items()
+    parts = [*_parts(one.model)]
+    problems = [
+        f"{first} has {_named(one.model)}, {name} {_named(member.model)}"
+        for name, member in rest
+        if [(name, id(part)) for name, part in _parts(member.model)] != [(name, id(part)) for name, part in parts]
+    ]
+    if problems:
+        hint = "give every member the same module, or mappings of the same modules by the same names in the same order"
+        raise ValueError(lines("members are over one model:", [*problems, hint]))
+
+
+def _parts(model: Model) -> Iterator[tuple[str, object]]:
+    yield from model.items() if isinstance(model, Mapping) else [("", model)]
+
+
+def _named(model: Model) -> str:
+    if isinstance(model, Mapping):
+        return "{" + ", ".join(f"{name}: {type(part).__name__}" for name, part in model.items()) + "}"
+    return f"the {type(model).__name__} at {id(model):#x}"
