@@ -154,19 +154,11 @@ class Step:
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
-    def under(self, *, engine: str, compile: bool | Mapping[str, Any] | None, donate: bool) -> Step:
-        """The same losses, routes and optimizer, run in another way."""
-        return Step(
-            self.model,
-            self.losses,
-            self.plan,
-            optimizer=self.optimizer,
-            engine=engine,
-            compile=compile,
-            donate=donate,
-            loss_scale=self.loss_scale,
-            differentiable=self.differentiable,
-        )
+    def remade(self, **changes: Any) -> Step:
+        """The same step with some of its arguments exchanged."""
+        names = ("optimizer", "engine", "compile", "donate", "loss_scale", "differentiable")
+        given = {name: getattr(self, name) for name in names} | changes
+        return Step(given.pop("model", self.model), self.losses, self.plan, **given)
 
     def __repr__(self) -> str:
         return f"Step({', '.join(self.plan.losses)}; engine={self.engine!r}, donate={self.donate})"

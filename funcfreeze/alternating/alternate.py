@@ -71,7 +71,7 @@ def alternate(
     _refuse_other_models(members)
     if not isinstance(donate, bool):
         raise TypeError(f"donate is True or False, got {donate!r}")
-    own = {name: member.under(engine=engine, compile=compile, donate=donate) for name, member in members.items()}
+    own = {name: member.remade(engine=engine, compile=compile, donate=donate) for name, member in members.items()}
     plans = Plans({name: member.plan for name, member in own.items()}, turns)
     return Alternation(own, plans, engine, compile, donate, Members(own, turns, donate))
 

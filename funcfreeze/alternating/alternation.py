@@ -94,7 +94,7 @@ class Alternation:
 
     def compute(self, state: State, batch: Any, *, member: str, per_loss: bool = False) -> Half:
         """The first half of a member's step, whether or not it is its turn; see `Step.compute`."""
-        return self._one(member).compute(self._seen_by(member, state), batch, per_loss=per_loss)
+        return self._one(member).compute(self.seen_by(member, state), batch, per_loss=per_loss)
 
     def apply_gradients(self, state: State, half: Half, *, member: str) -> tuple[State, dict[str, Any]]:
         """The second half of a member's step, and its metrics; see `Step.apply_gradients`.
@@ -108,16 +108,16 @@ class Alternation:
 
     def gradients(self, state: State, batch: Any, *, member: str) -> dict[str, Tensor]:
         """A member's merged gradients by path; see `Step.gradients`."""
-        return self._one(member).gradients(self._seen_by(member, state), batch)
+        return self._one(member).gradients(self.seen_by(member, state), batch)
 
     def per_loss_gradients(self, state: State, batch: Any, *, member: str) -> dict[str, dict[str, Tensor]]:
         """A member's gradients by loss; see `Step.per_loss_gradients`."""
-        return self._one(member).per_loss_gradients(self._seen_by(member, state), batch)
+        return self._one(member).per_loss_gradients(self.seen_by(member, state), batch)
 
     def call(self, state: State, f: Callable[..., Any], *args: Any) -> Any:
         """`f(model, *args)` with the state's tensors in the model; see `Step.call`."""
         first, member = next(iter(self.members.items()))
-        return member.call(self._seen_by(first, state), f, *args)
+        return member.call(self.seen_by(first, state), f, *args)
 
     def export(self, state: State, *, optimizer: Mapping[str, torch.optim.Optimizer] | None = None) -> Model:
         """Write the state's parameters and buffers into the model, and return it. The state stays usable.
@@ -129,9 +129,9 @@ class Alternation:
         running = optimizer or {}
         self._known(running)
         for name, taking in running.items():
-            self.members[name].export(self._seen_by(name, state), optimizer=taking)
+            self.members[name].export(self.seen_by(name, state), optimizer=taking)
         first, member = next(iter(self.members.items()))
-        return member.export(self._seen_by(first, state))
+        return member.export(self.seen_by(first, state))
 
     def adopt(self, state: State) -> tuple[State, Adoption]:
         """Another alternation's or a lone Step's state, as far as it fits; see `Step.adopt`.
@@ -158,7 +158,8 @@ class Alternation:
         """The model as it was given."""
         return next(iter(self.members.values())).model
 
-    def _seen_by(self, member: str, state: State) -> State:
+    def seen_by(self, member: str, state: State) -> State:
+        """What a member sees of a state: the state of a lone `Step`, with the same tensors."""
         return self._members.seen_by(member, self._members.start(state))
 
     def _one(self, member: str) -> Step:

@@ -51,7 +51,7 @@ class Plans(Mapping[str, Plan]):
     def __str__(self) -> str:
         losses = [f"{member}.{loss}" for member, plan in self.plans.items() for loss in plan.losses]
         groups = [(_title(member, self.turns[member]), len(plan.losses)) for member, plan in self.plans.items()]
-        return format_plan(losses, self._rows(), groups)
+        return format_plan(losses, self.rows, groups)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON: each member's plan and turns."""
@@ -68,7 +68,8 @@ class Plans(Mapping[str, Plan]):
             {member: Turns(**part["turns"]) for member, part in data.items()},
         )
 
-    def _rows(self) -> list[Row]:
+    @property
+    def rows(self) -> list[Row]:
         """One row a parameter, in which losses go by `member.loss`."""
         return [
             replace(

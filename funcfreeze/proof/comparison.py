@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from funcfreeze.computation.state import State
-from funcfreeze.declare.plan import Plan
+from funcfreeze.declare.plan import Plan, Row
 from funcfreeze.declare.plan_table import group_rows
 from funcfreeze.gradients.sums import plus
 from funcfreeze.model.functional import FunctionalModule
@@ -92,19 +92,35 @@ class Seen:
     def compare(self, step: Step, turn: int, recipe: tuple[Any, Any], mine: tuple[Any, Any]) -> None:
         """Take in one step: losses and gradients of both sides."""
         (losses, gradients), (metrics, own) = recipe, mine
+        self.take_in(gradients)
+        self.compare_losses(losses, metrics)
+        for path in gradients.keys() - own.keys():
+            self.touched.append(f"step {turn}: {path} has a gradient in the recipe and none here")
+        for path in own.keys() - gradients.keys():
+            self.touched.append(f"step {turn}: {path} has a gradient here and none in the recipe")
+        for title, error in by_group(step.plan.rows, own, gradients, GRADIENT_FLOOR).items():
+            self.gradients[title] = _larger(self.gradients.get(title, 0.0), error)
+
+    def take_in(self, gradients: Mapping[str, Tensor]) -> None:
+        """Note what the recipe reaches at a step, and which of it is nothing but rounding."""
         self.reached |= gradients.keys()
         largest = max(
             (float(_size(gradient).max()) for gradient in gradients.values() if gradient.numel()), default=0.0
         )
         for path, gradient in gradients.items():
             self.rounding[path] = _is_rounding(_size(gradient), largest) | self.rounding.get(path, torch.tensor(False))
-        self.losses = _larger(self.losses, *(_apart(metrics.get(name), loss) for name, loss in losses.items()))
-        for path in gradients.keys() - own.keys():
-            self.touched.append(f"step {turn}: {path} has a gradient in the recipe and none here")
-        for path in own.keys() - gradients.keys():
-            self.touched.append(f"step {turn}: {path} has a gradient here and none in the recipe")
-        for title, error in _by_group(step, own, gradients, GRADIENT_FLOOR).items():
-            self.gradients[title] = _larger(self.gradients.get(title, 0.0), error)
+
+    def compare_losses(self, theirs: Mapping[str, Tensor], mine: Mapping[str, Any]) -> None:
+        """Take in the losses of both sides at a step."""
+        self.losses = _larger(self.losses, *(_apart(mine.get(name), loss) for name, loss in theirs.items()))
+
+    def displacements(
+        self, rows: Sequence[Row], start: Mapping[str, Tensor], mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
+    ) -> dict[str, float]:
+        """For every group of parameters how far apart the two sides have gone from the start."""
+        moved = {path: self.beyond_rounding(path, mine[path] - start[path]) for path in self.reached}
+        wanted = {path: self.beyond_rounding(path, theirs[path].detach() - start[path]) for path in self.reached}
+        return by_group(rows, moved, wanted, DISPLACEMENT_FLOOR)
 
     def beyond_rounding(self, path: str, displacement: Tensor) -> Tensor:
         """A displacement without the elements whose gradient was nothing but rounding at some step."""
@@ -134,27 +150,25 @@ def checks(
     near, far = tolerances
     names = step.plan.losses
     yield Check("losses", names, seen.losses, near)
-    yield _exactly("touched sets", seen.touched, f"{len(seen.reached)} touched", names)
+    yield exactly("touched sets", seen.touched, f"{len(seen.reached)} touched", names)
     theirs = recipe.functional.present_parameters()
-    moved = {path: seen.beyond_rounding(path, end.params[path] - start.params[path]) for path in seen.reached}
-    wanted = {path: seen.beyond_rounding(path, theirs[path].detach() - start.params[path]) for path in seen.reached}
-    displacement = _by_group(step, moved, wanted, DISPLACEMENT_FLOOR)
+    displacement = seen.displacements(step.plan.rows, start.params, end.params, theirs)
     for group in group_rows([row for row in step.plan.rows if row.weights]):
         losses = tuple(name for name in names if name in group.rows[0].weights)
         missed = [row.path for row in group.rows if row.path not in seen.reached]
         yield Check(f"{group.title} gradients", losses, seen.gradients[group.title], near, _never_touched(missed))
         yield Check(f"{group.title} displacement", losses, displacement[group.title], far)
     still = set(step.plan.paths) - seen.reached - seen.written
-    yield _exactly(
+    yield exactly(
         "untouched parameters",
         _moved(start.params, end.params, still),
         f"{len(still)} bit-identical" if still else "none: all are touched",
     )
-    yield _exactly("their optimizer state", _changed_entries(start.optimizer, end.optimizer, still), "bit-identical")
+    yield exactly("their optimizer state", _changed_entries(start.optimizer, end.optimizer, still), "bit-identical")
     if seen.written:
         shown = f"{', '.join(sorted(seen.written)[:3])}{', ...' if len(seen.written) > 3 else ''}"
         yield Check("written by the forward", (), seen.writes, far, shown)
-    yield from _buffer_checks(seen, end.buffers, recipe.functional.present_buffers(), near)
+    yield from buffer_checks(seen, end.buffers, recipe.functional.present_buffers(), near)
 
 
 def _never_touched(paths: Sequence[str]) -> str:
@@ -164,7 +178,7 @@ def _never_touched(paths: Sequence[str]) -> str:
     return f"never touched, though routed: {', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''}"
 
 
-def _exactly(subject: str, problems: list[str], good: str, losses: tuple[str, ...] = ()) -> Check:
+def exactly(subject: str, problems: list[str], good: str, losses: tuple[str, ...] = ()) -> Check:
     """A check of something that is right or wrong."""
     if not problems:
         return Check(subject, losses, detail=good)
@@ -199,7 +213,7 @@ def _identical(one: Any, other: Any) -> bool:
     return type(one) is type(other) and bool(one == other)
 
 
-def _buffer_checks(
+def buffer_checks(
     seen: Seen, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], tolerance: float
 ) -> Iterator[Check]:
     if not theirs:
@@ -210,7 +224,7 @@ def _buffer_checks(
         for path in sorted(whole)
         if not _identical(mine[path], theirs[path])
     ]
-    yield _exactly("buffer counts", wrong, f"{len(whole)} equal")
+    yield exactly("buffer counts", wrong, f"{len(whole)} equal")
     yield Check("buffers, one step", (), seen.buffers, tolerance)
 
 
@@ -222,12 +236,14 @@ def _shown(tensor: Tensor) -> str:
     return str(tensor.tolist()) if tensor.numel() <= 8 else f"of shape {tuple(tensor.shape)}"
 
 
-def _by_group(step: Step, mine: Mapping[str, Tensor], wanted: Mapping[str, Tensor], floor: float) -> dict[str, float]:
+def by_group(
+    rows: Sequence[Row], mine: Mapping[str, Tensor], wanted: Mapping[str, Tensor], floor: float
+) -> dict[str, float]:
     """For every group of parameters ‖mine − wanted‖ / ‖wanted‖, where the divisor is at least a part of the whole."""
     paths = mine.keys() | wanted.keys()
     least = floor * _norm([wanted[path] for path in wanted])
     errors = {}
-    for group in group_rows([row for row in step.plan.rows if row.weights]):
+    for group in group_rows([row for row in rows if row.weights]):
         inside = [row.path for row in group.rows if row.path in paths]
         difference = _norm([_minus(mine.get(path), wanted.get(path)) for path in inside])
         scale = max(_norm([wanted[path] for path in inside if path in wanted]), least)

@@ -86,3 +86,11 @@ def random_numbers(seed: int) -> Iterator[None]:
             random.setstate(python_state)
             if numpy:
                 numpy.random.set_state(numpy_state)
+
+
+def with_torchs_random_numbers(step: Step) -> Any:
+    """How the step is compiled, but with eager torch's random numbers: Inductor draws others from the same seed."""
+    if step.compiled is None or step.compiled.options.backend != "inductor":
+        return step.compile
+    given = step.compile if isinstance(step.compile, Mapping) else {}
+    return {**given, "options": {**(given.get("options") or {}), "fallback_random": True}}

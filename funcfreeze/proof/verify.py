@@ -11,17 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcfreeze.alternating.alternation import Alternation
 from funcfreeze.computation.specification import check_fits
 from funcfreeze.computation.state import State
 from funcfreeze.model.watching import Watch, by_memory
+from funcfreeze.proof.by_turns import by_turns
 from funcfreeze.proof.comparison import COARSE_TOLERANCE, TOLERANCES, Seen, checks
 from funcfreeze.proof.copies import cast, cast_state, module_copy
-from funcfreeze.proof.recipe import Recipe, random_numbers
+from funcfreeze.proof.recipe import Recipe, random_numbers, with_torchs_random_numbers
 from funcfreeze.proof.report import Report
 from funcfreeze.step import Step
 
 
-def verify(step: Step, state: State, batch: Any, *, steps: int = 5) -> Report:
+def verify(step: Step | Alternation, state: State, batch: Any, *, steps: int = 5) -> Report:
     """Prove a step equal to the recipe on its own model, state and batch.
 
     The recipe runs on a copy of the real module: one forward, and for each loss one `backward(retain_graph=True)` into
@@ -35,8 +37,11 @@ def verify(step: Step, state: State, batch: Any, *, steps: int = 5) -> Report:
     outside of the model (a counter, a generator of your own) is one for both sides, and may make them differ. `losses`
     that does not use the model it is given cannot be verified, and the report says so.
 
+    Of an alternation each member is verified so, and then the calls: against one module on which the members' recipes
+    take their turns.
+
     Args:
-        step: the step to verify.
+        step: the step, or the alternation, to verify.
         state: a state of it; the comparison starts there.
         batch: a batch that `losses` takes.
         steps: how many steps to take.
@@ -59,6 +64,9 @@ def verify(step: Step, state: State, batch: Any, *, steps: int = 5) -> Report:
     """
     if steps < 1:
         raise ValueError(f"verify takes at least one step, got steps={steps}")
+    if isinstance(step, Alternation):
+        alone = {name: verify(one, step.seen_by(name, state), batch, steps=steps) for name, one in step.members.items()}
+        return by_turns(step, state, batch, steps, alone)
     state = check_fits(state, step.specification)
     with random_numbers(0):
         touched = step.gradients(state, batch).keys()
@@ -82,17 +90,7 @@ def _compare(
     facts: Mapping[str, str],
 ) -> Report:
     module = module_copy(step.module, dtype)
-    mine = Step(
-        module,
-        step.losses,
-        step.plan,
-        optimizer=step.optimizer,
-        engine=step.engine,
-        compile=_with_torchs_random_numbers(step),
-        donate=step.donate,
-        loss_scale=step.loss_scale,
-        differentiable=step.differentiable,
-    )
+    mine = step.remade(model=module, compile=with_torchs_random_numbers(step))
     now, batch = cast_state(state, dtype, mine.specification.optimizer), cast(batch, dtype)
     recipe = Recipe(mine, module_copy(step.module, dtype), now)
     start = copy.deepcopy(now)
@@ -137,14 +135,6 @@ def _own(step: Step) -> dict[str, Tensor]:
     """The tensors of the model itself that change from step to step: nothing that runs on a copy should meet them."""
     params = step.functional.present_parameters()
     return {path: params[path] for path in step.plan.routed} | step.functional.present_buffers()
-
-
-def _with_torchs_random_numbers(step: Step) -> Any:
-    """How the step is compiled, but with eager torch's random numbers: Inductor draws others from the same seed."""
-    if step.compiled is None or step.compiled.options.backend != "inductor":
-        return step.compile
-    given = step.compile if isinstance(step.compile, Mapping) else {}
-    return {**given, "options": {**(given.get("options") or {}), "fallback_random": True}}
 
 
 def _in_float64_or_not(recipe: Recipe, batch: Any, number: Tensor, dtype: torch.dtype | None) -> tuple[Any, Any]:

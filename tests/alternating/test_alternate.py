@@ -394,3 +394,26 @@ def test_states_that_do_not_fit_are_told_by_member():
         ff.alternate(members)(state, batches(1)[0])
     with pytest.raises(TypeError, match="expected a State"):
         step((state, {}), batches(1)[0])
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_verify_takes_it(run):
+    model = nets()
+    step = alternation(model, {"actor": 2}, **run)
+    start, state = tensors(model), step.init()
+    state, _ = step(state, batches(1)[0])
+    report = ff.verify(step, state, batches(1)[0], steps=3)
+    assert report.ok, report
+    subjects = {check.subject for check in report.checks}
+    assert {"critic: losses", "actor: touched sets", "turns", "encoder.*(3) displacement in turn"} <= {
+        subject.replace("* (", "*(") for subject in subjects
+    }
+    assert_moved_alike(start, tensors(model), start, 0)
+
+
+def test_verify_sees_members_that_do_not_run_in_turn(monkeypatch):
+    step = alternation(nets(), {"actor": 2})
+    monkeypatch.setattr("funcfreeze.alternating.members.Members.on_turn", lambda self, calls: iter(self.steps))
+    report = ff.verify(step, step.init(), batches(1)[0], steps=2)
+    assert not report.ok
+    assert "call 1: critic, actor ran, and critic should" in str(report)
