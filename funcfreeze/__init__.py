@@ -8,6 +8,7 @@ from funcfreeze.alternating.alternate import alternate as alternate
 from funcfreeze.alternating.alternation import Alternation as Alternation
 from funcfreeze.computation.half import Half as Half
 from funcfreeze.computation.loss_scale import LossScale as LossScale
+from funcfreeze.computation.microbatches import Microbatches as Microbatches
 from funcfreeze.computation.state import State as State
 from funcfreeze.declare.plan import Plan as Plan
 from funcfreeze.declare.routes import Route as Route

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from funcfreeze.computation.computation import Computation
 from funcfreeze.computation.evaluation import Evaluation, Losses
 from funcfreeze.computation.half import Half
 from funcfreeze.computation.loss_scale import LossScale
+from funcfreeze.computation.microbatches import Count, Shares, Splitting
 from funcfreeze.computation.running import Running
 from funcfreeze.computation.specification import Specification, check_fits
-from funcfreeze.computation.state import Lease, State, lease_of, make_state
+from funcfreeze.computation.state import Lease, State, gone_on, lease_of, make_state
 from funcfreeze.computation.updating import Updating, apart_from, borrowed_in
 from funcfreeze.declare.plan import Plan, chosen, resolve_plan
 from funcfreeze.declare.routes import Selection
@@ -52,12 +54,19 @@ class Step:
         compile: whether the whole step is one compiled graph: None (compiled on CUDA, eager elsewhere), True, False, or
             a mapping of `torch.compile`'s `backend`, `mode`, `options` and `dynamic`. The routed engine only.
         donate: whether a step reuses the storage of the state it is given, which is spent then.
+        microbatches: into how many parts a batch is split, every tensor along its first dimension. They are computed
+            one after another, in the memory of one part and one gradient more, for one update, which optimizer,
+            schedules and clocks count once. A batch that is `Microbatches` is in parts already. Metrics beside the
+            losses come as tuples then, one value for each part.
+        counts: loss -> a function from a part of the batch to how much a mean over it counts, such as the number of its
+            tokens: the loss is the mean weighted by these. Each part counts 1 without.
         loss_scale: for float16, the factor that keeps small gradients alive (see `LossScale`). Metrics, and gradients
             as they are returned, are free of it; hooks see it.
 
     Attributes:
         plan: the resolved, frozen loss × parameter table; printable and comparable.
         computation: what a step computes, on plain tensors.
+        splitting: how batches come in parts.
         specification: what a state must look like.
 
     Raises:
@@ -88,11 +97,14 @@ class Step:
     donate: bool
     loss_scale: LossScale | None
     differentiable: Selection | None
+    microbatches: int | None
+    counts: Mapping[str, Count] | None
     plan: Plan
     computation: Computation
     specification: Specification
     compiled: CompiledStep | None
     _updating: Updating
+    splitting: Splitting
 
     def __init__(
         self,
@@ -106,6 +118,8 @@ class Step:
         donate: bool = True,
         loss_scale: LossScale | None = None,
         differentiable: Selection | None = None,
+        microbatches: int | None = None,
+        counts: Mapping[str, Count] | None = None,
     ) -> None:
         computing = find_engine(engine)
         if not callable(losses):
@@ -145,18 +159,21 @@ class Step:
             "donate": donate,
             "loss_scale": loss_scale,
             "differentiable": differentiable,
+            "microbatches": microbatches,
+            "counts": counts,
             "plan": plan,
             "computation": computation,
             "specification": specification,
             "compiled": None if options is None else CompiledStep(updating, options),
             "_updating": updating,
+            "splitting": Splitting.of(microbatches, counts, plan.losses, _device_of(functional, plan)),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
     def remade(self, **changes: Any) -> Step:
         """The same step with some of its arguments exchanged."""
-        names = ("optimizer", "engine", "compile", "donate", "loss_scale", "differentiable")
+        names = ("optimizer", "engine", "compile", "donate", "loss_scale", "differentiable", "microbatches", "counts")
         given = {name: getattr(self, name) for name in names} | changes
         return Step(given.pop("model", self.model), self.losses, self.plan, **given)
 
@@ -230,12 +247,14 @@ class Step:
         """
         state = check_fits(state, self.specification)
         lease_of(state).gradients = ()
-        if self.compiled is not None:
+        parts = self.splitting.parts(batch)
+        if self.compiled is not None and parts is None:
             return self.compiled.step(state, batch)
-        half = self.computation.gradients(*state.fields, batch)
+        half = self._half(state, batch, parts)
         with grad_mode(False):
             metrics = {**half.losses, **self._updating.metrics(state, half)}
-            return self._updating.update(state, half), metrics
+            update = self._updating.update if self.compiled is None else self.compiled.apply
+            return update(state, half), metrics
 
     def compute(self, state: State, batch: Any, *, per_loss: bool = False) -> Half:
         """The first half of a step: one forward and its backward. The state is not spent.
@@ -262,10 +281,8 @@ class Step:
         state = check_fits(state, self.specification)
         lease_of(state).gradients = ()
         if per_loss:
-            return self._updating.apart(state, self.computation.separately(*state.fields, batch))
-        if self.compiled is not None:
-            return self._updating.apart(state, self.compiled.compute(state, batch))
-        return self._updating.apart(state, self.computation.gradients(*state.fields, batch))
+            return self._updating.apart(state, self._eager_half(state, batch, self.splitting.parts(batch), True))
+        return self._updating.apart(state, self._half(state, batch, self.splitting.parts(batch)))
 
     def apply_gradients(self, state: State, half: Half) -> tuple[State, dict[str, Any]]:
         """The second half of a step: the update by a half's gradients, with its buffers and metrics.
@@ -297,14 +314,14 @@ class Step:
         """
         state = check_fits(state, self.specification)
         with self.functional.alone, attributes_kept(self.module):
-            gradients = self.computation.gradients(*state.fields, batch).gradients
+            gradients = self._eager_half(state, batch, self.splitting.parts(batch)).gradients
         return tied(dict(gradients), self.specification.tied_params)
 
     def per_loss_gradients(self, state: State, batch: Any) -> dict[str, dict[str, Tensor]]:
         """Each loss's gradients by path, weights applied; summed over the losses they are `gradients`."""
         state = check_fits(state, self.specification)
         with self.functional.alone, attributes_kept(self.module):
-            apart = self.computation.separately(*state.fields, batch).per_loss
+            apart = self._eager_half(state, batch, self.splitting.parts(batch), True).per_loss
         return {loss: tied(dict(row), self.specification.tied_params) for loss, row in apart.items()}
 
     def call(self, state: State, f: Callable[..., Any], *args: Any) -> Any:
@@ -374,6 +391,36 @@ class Step:
         lease.borrowed |= borrowed_in(fields[0], (state, fresh))  # the two may know a tied tensor by different names
         return make_state(self.specification.named(fields), lease, self.specification), adoption
 
+    def _half(self, state: State, batch: Any, parts: Sequence[Any] | None) -> Half:
+        """The first half of a step."""
+        if self.compiled is None:
+            return self._eager_half(state, batch, parts)
+        if parts is None:
+            return self.compiled.compute(state, batch)
+        compiled = self.compiled
+
+        def run(part: Any, shares: Shares, *moved: Mapping[str, Tensor]) -> Half:
+            if None in shares.values():  # a loss less: not worth a graph of its own
+                return self._part(state, part, shares, *moved)
+            return compiled.compute_part(gone_on(state, *moved), part, shares)
+
+        return self.splitting.accumulated(parts, run)
+
+    def _eager_half(self, state: State, batch: Any, parts: Sequence[Any] | None, per_loss: bool = False) -> Half:
+        """The same, eagerly, with each loss's gradients apart if wanted."""
+        if parts is not None:
+            return self.splitting.accumulated(parts, partial(self._part, state, per_loss=per_loss))
+        run = self.computation.separately if per_loss else self.computation.gradients
+        return run(*state.fields, batch)
+
+    def _part(
+        self, state: State, part: Any, shares: Shares, *moved: Mapping[str, Tensor], per_loss: bool = False
+    ) -> Half:
+        """The half of a part of a batch, after what the parts before it have left in buffers and parameters."""
+        computation = replace(self.computation, shares=shares)
+        run = computation.separately if per_loss else computation.gradients
+        return run(*gone_on(state, *moved).fields, part)
+
     def _beside(self, optimizer: torch.optim.Optimizer) -> Running:
         return Running.of(optimizer, self.transform, self.plan, self.functional.present_parameters())
 
@@ -401,3 +448,7 @@ class Step:
     def module(self) -> nn.Module:
         """The model as one module; a mapping of modules is held by an `nn.ModuleDict`."""
         return self.functional.module
+
+
+def _device_of(functional: FunctionalModule, plan: Plan) -> torch.device:
+    return functional.present_parameters()[plan.routed[0]].device

@@ -87,6 +87,7 @@ def test_the_public_surface():
         "Alternation",
         "Half",
         "LossScale",
+        "Microbatches",
         "Plan",
         "Route",
         "RouteError",

@@ -14,6 +14,7 @@ from funcfreeze.compile.layout import Listed
 from funcfreeze.compile.options import Options
 from funcfreeze.compile.updated import CompiledUpdate, refuse_sparse
 from funcfreeze.computation.half import Half
+from funcfreeze.computation.microbatches import Shares
 from funcfreeze.computation.state import Fields, Lease, State, lease_of, listing_of, make_state
 from funcfreeze.computation.updating import Updating
 from funcfreeze.gradients.modes import grad_mode
@@ -35,12 +36,14 @@ class CompiledStep:
         computation, donate = updating.computation, updating.donate
         self._whole = Compilation(computation, options, donate)
         self._gradients = Compilation(replace(computation, transform=_GIVE_BACK), options, donate=False)
+        self._parts: Compilation | None = None
         self._update = CompiledUpdate(computation, options, donate)
 
     @property
     def traces(self) -> int:
         """How many graphs have been traced and compiled so far."""
-        return self._whole.traces + self._gradients.traces + self._update.traces
+        parts = 0 if self._parts is None else self._parts.traces
+        return self._whole.traces + self._gradients.traces + parts + self._update.traces
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledStep:
         return CompiledStep(copy.deepcopy(self._updating, memo), self.options)
@@ -54,11 +57,21 @@ class CompiledStep:
 
     def compute(self, state: State, batch: Any) -> Half:
         """The first half of a step."""
+        return self._half(self._gradients, state, batch)
+
+    def compute_part(self, state: State, part: Any, shares: Shares) -> Half:
+        """The same of a part of a batch, whose losses have these shares in their means: always the same tensors."""
+        if self._parts is None:
+            computation = replace(self._updating.computation, transform=_GIVE_BACK, shares=shares)
+            self._parts = Compilation(computation, self.options, donate=False)
+        return self._half(self._parts, state, part)
+
+    def _half(self, compilation: Compilation, state: State, batch: Any) -> Half:
         with grad_mode(False):
             params, buffers, optimizer, step = state.fields
             apart = {path: buffer.clone() for path, buffer in buffers.items()}
             own = {path: param.detach() for path, param in params.items()}
-            metrics, run = self._gradients(Listed.of(own, apart, optimizer, step), batch)
+            metrics, run = compilation(Listed.of(own, apart, optimizer, step), batch)
         specification, given_back = self._updating.specification, run.optimizer
         assert isinstance(given_back, _GivenBack)
         declared = self._updating.computation.routing.losses

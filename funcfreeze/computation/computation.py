@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -19,10 +19,11 @@ from funcfreeze.computation.back_door import (
 from funcfreeze.computation.evaluation import NOTHING, Beside, Evaluation
 from funcfreeze.computation.half import Half
 from funcfreeze.computation.loss_scale import LossScale, scale_in, unscale
+from funcfreeze.computation.microbatches import Shares, times
 from funcfreeze.declare.selectors import RouteError
 from funcfreeze.gradients import Engine, Routing
 from funcfreeze.gradients.law import Evaluate, OtherLeaf, Outcome, SeparateOutcome
-from funcfreeze.gradients.returned import exchanged
+from funcfreeze.gradients.returned import check_losses, exchanged
 from funcfreeze.gradients.sums import plus
 from funcfreeze.model.memory import memory_of
 from funcfreeze.model.watching import Watch, by_memory
@@ -48,6 +49,8 @@ class Computation:
     engine: Engine
     transform: Transform
     loss_scale: LossScale | None
+    shares: Shares | None = None
+    """What losses are multiplied with for their gradients, where a batch comes in parts."""
 
     def gradients(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Any, step: Tensor, batch: Any
@@ -60,37 +63,37 @@ class Computation:
         """
         watched = not (self.evaluation.seen.watched and self.engine.finds_other_leaves)
         watch = self.evaluation.watch(params) if watched else None
-        outcome = self._run(self.engine.merged, params, buffers, optimizer, step, batch, watch)
+        outcome, losses = self._run(self.engine.merged, params, buffers, optimizer, step, batch, watch)
         beside: Beside = outcome.rest or NOTHING
         self._refuse_other_leaves(outcome.other_leaves, params)
-        _check_beside(outcome.losses, beside, params)
+        _check_beside(losses, beside, params)
         gradients = self._unscaled(_touched(self.routing.paths, outcome.gradients), optimizer)
-        return Half(gradients, outcome.losses, beside.metrics, beside.buffers, beside.written)
+        return Half(gradients, losses, beside.metrics, beside.buffers, beside.written)
 
     def differentiated(
         self, evaluate: Evaluate, params: Mapping[str, Tensor], optimizer: Any, step: Tensor
     ) -> Differentiated:
         """The merged gradients of a forward that somebody else calls, in a compiler's trace."""
-        seed = self._seed(optimizer)
+        seed, part = self._seed(optimizer), PartOfBatch(self.routing, self.shares)
         with torch.no_grad():
-            outcome = self.engine.merged(evaluate, list(params.values()), self.routing, step, seed)
+            outcome = self.engine.merged(part.weighted(evaluate), list(params.values()), self.routing, step, seed)
         gradients = self._unscaled(_touched(self.routing.paths, outcome.gradients), optimizer)
-        return Differentiated(gradients, outcome.losses)
+        return Differentiated(gradients, part.unweighted(outcome.losses))
 
     def separately(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Any, step: Tensor, batch: Any
     ) -> Half:
         """The same with each loss's weighted gradients apart, and their sums as the merged ones."""
         watch = self.evaluation.watch(params)
-        outcome = self._run(self.engine.separate, params, buffers, optimizer, step, batch, watch)
+        outcome, losses = self._run(self.engine.separate, params, buffers, optimizer, step, batch, watch)
         beside: Beside = outcome.rest or NOTHING
-        _check_beside(outcome.losses, beside, params)
+        _check_beside(losses, beside, params)
         pairs = zip(self.routing.losses, outcome.gradients, strict=True)
         rows = {loss: self._unscaled(_touched(self.routing.paths, row), optimizer) for loss, row in pairs}
         merged: dict[str, Tensor] = {}
         for row in rows.values():
             merged |= {path: plus(merged[path], g) if path in merged else g for path, g in row.items()}
-        return Half(merged, outcome.losses, beside.metrics, beside.buffers, beside.written, rows)
+        return Half(merged, losses, beside.metrics, beside.buffers, beside.written, rows)
 
     def _run(
         self,
@@ -101,18 +104,20 @@ class Computation:
         step: Tensor,
         batch: Any,
         watch: Watch | None,
-    ) -> Gave:
-        """What an engine gives, with the state's tensors in the module until it is done."""
+    ) -> tuple[Gave, Mapping[str, Tensor]]:
+        """What an engine gives, with the state's tensors in the module until it is done; and the losses."""
         finally_do: list[Callable[[], None]] = []
+        part = PartOfBatch(self.routing, self.shares)
         try:
             with torch.no_grad():  # whatever requires grad around a step, it carries no graph
-                return differentiate(
-                    lambda leaves: self.evaluation.call(leaves, buffers, batch, finally_do, watch),
+                outcome = differentiate(
+                    part.weighted(lambda leaves: self.evaluation.call(leaves, buffers, batch, finally_do, watch)),
                     self.evaluation.leaves(params),
                     self.routing,
                     step,
                     self._seed(optimizer),
                 )
+                return outcome, part.unweighted(outcome.losses)
         finally:
             for end in finally_do:
                 end()
@@ -172,6 +177,40 @@ class Computation:
             for leaf in found
             if leaf.is_old and id(leaf.tensor) not in own and (memory := memory_of(leaf.tensor) or 0) in stale
         )
+
+
+@dataclass(frozen=True, eq=False)
+class PartOfBatch:
+    """The losses of a part of a batch, whose gradients are a part of the whole batch's.
+
+    Attributes:
+        routing: names the losses.
+        shares: loss -> its weight in this part; None where the batch is whole.
+        seen: the losses without their weights.
+    """
+
+    routing: Routing
+    shares: Shares | None
+    seen: dict[str, Tensor] = field(default_factory=dict)
+
+    def weighted(self, evaluate: Evaluate) -> Evaluate:
+        """The losses times their weights."""
+        if self.shares is None:
+            return evaluate
+        shares = self.shares
+
+        def times_shares(leaves: list[Tensor]) -> tuple[Any, Any]:
+            returned, rest = evaluate(leaves)
+            ordered = zip(self.routing.losses, check_losses(returned, self.routing), strict=True)
+            losses = {name: times(loss, shares[name]) for name, loss in ordered}
+            self.seen.update({name: returned[name].detach() for name, loss in losses.items() if loss is not None})
+            return losses, rest
+
+        return times_shares
+
+    def unweighted(self, losses: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The losses as they were, for those that an engine gives."""
+        return losses if self.shares is None else {name: self.seen[name] for name in losses}
 
 
 def not_sharing(metrics: Mapping[str, Any], params: Sequence[Tensor]) -> dict[str, Any]:

@@ -218,6 +218,12 @@ def renew(state: State, fields: Whole, lease: Lease, fits: object) -> None:
     _fill(state, fields, lease, fits)
 
 
+def gone_on(state: State, buffers: Mapping[str, Tensor], written: Mapping[str, Tensor]) -> State:
+    """The state in the middle of a step: with what a forward left in buffers, and in parameters that it wrote to."""
+    params = {**state.params, **written} if written else state.params
+    return make_state((params, buffers or state.buffers, *state.fields[2:]), lease_of(state))
+
+
 def lease_of(state: State) -> Lease:
     """Who may write to the state's tensors."""
     return state._lease

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from funcfreeze.computation.loss_scale import scale_in, unscale
+from funcfreeze.computation.microbatches import Shares, times
 from funcfreeze.computation.state import State
 from funcfreeze.gradients.returned import check_losses
 from funcfreeze.gradients.toggle import accumulate
@@ -34,9 +35,34 @@ class Recipe:
         self.functional.write(state.params, state.buffers)
         self.optimizer = copy.deepcopy(state.optimizer)
         self.scaled = step.loss_scale is not None
+        self.splitting = step.splitting
 
     def gradients(self, batch: Any, number: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Losses and gradients by name, from one forward; parameters that no loss touches have none."""
+        """Losses and gradients by name, from one forward for each part; what no loss touches has none."""
+        parts = self.splitting.parts(batch)
+        if parts is None:
+            return self._of_part(batch, number, None)
+        sums: dict[str, Tensor] = {}
+        seen: list[tuple[dict[str, Tensor], Shares]] = []
+        for part, shares in zip(parts, self.splitting.weights(parts), strict=True):
+            losses, found = self._of_part(part, number, shares)
+            sums |= {path: sums[path] + gradient if path in sums else gradient for path, gradient in found.items()}
+            seen.append((losses, shares))
+        means = {}
+        for name in {name: None for losses, _ in seen for name in losses}:
+            there = [
+                (losses[name], share)
+                for losses, shares in seen
+                if name in losses and (share := shares[name]) is not None
+            ]
+            weighted = torch.stack([loss * share for loss, share in there]).sum()
+            means[name] = weighted / torch.stack([share for _, share in there]).sum()
+        return means, sums
+
+    def _of_part(
+        self, batch: Any, number: Tensor, shares: Shares | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """One forward, and the gradients of its losses, times their shares where it is a part of a batch."""
         parameters, since = self.functional.present_parameters(), nodes_made()
         with torch.enable_grad():
             returned = self.losses(self.module, batch)
@@ -46,6 +72,9 @@ class Recipe:
             self.functional.hold_copies(left)  # activation checkpointing would update them again, once for every loss
             losses = returned[0] if isinstance(returned, tuple) else returned
             ordered = check_losses(losses, self.routing)
+            if shares is not None:
+                named = zip(self.routing.losses, ordered, strict=True)
+                ordered = [times(loss, shares[name]) for name, loss in named]
             seed = scale_in(self.optimizer) if self.scaled else None
             accumulate(ordered, list(parameters.values()), self.routing, self.routing.weight_values(number), seed)
         found = {path: p.grad.detach() for path, p in parameters.items() if p.grad is not None}
