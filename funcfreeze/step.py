@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from funcfreeze.compile import CompiledStep, resolve
-from funcfreeze.computation.adoption import Adoption, adopted, begun_state
+from funcfreeze.compile.halves import Halves
+from funcfreeze.computation.adoption import Adoption
+from funcfreeze.computation.arguments import check_arguments
 from funcfreeze.computation.back_door import refuse_writes
+from funcfreeze.computation.beginning import begin, beside, take_over
 from funcfreeze.computation.computation import Computation
 from funcfreeze.computation.evaluation import Evaluation, Losses
 from funcfreeze.computation.half import Half
 from funcfreeze.computation.loss_scale import LossScale
-from funcfreeze.computation.microbatches import Count, Shares, Splitting
-from funcfreeze.computation.running import Running
+from funcfreeze.computation.microbatches import Count, Splitting
 from funcfreeze.computation.specification import Specification, check_fits
-from funcfreeze.computation.state import Lease, State, gone_on, lease_of, make_state
-from funcfreeze.computation.updating import Updating, apart_from, borrowed_in
+from funcfreeze.computation.state import State, lease_of
+from funcfreeze.computation.updating import Updating
 from funcfreeze.declare.plan import Plan, chosen, resolve_plan
 from funcfreeze.declare.routes import Selection
 from funcfreeze.gradients import Routing, find_engine
@@ -103,8 +104,9 @@ class Step:
     computation: Computation
     specification: Specification
     compiled: CompiledStep | None
-    _updating: Updating
     splitting: Splitting
+    _updating: Updating
+    _halves: Halves
 
     def __init__(
         self,
@@ -122,18 +124,7 @@ class Step:
         counts: Mapping[str, Count] | None = None,
     ) -> None:
         computing = find_engine(engine)
-        if not callable(losses):
-            raise TypeError(f"losses is a function losses(model, batch), got {type(losses).__name__}")
-        if not isinstance(optimizer, Transform):
-            raise TypeError(
-                f"optimizer is a Transform such as funcfreeze.optim.adamw(1e-3) (called), got "
-                f"{type(optimizer).__name__}; a torch optimizer class goes through funcfreeze.optim.from_torch, as in "
-                "from_torch(torch.optim.RMSprop, lr=1e-3)"
-            )
-        if loss_scale is not None and not isinstance(loss_scale, LossScale):
-            raise TypeError(
-                f"loss_scale is a funcfreeze.LossScale, or None; got {type(loss_scale).__name__}: {loss_scale!r}"
-            )
+        check_arguments(losses, optimizer, loss_scale)
         module = as_module(model)
         refuse_unusable(module)
         leaves = module_leaves(module)
@@ -150,6 +141,9 @@ class Step:
         computation = Computation(Evaluation(functional, losses, plan), routing, computing, transform, loss_scale)
         specification = Specification.of(functional, plan, transform)
         updating = Updating(computation, specification, donate)
+        device = functional.present_parameters()[plan.routed[0]].device
+        splitting = Splitting.of(microbatches, counts, plan.losses, device)
+        compiled = None if options is None else CompiledStep(updating, options)
         values = {
             "model": model,
             "losses": losses,
@@ -164,9 +158,10 @@ class Step:
             "plan": plan,
             "computation": computation,
             "specification": specification,
-            "compiled": None if options is None else CompiledStep(updating, options),
+            "compiled": compiled,
+            "splitting": splitting,
             "_updating": updating,
-            "splitting": Splitting.of(microbatches, counts, plan.losses, _device_of(functional, plan)),
+            "_halves": Halves(computation, splitting, compiled),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -206,22 +201,7 @@ class Step:
             )
         if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
             raise TypeError(f"init(step=...) is the number of steps taken so far, an int of at least 0; got {step!r}")
-        with torch.inference_mode(False):
-            params = {path: tensor.detach() for path, tensor in self.functional.present_parameters().items()}
-            buffers = {path: tensor.detach() for path, tensor in self.functional.present_buffers().items()}
-            routed = self.plan.routed
-            if copy:
-                params |= {path: params[path].clone() for path in routed}
-                buffers = {path: tensor.clone() for path, tensor in buffers.items()}
-            borrowed = params.keys() - set(routed) if copy else set()
-            initial = self.transform.init({path: params[path] for path in routed})
-            if optimizer is not None:
-                running = self._beside(optimizer)
-                step = running.counted() if step is None else step
-                initial = running.taken(initial, step, copy)
-            count = torch.full((), step or 0, dtype=torch.int64, device=params[routed[0]].device)
-            fields = self.specification.named((params, buffers, apart_from(params, initial), count))
-            return make_state(fields, Lease(borrowed=borrowed), self.specification)
+        return begin(self.computation, self.specification, copy, optimizer, step)
 
     def __call__(self, state: State, batch: Any) -> tuple[State, dict[str, Any]]:
         """Take one step.
@@ -247,10 +227,9 @@ class Step:
         """
         state = check_fits(state, self.specification)
         lease_of(state).gradients = ()
-        parts = self.splitting.parts(batch)
-        if self.compiled is not None and parts is None:
+        if self.compiled is not None and not self.splitting.splits(batch):
             return self.compiled.step(state, batch)
-        half = self._half(state, batch, parts)
+        half = self._halves.half(state, batch)
         with grad_mode(False):
             metrics = {**half.losses, **self._updating.metrics(state, half)}
             update = self._updating.update if self.compiled is None else self.compiled.apply
@@ -280,9 +259,8 @@ class Step:
         """
         state = check_fits(state, self.specification)
         lease_of(state).gradients = ()
-        if per_loss:
-            return self._updating.apart(state, self._eager_half(state, batch, self.splitting.parts(batch), True))
-        return self._updating.apart(state, self._half(state, batch, self.splitting.parts(batch)))
+        half = self._halves.eager(state, batch, per_loss=True) if per_loss else self._halves.half(state, batch)
+        return self._updating.apart(state, half)
 
     def apply_gradients(self, state: State, half: Half) -> tuple[State, dict[str, Any]]:
         """The second half of a step: the update by a half's gradients, with its buffers and metrics.
@@ -314,14 +292,14 @@ class Step:
         """
         state = check_fits(state, self.specification)
         with self.functional.alone, attributes_kept(self.module):
-            gradients = self._eager_half(state, batch, self.splitting.parts(batch)).gradients
+            gradients = self._halves.eager(state, batch).gradients
         return tied(dict(gradients), self.specification.tied_params)
 
     def per_loss_gradients(self, state: State, batch: Any) -> dict[str, dict[str, Tensor]]:
         """Each loss's gradients by path, weights applied; summed over the losses they are `gradients`."""
         state = check_fits(state, self.specification)
         with self.functional.alone, attributes_kept(self.module):
-            apart = self._eager_half(state, batch, self.splitting.parts(batch), True).per_loss
+            apart = self._halves.eager(state, batch, per_loss=True).per_loss
         return {loss: tied(dict(row), self.specification.tied_params) for loss, row in apart.items()}
 
     def call(self, state: State, f: Callable[..., Any], *args: Any) -> Any:
@@ -356,7 +334,7 @@ class Step:
         """
         state = check_fits(state, self.specification)
         if optimizer is not None:
-            goes_on_with = self._beside(optimizer).given_back(
+            goes_on_with = beside(optimizer, self.computation).given_back(
                 self.specification.optimizer, state.optimizer, int(state.step)
             )
             optimizer.load_state_dict(goes_on_with)
@@ -380,49 +358,7 @@ class Step:
         """
         if not isinstance(state, State):
             raise TypeError(f"adopt(state) takes another Step's State, got {type(state).__name__}")
-        fresh = self.init()
-        with torch.inference_mode(False), torch.no_grad():
-            own = {path: fresh.params[path] for path in self.plan.routed}
-            begun = begun_state(self.transform, fresh.optimizer, own, state.step)
-            fields, adoption = adopted(state, fresh.fields, begun, self.specification)
-        if not any(name.startswith("params.") for name in adoption.kept):
-            raise ValueError(f"no parameter of this State is one of the Step's, by path and shape:\n{adoption}")
-        lease = lease_of(state)
-        lease.borrowed |= borrowed_in(fields[0], (state, fresh))  # the two may know a tied tensor by different names
-        return make_state(self.specification.named(fields), lease, self.specification), adoption
-
-    def _half(self, state: State, batch: Any, parts: Sequence[Any] | None) -> Half:
-        """The first half of a step."""
-        if self.compiled is None:
-            return self._eager_half(state, batch, parts)
-        if parts is None:
-            return self.compiled.compute(state, batch)
-        compiled = self.compiled
-
-        def run(part: Any, shares: Shares, *moved: Mapping[str, Tensor]) -> Half:
-            if None in shares.values():  # a loss less: not worth a graph of its own
-                return self._part(state, part, shares, *moved)
-            return compiled.compute_part(gone_on(state, *moved), part, shares)
-
-        return self.splitting.accumulated(parts, run)
-
-    def _eager_half(self, state: State, batch: Any, parts: Sequence[Any] | None, per_loss: bool = False) -> Half:
-        """The same, eagerly, with each loss's gradients apart if wanted."""
-        if parts is not None:
-            return self.splitting.accumulated(parts, partial(self._part, state, per_loss=per_loss))
-        run = self.computation.separately if per_loss else self.computation.gradients
-        return run(*state.fields, batch)
-
-    def _part(
-        self, state: State, part: Any, shares: Shares, *moved: Mapping[str, Tensor], per_loss: bool = False
-    ) -> Half:
-        """The half of a part of a batch, after what the parts before it have left in buffers and parameters."""
-        computation = replace(self.computation, shares=shares)
-        run = computation.separately if per_loss else computation.gradients
-        return run(*gone_on(state, *moved).fields, part)
-
-    def _beside(self, optimizer: torch.optim.Optimizer) -> Running:
-        return Running.of(optimizer, self.transform, self.plan, self.functional.present_parameters())
+        return take_over(state, self.init(), self.computation, self.specification)
 
     @property
     def functional(self) -> FunctionalModule:
@@ -448,7 +384,3 @@ class Step:
     def module(self) -> nn.Module:
         """The model as one module; a mapping of modules is held by an `nn.ModuleDict`."""
         return self.functional.module
-
-
-def _device_of(functional: FunctionalModule, plan: Plan) -> torch.device:
-    return functional.present_parameters()[plan.routed[0]].device

@@ -87,6 +87,10 @@ class Splitting:
         ones = {name: torch.ones((), dtype=torch.float64, device=device) for name in losses}
         return Splitting(number, given, ones)
 
+    def splits(self, batch: Any) -> bool:
+        """Whether it comes in parts."""
+        return self.number is not None or isinstance(batch, Microbatches)
+
     def parts(self, batch: Any) -> Sequence[Any] | None:
         """The parts of a batch, or None where it is taken whole.
 

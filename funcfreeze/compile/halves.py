@@ -1,0 +1,63 @@
+"""The first half of a step: eager or compiled, of a whole batch or of one in parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from funcfreeze.compile.stepping import CompiledStep
+from funcfreeze.computation.computation import Computation
+from funcfreeze.computation.half import Half
+from funcfreeze.computation.microbatches import Shares, Splitting
+from funcfreeze.computation.state import State, gone_on
+
+
+@dataclass(frozen=True, eq=False)
+class Halves:
+    """How first halves are computed.
+
+    Attributes:
+        computation: what a step computes.
+        splitting: how batches come in parts.
+        compiled: the compiled step, if there is one.
+    """
+
+    computation: Computation
+    splitting: Splitting
+    compiled: CompiledStep | None
+
+    def half(self, state: State, batch: Any) -> Half:
+        """As the step is: compiled, or eager."""
+        if self.compiled is None:
+            return self.eager(state, batch)
+        parts = self.splitting.parts(batch)
+        if parts is None:
+            return self.compiled.compute(state, batch)
+        return self.splitting.accumulated(parts, partial(self._compiled_part, self.compiled, state))
+
+    def eager(self, state: State, batch: Any, *, per_loss: bool = False) -> Half:
+        """Eagerly, with each loss's gradients apart if wanted."""
+        parts = self.splitting.parts(batch)
+        if parts is not None:
+            return self.splitting.accumulated(parts, partial(self._part, state, per_loss=per_loss))
+        run = self.computation.separately if per_loss else self.computation.gradients
+        return run(*state.fields, batch)
+
+    def _part(
+        self, state: State, part: Any, shares: Shares, *moved: Mapping[str, Tensor], per_loss: bool = False
+    ) -> Half:
+        """A part of a batch, after what the parts before it have left in buffers and parameters."""
+        computation = replace(self.computation, shares=shares)
+        run = computation.separately if per_loss else computation.gradients
+        return run(*gone_on(state, *moved).fields, part)
+
+    def _compiled_part(
+        self, compiled: CompiledStep, state: State, part: Any, shares: Shares, *moved: Mapping[str, Tensor]
+    ) -> Half:
+        if None in shares.values():  # a loss less: not worth a graph of its own
+            return self._part(state, part, shares, *moved)
+        return compiled.compute_part(gone_on(state, *moved), part, shares)
