@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ from funcfreeze.computation.back_door import refuse_writes
 from funcfreeze.computation.computation import Computation
 from funcfreeze.computation.evaluation import Evaluation, Losses
 from funcfreeze.computation.half import Half
-from funcfreeze.computation.loss_scale import LossScale
+from funcfreeze.computation.loss_scale import LossScale, scaled
 from funcfreeze.computation.running import Running
 from funcfreeze.computation.specification import Specification, check_fits
 from funcfreeze.computation.state import Lease, State, lease_of, make_state
+from funcfreeze.computation.statistics import FrozenNorms
 from funcfreeze.computation.updating import Updating, apart_from, borrowed_in
 from funcfreeze.declare.plan import Plan, chosen, resolve_plan
 from funcfreeze.declare.routes import Selection
@@ -54,6 +55,8 @@ class Step:
         donate: whether a step reuses the storage of the state it is given, which is spent then.
         loss_scale: for float16, the factor that keeps small gradients alive (see `LossScale`). Metrics, and gradients
             as they are returned, are free of it; hooks see it.
+        frozen_statistics: a selector of modules, or a list: every norm in them that keeps running statistics is in eval
+            mode while `losses` runs, whatever `train()` says (`losses` itself leaves these flags alone).
 
     Attributes:
         plan: the resolved, frozen loss × parameter table; printable and comparable.
@@ -88,6 +91,7 @@ class Step:
     donate: bool
     loss_scale: LossScale | None
     differentiable: Selection | None
+    frozen_statistics: Selection | None
     plan: Plan
     computation: Computation
     specification: Specification
@@ -106,6 +110,7 @@ class Step:
         donate: bool = True,
         loss_scale: LossScale | None = None,
         differentiable: Selection | None = None,
+        frozen_statistics: Selection | None = None,
     ) -> None:
         computing = find_engine(engine)
         if not callable(losses):
@@ -116,43 +121,40 @@ class Step:
                 f"{type(optimizer).__name__}; a torch optimizer class goes through funcfreeze.optim.from_torch, as in "
                 "from_torch(torch.optim.RMSprop, lr=1e-3)"
             )
-        if loss_scale is not None and not isinstance(loss_scale, LossScale):
-            raise TypeError(
-                f"loss_scale is a funcfreeze.LossScale, or None; got {type(loss_scale).__name__}: {loss_scale!r}"
-            )
         module = as_module(model)
         refuse_unusable(module)
         leaves = module_leaves(module)
         plan = resolve_plan(routes, leaves)
-        transform = optimizer if optimizer.bind is None else optimizer.bind(leaves)
-        if loss_scale is not None:
-            transform = loss_scale.around(transform)
+        norms = FrozenNorms.of(module, frozen_statistics, plan.frozen_statistics)
+        plan = replace(plan, frozen_statistics=norms.declared)
+        transform = scaled(optimizer if optimizer.bind is None else optimizer.bind(leaves), loss_scale)
         routing = Routing.of(plan, chosen(differentiable, leaves, "differentiable"))
         functional = FunctionalModule.of(module)
         functional.refuse_accumulation_hooks()
         options = resolve(compile if engine == "routed" or compile is not None else False, module.parameters())
         if options is not None and engine != "routed":
             raise ValueError(f"only the routed engine is compiled; use compile=False with engine={engine!r}")
-        computation = Computation(Evaluation(functional, losses, plan), routing, computing, transform, loss_scale)
+        computation = Computation(
+            Evaluation(functional, losses, plan, norms), routing, computing, transform, loss_scale
+        )
         specification = Specification.of(functional, plan, transform)
         updating = Updating(computation, specification, donate)
-        values = {
-            "model": model,
-            "losses": losses,
-            "optimizer": optimizer,
-            "engine": engine,
-            "compile": compile,
-            "donate": donate,
-            "loss_scale": loss_scale,
-            "differentiable": differentiable,
-            "plan": plan,
-            "computation": computation,
-            "specification": specification,
-            "compiled": None if options is None else CompiledStep(updating, options),
-            "_updating": updating,
-        }
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+        vars(self).update(  # frozen: no attribute can be set
+            model=model,
+            losses=losses,
+            optimizer=optimizer,
+            engine=engine,
+            compile=compile,
+            donate=donate,
+            loss_scale=loss_scale,
+            differentiable=differentiable,
+            frozen_statistics=frozen_statistics,
+            plan=plan,
+            computation=computation,
+            specification=specification,
+            compiled=None if options is None else CompiledStep(updating, options),
+            _updating=updating,
+        )
 
     def __repr__(self) -> str:
         return f"Step({', '.join(self.plan.losses)}; engine={self.engine!r}, donate={self.donate})"
