@@ -52,22 +52,26 @@ class FrozenNorms:
         """
         if selection is None and planned is None:
             return FrozenNorms(None, ())
-        norms = {leaf.path: (norm, leaf) for norm, leaf in part_leaves(module, _has_statistics)}
-        declared = planned if selection is None else _resolved(selection, module, [leaf for _, leaf in norms.values()])
-        assert declared is not None
-        if planned is not None and declared != planned:
-            raise RouteError(
-                f"frozen_statistics selects {', '.join(declared.norms)}, and the plan that was given as routes freezes "
-                f"the statistics of {', '.join(planned.norms)}; leave one of them out"
+        found = part_leaves(module, _has_statistics)
+        norms = {leaf.path: norm for norm, leaf in found}
+        if selection is None:
+            assert planned is not None
+            raise_problems(
+                [
+                    f"the plan freezes the statistics of {path}, no {_NOUN} of the model; {_known([*norms], module)}"
+                    for path in planned.norms
+                    if path not in norms
+                ]
             )
-        raise_problems(
-            [
-                f"the plan freezes the statistics of {path}, which is no {_NOUN} of the model; {_known([*norms], module)}"
-                for path in declared.norms
-                if path not in norms
-            ]
-        )
-        return FrozenNorms(declared, tuple(norms[path][0] for path in declared.norms))
+            declared = planned
+        else:
+            declared = _resolved(selection, module, [leaf for _, leaf in found])
+            if planned is not None and declared != planned:
+                raise RouteError(
+                    f"frozen_statistics selects {', '.join(declared.norms)}, and the plan that was given as routes "
+                    f"freezes the statistics of {', '.join(planned.norms)}; leave one of them out"
+                )
+        return FrozenNorms(declared, tuple(norms[path] for path in declared.norms))
 
     def hold(self) -> Callable[[], None]:
         """Put the norms into eval mode; what is returned gives them back their flags, and must be called."""
