@@ -118,7 +118,7 @@ def _resolved(selection: Selection, module: nn.Module, norms: Sequence[Leaf]) ->
     if not selectors:
         raise RouteError("frozen_statistics: an empty list selects nothing; leave it out")
     raise_problems([_form_problem(selector, module) for selector in selectors if not _is_selector(selector)])
-    modules = [leaf for _, leaf in part_leaves(module, lambda part: part is not module or isinstance(part, _NormBase))]
+    modules = [leaf for _, leaf in part_leaves(module, lambda part: part is not module or not part._modules)]
     problems: list[str] = []
     for selector in map(to_selector, selectors):
         found = [*module_problems(selector, modules, norms, _NOUN)]

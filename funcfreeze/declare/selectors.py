@@ -298,7 +298,7 @@ def module_problems(selector: Selector, modules: Sequence[Leaf], wanted: Sequenc
         if isinstance(rule, _Where):
             yield f"{rule} is asked about parameters (path, tensor); modules are selected here, by path, regex or kind"
         elif not any(map(rule.matches, modules)):
-            yield f"{rule} matches no module{_suggestion(rule, modules)}"
+            yield f"{rule} matches no module{_suggestion(rule, wanted or modules)}"
         elif positive and not any(map(rule.matches, wanted)):
             yield f"{rule} matches no {noun}"
 
