@@ -109,7 +109,7 @@ class FrozenNorms:
 
 
 def _has_statistics(module: nn.Module) -> bool:
-    """Whether its eval mode differs: it normalises by what it keeps then, and else moves that."""
+    """Whether it moves statistics in train mode, and normalises by them in eval mode."""
     return isinstance(module, _NormBase) and module.track_running_stats and module.running_mean is not None
 
 

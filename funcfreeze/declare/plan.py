@@ -54,6 +54,9 @@ class FrozenStatistics:
     Attributes:
         norms: the paths of the norms.
         declared: the selectors that they were declared by; not compared.
+
+    >>> print(FrozenStatistics(("backbone.1", "backbone.4"), declared=("backbone",)))
+    backbone (2 norms)
     """
 
     norms: tuple[str, ...]
@@ -67,7 +70,8 @@ class FrozenStatistics:
 class Plan:
     """The resolved loss × parameter table: which loss may update which parameters, with what weight.
 
-    Printing it shows the table; plans compare by what they say.
+    Printing it shows the table; plans compare by what they say. `frozen_statistics` are the norms that a `Step` keeps
+    from moving their running statistics, if it does.
 
     >>> from torch import nn
     >>> net = nn.ModuleDict({"encoder": nn.Linear(4, 2), "head": nn.Linear(2, 1)})

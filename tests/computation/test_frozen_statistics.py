@@ -687,8 +687,8 @@ def test_loops_of_the_users_own_refuse_such_a_plan():
     plan = step_of(model).plan
     wanted = (
         "the plan freezes the running statistics of backbone.1, backbone.3.1, which a Step does while it calls the "
-        "model; here you call it: put these norms into eval mode yourself (norm.eval()), and give the routes, or a plan "
-        "of funcfreeze.plan(model, routes)"
+        "model; here you call it: put these norms into eval mode yourself (norm.eval()), and give the routes, or a "
+        "plan of funcfreeze.plan(model, routes)"
     )
     found = losses(model, batch_of(0))
     calls = [
