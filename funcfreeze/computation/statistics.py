@@ -50,27 +50,26 @@ class FrozenNorms:
             RouteError: everything that is wrong with the selection, or what the plan names and the module does not
                 have, or both are given and differ.
         """
-        if selection is None and planned is None:
-            return FrozenNorms(None, ())
         found = part_leaves(module, _has_statistics)
         norms = {leaf.path: norm for norm, leaf in found}
-        if selection is None:
-            assert planned is not None
-            raise_problems(
-                [
-                    f"the plan freezes the statistics of {path}, no {_NOUN} of the model; {_known([*norms], module)}"
-                    for path in planned.norms
-                    if path not in norms
-                ]
-            )
-            declared = planned
-        else:
+        if selection is not None:
             declared = _resolved(selection, module, [leaf for _, leaf in found])
             if planned is not None and declared != planned:
                 raise RouteError(
                     f"frozen_statistics selects {', '.join(declared.norms)}, and the plan that was given as routes "
                     f"freezes the statistics of {', '.join(planned.norms)}; leave one of them out"
                 )
+        elif planned is not None:
+            declared = planned
+            raise_problems(
+                [
+                    f"the plan freezes the statistics of {path}, no {_NOUN} of the model; {_known([*norms], module)}"
+                    for path in declared.norms
+                    if path not in norms
+                ]
+            )
+        else:
+            return FrozenNorms(None, ())
         return FrozenNorms(declared, tuple(norms[path] for path in declared.norms))
 
     def hold(self) -> Callable[[], None]:
