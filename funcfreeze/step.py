@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,10 +18,11 @@ from funcfreeze.computation.beginning import begin, beside, take_over
 from funcfreeze.computation.computation import Computation
 from funcfreeze.computation.evaluation import Evaluation, Losses
 from funcfreeze.computation.half import Half
-from funcfreeze.computation.loss_scale import LossScale
+from funcfreeze.computation.loss_scale import LossScale, scaled
 from funcfreeze.computation.microbatches import Count, Splitting
 from funcfreeze.computation.specification import Specification, check_fits
 from funcfreeze.computation.state import State, lease_of
+from funcfreeze.computation.statistics import FrozenNorms
 from funcfreeze.computation.updating import Updating
 from funcfreeze.declare.plan import Plan, chosen, resolve_plan
 from funcfreeze.declare.routes import Selection
@@ -63,6 +64,8 @@ class Step:
             tokens: the loss is the mean weighted by these. Each part counts 1 without.
         loss_scale: for float16, the factor that keeps small gradients alive (see `LossScale`). Metrics, and gradients
             as they are returned, are free of it; hooks see it.
+        frozen_statistics: a selector of modules, or a list: every norm in them that keeps running statistics is in eval
+            mode while `losses` runs, whatever `train()` says (`losses` itself leaves these flags alone).
 
     Attributes:
         plan: the resolved, frozen loss × parameter table; printable and comparable.
@@ -100,6 +103,7 @@ class Step:
     differentiable: Selection | None
     microbatches: int | None
     counts: Mapping[str, Count] | None
+    frozen_statistics: Selection | None
     plan: Plan
     computation: Computation
     specification: Specification
@@ -122,49 +126,51 @@ class Step:
         differentiable: Selection | None = None,
         microbatches: int | None = None,
         counts: Mapping[str, Count] | None = None,
+        frozen_statistics: Selection | None = None,
     ) -> None:
         computing = find_engine(engine)
-        check_arguments(losses, optimizer, loss_scale)
+        check_arguments(losses, optimizer)
         module = as_module(model)
         refuse_unusable(module)
         leaves = module_leaves(module)
         plan = resolve_plan(routes, leaves)
-        transform = optimizer if optimizer.bind is None else optimizer.bind(leaves)
-        if loss_scale is not None:
-            transform = loss_scale.around(transform)
+        norms = FrozenNorms.of(module, frozen_statistics, plan.frozen_statistics)
+        plan = replace(plan, frozen_statistics=norms.declared)
+        transform = scaled(optimizer if optimizer.bind is None else optimizer.bind(leaves), loss_scale)
         routing = Routing.of(plan, chosen(differentiable, leaves, "differentiable"))
         functional = FunctionalModule.of(module)
         functional.refuse_accumulation_hooks()
         options = resolve(compile if engine == "routed" or compile is not None else False, module.parameters())
         if options is not None and engine != "routed":
             raise ValueError(f"only the routed engine is compiled; use compile=False with engine={engine!r}")
-        computation = Computation(Evaluation(functional, losses, plan), routing, computing, transform, loss_scale)
+        computation = Computation(
+            Evaluation(functional, losses, plan, norms), routing, computing, transform, loss_scale
+        )
         specification = Specification.of(functional, plan, transform)
         updating = Updating(computation, specification, donate)
         device = functional.present_parameters()[plan.routed[0]].device
         splitting = Splitting.of(microbatches, counts, plan.losses, device)
         compiled = None if options is None else CompiledStep(updating, options)
-        values = {
-            "model": model,
-            "losses": losses,
-            "optimizer": optimizer,
-            "engine": engine,
-            "compile": compile,
-            "donate": donate,
-            "loss_scale": loss_scale,
-            "differentiable": differentiable,
-            "microbatches": microbatches,
-            "counts": counts,
-            "plan": plan,
-            "computation": computation,
-            "specification": specification,
-            "compiled": compiled,
-            "splitting": splitting,
-            "_updating": updating,
-            "_halves": Halves(computation, splitting, compiled),
-        }
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+        vars(self).update(  # frozen: no attribute can be set
+            model=model,
+            losses=losses,
+            optimizer=optimizer,
+            engine=engine,
+            compile=compile,
+            donate=donate,
+            loss_scale=loss_scale,
+            differentiable=differentiable,
+            microbatches=microbatches,
+            counts=counts,
+            frozen_statistics=frozen_statistics,
+            plan=plan,
+            computation=computation,
+            specification=specification,
+            compiled=compiled,
+            splitting=splitting,
+            _updating=updating,
+            _halves=Halves(computation, splitting, compiled),
+        )
 
     def remade(self, **changes: Any) -> Step:
         """The same step with some of its arguments exchanged."""

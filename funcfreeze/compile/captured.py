@@ -54,7 +54,12 @@ class Captured(NamedTuple):
 
 
 def captured(
-    losses: Callable[[Any, Any], Any], module: Any, batch: Any, declared: tuple[str, ...], key: str
+    losses: Callable[[Any, Any], Any],
+    module: Any,
+    batch: Any,
+    declared: tuple[str, ...],
+    frozen_norms: tuple[Any, ...],
+    key: str,
 ) -> Captured:
     """Call the losses, and mark what they return.
 
@@ -63,6 +68,7 @@ def captured(
         module: the user's module.
         batch: the user's batch.
         declared: the names of the losses that have routes.
+        frozen_norms: the parts of the module that have to stay in eval mode.
         key: stands for all that a compiled step takes for granted beside what Dynamo guards.
     """
     if not torch.compiler.is_dynamo_compiling():
@@ -80,6 +86,8 @@ def captured(
                 is_odd = is_odd or value is not None or name not in declared
         for name in declared:
             is_odd = is_odd or not (name in found or name in _field_names(found))
+    for norm in frozen_norms:
+        is_odd = is_odd or norm.training
     held: list[tuple[Tensor, Tensor]] = []
     return Captured(marked, {name: _apart(value, held) for name, value in metrics.items()}, held, END(is_odd, key))
 

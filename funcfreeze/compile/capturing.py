@@ -93,22 +93,25 @@ class Capturing:
         """What Dynamo gives, and the buffers that the forward put in the place of others."""
         evaluation = self._computation.evaluation
         module, losses, declared = evaluation.functional.module, evaluation.losses, evaluation.plan.losses
+        norms = evaluation.frozen_norms
         stores = self._stand_ins.stores
         moved: Hashable = None
         while True:
             key = self._key(call.state.layout, moved)
             stores.look()
             around, self._call = self._call, call
+            give_back_flags = norms.hold()
             try:
                 stores.put()
                 traces = self.traces
-                found = self._captured(losses, module, batch, declared, key)
+                found = self._captured(losses, module, batch, declared, norms.norms, key)
                 if self.traces != traces:  # raised now, it would come after the state was overwritten
                     self._problems[traces] = self._stand_ins.problems()
                 return found, self._stand_ins.reassigned(_run_of(call).buffers)
             except Moved as other:  # going back to what was there before finds the program for that again
                 moved = other.found
             finally:
+                give_back_flags()
                 stores.take_back()
                 self._call = around
 

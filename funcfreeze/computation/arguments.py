@@ -1,12 +1,11 @@
-"""What is no function, no optimizer and no loss scale, told when a step is built."""
+"""What is no function and no optimizer, told when a step is built."""
 
 from __future__ import annotations
 
-from funcfreeze.computation.loss_scale import LossScale
 from funcfreeze.optim import Transform
 
 
-def check_arguments(losses: object, optimizer: object, loss_scale: object) -> None:
+def check_arguments(losses: object, optimizer: object) -> None:
     """Refuse arguments of another kind.
 
     Raises:
@@ -19,8 +18,4 @@ def check_arguments(losses: object, optimizer: object, loss_scale: object) -> No
             f"optimizer is a Transform such as funcfreeze.optim.adamw(1e-3) (called), got "
             f"{type(optimizer).__name__}; a torch optimizer class goes through funcfreeze.optim.from_torch, as in "
             "from_torch(torch.optim.RMSprop, lr=1e-3)"
-        )
-    if loss_scale is not None and not isinstance(loss_scale, LossScale):
-        raise TypeError(
-            f"loss_scale is a funcfreeze.LossScale, or None; got {type(loss_scale).__name__}: {loss_scale!r}"
         )

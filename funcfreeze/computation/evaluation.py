@@ -12,6 +12,7 @@ from torch import Tensor
 
 from funcfreeze.computation.back_door import buffer_problem, parameter_problem, raise_misuse, write_problem
 from funcfreeze.computation.inner_gradients import refuse_constants
+from funcfreeze.computation.statistics import FrozenNorms
 from funcfreeze.declare.plan import Plan
 from funcfreeze.gradients.graph import leaves_below
 from funcfreeze.model.attributes import let_go_of_graphs, nodes_made
@@ -61,12 +62,14 @@ class Evaluation:
         functional: the model.
         losses: the user's function.
         plan: which loss may update which parameters.
+        frozen_norms: those that keep their running statistics.
         seen: what the calls so far have shown.
     """
 
     functional: FunctionalModule
     losses: Losses
     plan: Plan
+    frozen_norms: FrozenNorms
     seen: Seen = field(default_factory=Seen)
 
     @cached_property
@@ -121,6 +124,7 @@ class Evaluation:
         marks = marks_of(given)
         finally_do.append(self._held(given, cloned, watch))
         losses, metrics = split(self._returned(batch, given, watch))
+        raise_misuse(self.frozen_norms.problems())
         if watch is not None:
             raise_misuse(self._misuse(watch, losses, buffers))
         left = self.functional.left(given, marks, self.unrouted)
@@ -143,6 +147,7 @@ class Evaluation:
     ) -> Callable[[], None]:
         """Put tensors into the module; what is returned ends that, and lets nothing stay there of a graph."""
         release, since = self.functional.hold(given, buffers), nodes_made()
+        give_back_flags = self.frozen_norms.hold()
 
         def end() -> None:
             try:
@@ -150,6 +155,7 @@ class Evaluation:
                     watch.undo()
                 let_go_of_graphs(self.functional.modules, since)
             finally:
+                give_back_flags()
                 release()
 
         return end

@@ -135,6 +135,21 @@ class LossScale:
         return Transform(init, update, None if run is None else in_place, algorithms=transform.algorithms)
 
 
+def scaled(transform: Transform, loss_scale: object) -> Transform:
+    """The transform with a loss scale around it, if there is one.
+
+    Raises:
+        TypeError: neither a `LossScale` nor None.
+    """
+    if loss_scale is None:
+        return transform
+    if not isinstance(loss_scale, LossScale):
+        raise TypeError(
+            f"loss_scale is a funcfreeze.LossScale, or None; got {type(loss_scale).__name__}: {loss_scale!r}"
+        )
+    return loss_scale.around(transform)
+
+
 def scale_in(optimizer: OptState) -> Tensor:
     """The present scale, from the state of a transform that a loss scale is around."""
     scale: Tensor = optimizer["loss_scale"]["scale"]

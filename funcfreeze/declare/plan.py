@@ -6,7 +6,7 @@ Every check of a declaration happens here, and nothing is checked again later.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Real
 from typing import Any
@@ -48,10 +48,30 @@ class Row:
 
 
 @dataclass(frozen=True)
+class FrozenStatistics:
+    """Which norms keep their running statistics.
+
+    Attributes:
+        norms: the paths of the norms.
+        declared: the selectors that they were declared by; not compared.
+
+    >>> print(FrozenStatistics(("backbone.1", "backbone.4"), declared=("backbone",)))
+    backbone (2 norms)
+    """
+
+    norms: tuple[str, ...]
+    declared: tuple[str, ...] = field(compare=False)
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.declared)} ({len(self.norms)} norm{'' if len(self.norms) == 1 else 's'})"
+
+
+@dataclass(frozen=True)
 class Plan:
     """The resolved loss × parameter table: which loss may update which parameters, with what weight.
 
-    Printing it shows the table; plans compare by what they say.
+    Printing it shows the table; plans compare by what they say. `frozen_statistics` are the norms that a `Step` keeps
+    from moving their running statistics, if it does.
 
     >>> from torch import nn
     >>> net = nn.ModuleDict({"encoder": nn.Linear(4, 2), "head": nn.Linear(2, 1)})
@@ -71,9 +91,11 @@ class Plan:
 
     losses: tuple[str, ...]
     rows: tuple[Row, ...]
+    frozen_statistics: FrozenStatistics | None = None
 
     def __str__(self) -> str:
-        return format_plan(self.losses, self.rows)
+        table = format_plan(self.losses, self.rows)
+        return table if self.frozen_statistics is None else f"{table}\nfrozen statistics  {self.frozen_statistics}"
 
     @cached_property
     def paths(self) -> tuple[str, ...]:
@@ -98,6 +120,7 @@ class Plan:
                 }
                 for row in self.rows
             ],
+            **({} if self.frozen_statistics is None else {"frozen_statistics": _listed(self.frozen_statistics)}),
         }
 
     @staticmethod
@@ -117,9 +140,15 @@ class Plan:
                 )
                 for row in data["parameters"]
             )
-            return Plan(tuple(data["losses"]), rows)
+            frozen = data.get("frozen_statistics")
+            statistics = None if frozen is None else FrozenStatistics(tuple(frozen["norms"]), tuple(frozen["declared"]))
+            return Plan(tuple(data["losses"]), rows, statistics)
         except (KeyError, TypeError, AttributeError) as error:
             raise RouteError(f"this is not a plan's data: {type(error).__name__}: {error}") from error
+
+
+def _listed(statistics: FrozenStatistics) -> dict[str, list[str]]:
+    return {"norms": list(statistics.norms), "declared": list(statistics.declared)}
 
 
 def resolve_plan(routes: object, leaves: Sequence[Leaf]) -> Plan:
@@ -154,6 +183,20 @@ def resolve_plan(routes: object, leaves: Sequence[Leaf]) -> Plan:
         for leaf, row in zip(leaves, weights, strict=True)
     )
     return Plan(tuple(routes), tuple(rows))
+
+
+def refuse_frozen_statistics(routes: object) -> None:
+    """Refuse a plan that freezes statistics where the user calls the model.
+
+    Raises:
+        RouteError: naming the norms.
+    """
+    if isinstance(routes, Plan) and routes.frozen_statistics is not None:
+        raise RouteError(
+            f"the plan freezes the running statistics of {', '.join(routes.frozen_statistics.norms)}, which a Step "
+            "does while it calls the model; here you call it: put these norms into eval mode yourself (norm.eval()), "
+            "and give the routes, or a plan of funcfreeze.plan(model, routes)"
+        )
 
 
 def raise_problems(problems: Sequence[str]) -> None:
@@ -227,7 +270,7 @@ def _of_these_parameters(plan: Plan, leaves: Sequence[Leaf]) -> Plan:
         if row.weights and not leaf.trainable:
             problems.append(f"{path} is routed in the plan and frozen in the model (requires_grad is False)")
     raise_problems(problems)
-    return Plan(plan.losses, tuple(planned[leaf.path] for leaf in leaves))
+    return replace(plan, rows=tuple(planned[leaf.path] for leaf in leaves))
 
 
 def _weight_to_data(weight: Weight) -> Any:

@@ -51,7 +51,12 @@ class Plans(Mapping[str, Plan]):
     def __str__(self) -> str:
         losses = [f"{member}.{loss}" for member, plan in self.plans.items() for loss in plan.losses]
         groups = [(_title(member, self.turns[member]), len(plan.losses)) for member, plan in self.plans.items()]
-        return format_plan(losses, self.rows, groups)
+        frozen = [
+            f"frozen statistics  {member}: {plan.frozen_statistics}"
+            for member, plan in self.plans.items()
+            if plan.frozen_statistics is not None
+        ]
+        return "\n".join([format_plan(losses, self.rows, groups), *frozen])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON: each member's plan and turns."""

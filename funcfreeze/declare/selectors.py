@@ -285,6 +285,24 @@ def resolve(selector: Selector, leaves: Sequence[Leaf]) -> tuple[frozenset[int],
     return chosen, problems
 
 
+def module_problems(selector: Selector, modules: Sequence[Leaf], wanted: Sequence[Leaf], noun: str) -> Iterator[str]:
+    """What is wrong with a selector that is to select modules of a sort.
+
+    Args:
+        selector: asked as for parameters, with the paths and types of modules.
+        modules: all of them, each with its own type the innermost one.
+        wanted: those of the sort.
+        noun: the sort.
+    """
+    for rule, positive in _atoms(selector, True):
+        if isinstance(rule, _Where):
+            yield f"{rule} is asked about parameters (path, tensor); modules are selected here, by path, regex or kind"
+        elif not any(map(rule.matches, modules)):
+            yield f"{rule} matches no module{_suggestion(rule, wanted or modules)}"
+        elif positive and not any(map(rule.matches, wanted)):
+            yield f"{rule} matches no {noun}"
+
+
 def _check(rule: _Rule, positive: bool, leaves: Sequence[Leaf]) -> Iterator[str]:
     """What is wrong with one atom of a selector; `positive` unless a difference or a complement takes it away."""
     matched = [leaf for leaf in leaves if rule.matches(leaf)]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from funcfreeze.declare.plan import resolve_plan
+from funcfreeze.declare.plan import refuse_frozen_statistics, resolve_plan
 from funcfreeze.declare.selectors import Leaf, RouteError
 from funcfreeze.gradients import Routing
 from funcfreeze.gradients.graph import NO_LEAF
@@ -26,6 +26,7 @@ def leaves_of(model: Model) -> list[Leaf]:
 
 def parameters_and_routing(model: Model, routes: object) -> tuple[list[Tensor], Routing]:
     """The parameters, and which loss may update which."""
+    refuse_frozen_statistics(routes)
     leaves = leaves_of(model)
     return [leaf.tensor for leaf in leaves], Routing.of(resolve_plan(routes, leaves))
 

@@ -9,6 +9,8 @@ from torch import nn
 
 from funcfreeze.model.mapping import Parts
 
+_WITHOUT_A_SHAPE = nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer
+
 
 def refuse_unusable(module: nn.Module) -> None:
     """Refuse modules whose parameters cannot be handled as plain tensors, saying why and what to do.
@@ -22,10 +24,12 @@ def refuse_unusable(module: nn.Module) -> None:
     problems = [problem for path, inner in module.named_modules() if (problem := _refusal(path, inner))]
     if problems:
         raise TypeError("\n".join(problems))
-    lazy = [path for path, p in module.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    lazy = [path for path, tensor in tensors if isinstance(tensor, _WITHOUT_A_SHAPE)]
     if lazy:
         raise ValueError(
-            f"parameters without a shape yet (lazy modules): {', '.join(lazy)}; run one batch through the model first"
+            "parameters or buffers without a shape yet (lazy modules): "
+            f"{', '.join(lazy)}; run one batch through the model first"
         )
     nested = [path for path, p in module.named_parameters() if p.is_nested and p.layout == torch.strided]
     if nested:

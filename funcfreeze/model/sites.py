@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from funcfreeze.declare.selectors import Leaf
@@ -90,6 +91,38 @@ def module_leaves(module: nn.Module) -> list[Leaf]:
         written = {clear[name]: name for name in names if clear[name] != name}
         leaves.append(Leaf(short, tensor, _ancestors(names, types), tensor.requires_grad, written))
     return leaves
+
+
+def part_leaves(module: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[tuple[nn.Module, Leaf]]:
+    """Parts of a module, itself among them, each as selectors see a parameter that is in it and has its very path.
+
+    Args:
+        module: whose parts.
+        wanted: which of them.
+    """
+    named = [*module.named_modules(remove_duplicate=False)]
+    types = {path: type(inner) for path, inner in named}
+    parts = {id(inner): inner for _, inner in named if wanted(inner)}
+    names: dict[int, list[str]] = {}
+    for path, inner in named:
+        if id(inner) in parts:
+            names.setdefault(id(inner), []).append(path)
+    clear = _clear_names([path for paths in names.values() for path in paths])
+    return [
+        (
+            parts[key],
+            Leaf(
+                tuple(clear[path] for path in paths),
+                _NO_TENSOR,
+                (*_ancestors(paths, types), type(parts[key])),
+                written={clear[path]: path for path in paths if clear[path] != path},
+            ),
+        )
+        for key, paths in names.items()
+    ]
+
+
+_NO_TENSOR = torch.empty(0, device="cpu")
 
 
 def _ancestors(names: Sequence[str], types: Mapping[str, type[nn.Module]]) -> tuple[type[nn.Module], ...]:

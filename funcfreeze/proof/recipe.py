@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from funcfreeze.computation.loss_scale import scale_in, unscale
 from funcfreeze.computation.microbatches import Shares, times
 from funcfreeze.computation.state import State
+from funcfreeze.computation.statistics import FrozenNorms
 from funcfreeze.gradients.returned import check_losses
 from funcfreeze.gradients.toggle import accumulate
 from funcfreeze.model.attributes import let_go_of_graphs, nodes_made
@@ -32,6 +33,7 @@ class Recipe:
         self.transform = step.transform
         self.routed = step.plan.routed
         self.functional = FunctionalModule.of(module)
+        self.frozen_norms = FrozenNorms.of(module, None, step.plan.frozen_statistics)
         self.functional.write(state.params, state.buffers)
         self.optimizer = copy.deepcopy(state.optimizer)
         self.scaled = step.loss_scale is not None
@@ -64,7 +66,7 @@ class Recipe:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One forward, and the gradients of its losses, times their shares where it is a part of a batch."""
         parameters, since = self.functional.present_parameters(), nodes_made()
-        with torch.enable_grad():
+        with torch.enable_grad(), self.frozen_norms.holding():
             returned = self.losses(self.module, batch)
             for parameter in parameters.values():
                 parameter.grad = None  # of a backward of the losses' own

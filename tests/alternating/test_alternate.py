@@ -417,3 +417,48 @@ def test_verify_sees_members_that_do_not_run_in_turn(monkeypatch):
     report = ff.verify(step, step.init(), batches(1)[0], steps=2)
     assert not report.ok
     assert "call 1: critic, actor ran, and critic should" in str(report)
+
+
+@pytest.mark.parametrize("run", [{}, {"compile": GRAPH}], ids=["eager", "compiled"])
+def test_members_keep_statistics_and_split_batches_of_their_own(run):
+    model, given = nets(), batches(4)
+    start, plain = tensors(model), copy.deepcopy(model)
+    critic = ff.Step(model, critic_losses, ROUTES["critic"], optimizer=optimizers("critic"))
+    actor = ff.Step(
+        model,
+        actor_losses,
+        ROUTES["actor"],
+        optimizer=optimizers("actor"),
+        frozen_statistics="encoder",
+        microbatches=5,
+    )
+    step = ff.alternate({"critic": critic, "actor": actor}, start={"actor": 1}, **run)
+    assert "frozen statistics  actor: encoder" in str(step.plan)
+    state = step.init()
+    torch.manual_seed(0)
+    for batch in given:
+        state, _ = step(state, batch)
+    assert ff.verify(step, state, given[0], steps=2).ok
+    torch.manual_seed(0)
+    sgd = torch.optim.SGD(
+        [*plain["encoder"].parameters(), *plain["actor"].parameters(), plain["log_alpha"]],
+        0.05,
+        momentum=0.9,
+        weight_decay=0.1,
+    )
+    adam = torch.optim.Adam([*plain["encoder"].parameters(), *plain["critic"].parameters()], 1e-2)
+    for number, (x, y) in enumerate(given):
+        adam.zero_grad()
+        critic_losses(plain, (x, y))["q"].backward()
+        adam.step()
+        if number:
+            sgd.zero_grad()
+            plain["critic"].requires_grad_(False)
+            plain["encoder"][1].eval()
+            for row in range(5):
+                found, _ = actor_losses(plain, (x[row : row + 1], y[row : row + 1]))
+                (sum(found.values()) / 5).backward()
+            plain["encoder"][1].train()
+            plain["critic"].requires_grad_(True)
+            sgd.step()
+    assert_moved_alike(start, {**state.params, **state.buffers}, tensors(plain))
