@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from functools import partial
 
 import pytest
@@ -89,10 +88,9 @@ def test_the_designs_example_has_57():
     assert in_our_graph(dataclasses.replace(workload, routes=routes)) == 57
 
 
-SLOW = pytest.mark.skipif("FUNCFREEZE_ALL_PROGRAMS" not in os.environ, reason="half a minute; .ci/versions runs it")
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[SLOW] * (n in ("resnet", "vit-4"))) for n in WORKLOADS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("resnet", "vit-4"))) for n in WORKLOADS]
+)
 def test_no_more_products_than_by_hand(name):
     assert 0 < in_our_graph(WORKLOADS[name]()) <= by_hand(WORKLOADS[name]())
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 PROGRAM = pathlib.Path(__file__).parent / "ranks.py"
-SLOW = pytest.mark.skipif("FUNCFREEZE_ALL_PROGRAMS" not in os.environ, reason="half a minute; CI runs it")
 OTHERS = (
     *((mode, 2, "Branches") for mode in ("plain", "static", "static find")),
     *((mode, 2, kind) for mode in ("plain", "find", "static find") for kind in ("Vision", "Language")),
@@ -38,7 +37,8 @@ def test_outputs_beside_the_combined_loss_and_wrappers_that_come_and_go(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("mode", "ranks", "model"), [("find", 2, "Branches"), *(pytest.param(*other, marks=SLOW) for other in OTHERS)]
+    ("mode", "ranks", "model"),
+    [("find", 2, "Branches"), *(pytest.param(*other, marks=pytest.mark.slow) for other in OTHERS)],
 )
 def test_as_one_process_that_sees_all_shares(mode, ranks, model, tmp_path):
     environment = with_this_project()
