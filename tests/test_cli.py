@@ -172,6 +172,7 @@ WITHOUT = """
 import json, os, sys
 import funcfreeze
 
+os.chdir(sys.argv[2])
 for name, (blocked, arguments) in json.loads(sys.argv[1]).items():
     child = os.fork()  # what a case imports is its own; that torch is, is shared
     if not child:
@@ -191,7 +192,7 @@ for name, (blocked, arguments) in json.loads(sys.argv[1]).items():
 def without(tmp_path_factory):
     """Exit code, output and errors of each case, and what files are there after it."""
     folder = tmp_path_factory.mktemp("without")
-    subprocess.run([sys.executable, "-c", WITHOUT, json.dumps(CASES)], cwd=folder, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", WITHOUT, json.dumps(CASES), str(folder)], check=True, timeout=120)
     return folder
 
 
