@@ -25,7 +25,10 @@ def _float64_and_fresh_numbers(request: pytest.FixtureRequest):
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_gpu = pytest.mark.skip(reason="no CUDA device")
+    too_slow = pytest.mark.skip(reason="slow: set FUNCFREEZE_ALL_PROGRAMS=1 to run it, as CI does")
     for item in items:
+        if item.get_closest_marker("slow") and "FUNCFREEZE_ALL_PROGRAMS" not in os.environ:
+            item.add_marker(too_slow)
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(no_gpu)
 

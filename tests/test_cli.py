@@ -1,7 +1,8 @@
 """The command, as one types it."""
 
+import io
 import json
-import os
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -159,47 +160,67 @@ def test_every_command_has_help(arguments):
     assert "Usage: " in result.output
 
 
+CASES = {
+    "everything": (["typer", "rich", "sklearn", "matplotlib"], ["demo", "--out", "out"]),
+    "scikit-learn": (["sklearn"], ["demo", "--out", "out"]),
+    "matplotlib": (["matplotlib"], ["demo", "--out", "out"]),
+    "equations": (["sklearn", "matplotlib"], ["verify", "seeds"]),
+}
+"""What is not installed, and what is typed."""
+
 WITHOUT = """
-import sys
-sys.modules.update(dict.fromkeys({blocked!r}))  # None there is a module that cannot be found
-sys.argv = ["funcfreeze", *{arguments!r}]
+import json, os, sys
 import funcfreeze
-from funcfreeze.cli import main
-main()
+
+os.chdir(sys.argv[2])
+for name, (blocked, arguments) in json.loads(sys.argv[1]).items():
+    child = os.fork()  # what a case imports is its own; that torch is, is shared
+    if not child:
+        for number, stream in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{name}.{stream}", os.O_CREAT | os.O_WRONLY), number)
+        sys.modules.update(dict.fromkeys(blocked))  # None there is a module that cannot be found
+        sys.argv = ["funcfreeze", *arguments]
+        from funcfreeze.cli import main
+        main()
+        sys.exit()
+    with open(f"{name}.code", "w") as file:
+        file.write(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
 """
 
 
-def without(blocked, *arguments):
-    code = WITHOUT.format(blocked=blocked, arguments=arguments)
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+@pytest.fixture(scope="module")
+def without(tmp_path_factory):
+    """Exit code, output and errors of each case, and what files are there after it."""
+    folder = tmp_path_factory.mktemp("without")
+    subprocess.run([sys.executable, "-c", WITHOUT, json.dumps(CASES), str(folder)], check=True, timeout=120)
+    return folder
 
 
 @pytest.mark.parametrize(
-    ("blocked", "package"),
-    [(["typer", "rich", "sklearn", "matplotlib"], "typer"), (["sklearn"], "scikit-learn"),
-     (["matplotlib"], "matplotlib")],
-)  # fmt: skip
-def test_a_missing_extra_is_said_in_one_line(blocked, package, tmp_path):
-    done = without(blocked, "demo", "--out", str(tmp_path / "out"))
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert done.stderr == (
+    ("case", "package"), [("everything", "typer"), ("scikit-learn", "scikit-learn"), ("matplotlib", "matplotlib")]
+)
+def test_a_missing_extra_is_said_in_one_line(case, package, without):
+    assert (without / f"{case}.code").read_text() == "1"
+    assert (without / f"{case}.out").read_text() == ""
+    assert (without / f"{case}.err").read_text() == (
         f'funcfreeze: the command needs {package}, which is not installed: pip install "funcfreeze[demo]"\n'
     )
-    assert not (tmp_path / "out").exists()
+    assert not (without / "out").exists()
 
 
-def test_verify_needs_no_data_and_no_plots():
-    done = without(["sklearn", "matplotlib"], "verify", "seeds")
-    assert done.returncode == 0, done.stderr
+def test_verify_needs_no_data_and_no_plots(without):
+    assert (without / "equations.code").read_text() == "0", (without / "equations.err").read_text()
+    assert "ok: " in (without / "equations.out").read_text()
 
 
-def test_a_narrow_encoding_does_not_end_the_command():
-    done = subprocess.run(
-        [sys.executable, "-m", "funcfreeze.cli", "demo", "finetune", "--seeds", "1", "--steps", "1"],
-        env={**os.environ, "PYTHONIOENCODING": "ascii"},
-        capture_output=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert b"?  frozen: no route" in done.stdout
+def test_a_narrow_encoding_does_not_end_the_command(monkeypatch):
+    """As in `python -m funcfreeze.cli`, in this process."""
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "argv", ["funcfreeze", "demo", "finetune", "--seeds", "1", "--steps", "1"])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="ascii"))
+    monkeypatch.delitem(sys.modules, "funcfreeze.cli", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("funcfreeze.cli", run_name="__main__")
+    sys.stdout.flush()
+    assert not ended.value.code
+    assert b"?  frozen: no route" in printed.getvalue()

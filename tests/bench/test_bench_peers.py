@@ -86,7 +86,9 @@ def test_hand_written_code_survives_compilation(name):
     assert_same_update(by_hand.build(workload, CPU, compile={"backend": "aot_eager"}), workload)
 
 
-@pytest.mark.parametrize("name", ["gan", "actor-critic"])  # the others compile too long; each run checks them
+@pytest.mark.parametrize(  # the others compile too long; each run checks them
+    "name", ["actor-critic", pytest.param("gan", marks=pytest.mark.slow)]
+)
 @pytest.mark.skipif(find_spec("jax") is None or find_spec("optax") is None, reason="jax or optax is not installed")
 def test_jax_makes_the_same_update(name):
     import jax

@@ -25,14 +25,13 @@ CPU = torch.device("cpu")
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.fixture
-def small(monkeypatch):
+def made_small(patch):
     """One tiny workload, and peers that build quickly; one is absent and one fails."""
 
     def broken(workload, device):
         raise RuntimeError("no luck\nat all")
 
-    monkeypatch.setattr(workloads, "WORKLOADS", {"tiny": (partial(actor_critic, width=4, size=2),) * 2})
+    patch.setattr(workloads, "WORKLOADS", {"tiny": (partial(actor_critic, width=4, size=2),) * 2})
     chosen = {
         "recipe": Peer("recipe", recipe.build),
         "inputs": Peer("backward(inputs=)", inputs.build),
@@ -40,15 +39,30 @@ def small(monkeypatch):
         "by-hand": Peer("by hand", broken),
         "funcfreeze": Peer("funcfreeze", by_hand.build),  # stands in: the real one is tested beside its peers
     }
-    monkeypatch.setattr(run, "PEERS", chosen)
-    monkeypatch.setattr(alone, "PEERS", chosen)
+    patch.setattr(run, "PEERS", chosen)
+    patch.setattr(alone, "PEERS", chosen)
     return run.Options(rounds=3, workloads=("tiny",), peers=tuple(chosen), measures=run.IN_PROCESS)
 
 
 @pytest.fixture
-def data(small):
-    (found,) = run.run(small)
-    return json.loads(json.dumps(found))
+def small(monkeypatch):
+    return made_small(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def written():
+    """What a run finds, as JSON."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # a module's fixture is made before those of its tests
+    with pytest.MonkeyPatch.context() as patch:
+        (found,) = run.run(made_small(patch))
+    torch.set_default_dtype(before)
+    return json.dumps(found)
+
+
+@pytest.fixture
+def data(written):
+    return json.loads(written)
 
 
 def test_results_are_plain_data_with_everything_around_them(data):

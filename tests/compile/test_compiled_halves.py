@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import optree
 import pytest
 import torch
@@ -30,12 +32,22 @@ def losses(model, batch):
     return {"task": task, "small": h.abs().mean()}, {"mean": h.mean(0)}
 
 
-@pytest.mark.parametrize("options", [{}, {"donate": False}, {"loss_scale": ff.LossScale(8.0)}], ids=str)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+OPTIONS = {"plain": {}, "kept": {"donate": False}, "scaled": {"loss_scale": ff.LossScale(8.0)}}
+SOME = {("scheduled", "plain"), ("clipped", "kept"), ("parts", "scaled")}
+"""Each optimizer and each option once; all pairs in CI."""
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        pytest.param(*pair, marks=[pytest.mark.slow] * (pair not in SOME))
+        for pair in itertools.product(OPTIMIZERS, OPTIONS)
+    ],
+)
 def test_they_are_the_step_and_the_eager_halves(optimizer, options):
-    model = network()
-    compiled = ff.Step(model, losses, ROUTES, optimizer=OPTIMIZERS[optimizer], compile=GRAPH, **options)
-    eager = ff.Step(model, losses, ROUTES, optimizer=OPTIMIZERS[optimizer], **options)
+    model, given = network(), {"optimizer": OPTIMIZERS[optimizer], **OPTIONS[options]}
+    compiled = ff.Step(model, losses, ROUTES, compile=GRAPH, **given)
+    eager = ff.Step(model, losses, ROUTES, **given)
     whole, halved, expected = compiled.init(), compiled.init(), eager.init()
     for turn in range(6):
         batch = torch.randn(6, 4), turn in (2, 4)

@@ -130,11 +130,17 @@ ENCODERS = {
 }
 
 
+LONG = {"GRU", "transformer"}
+"""Many operators, so that they compile for long; LSTM and attention are of the same kinds."""
+
+
 def sgd(parameters):
     return torch.optim.SGD(parameters, 0.1, momentum=0.9)
 
 
-@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize(
+    "encoder", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in ENCODERS]
+)
 def test_a_graph_equals_plain_pytorch(encoder):
     model, given = Net(ENCODERS[encoder]()), batches(6, 6, 8, 10)
     step = ff.Step(model, losses, ROUTES, optimizer=ff.optim.sgd(0.1, momentum=0.9), compile=GRAPH)
@@ -196,7 +202,7 @@ OLD = pytest.mark.xfail(torch.__version__ < "2.13", reason="Dynamo lost a dynami
 
 @pytest.mark.parametrize(
     ("make", "dynamic", "traces"),
-    [(PlainTensor, None, 2), pytest.param(Everything, True, 1, marks=OLD)],
+    [(PlainTensor, None, 2), pytest.param(Everything, True, 1, marks=[OLD, pytest.mark.slow])],
     ids=["a tensor", "everything"],
 )
 def test_inductor_equals_plain_pytorch(make, dynamic, traces):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from functools import partial
 
 import pytest
@@ -89,10 +88,10 @@ def test_the_designs_example_has_57():
     assert in_our_graph(dataclasses.replace(workload, routes=routes)) == 57
 
 
-SLOW = pytest.mark.skipif("FUNCFREEZE_ALL_PROGRAMS" not in os.environ, reason="half a minute; .ci/versions runs it")
+LONG = {"resnet", "vit-4", "gpt"}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[SLOW] * (n in ("resnet", "vit-4"))) for n in WORKLOADS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in WORKLOADS])
 def test_no_more_products_than_by_hand(name):
     assert 0 < in_our_graph(WORKLOADS[name]()) <= by_hand(WORKLOADS[name]())
 
@@ -136,13 +135,13 @@ def test_optimizers_kernels_run_after_the_graph(make, monkeypatch):
         return make_boxed_func(graph.forward)
 
     backend = aot_autograd(fw_compiler=compile, inference_compiler=compile)
-    model = torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(40)])
+    model = torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(20)])
     step = ff.Step(
         model, lambda model, x: {"a": model(x).sum()}, {"a": "*"}, optimizer=make(0.1), compile={"backend": backend}
     )
     step(step.init(), torch.randn(3, 2))
-    assert calls == [80]
-    assert graphs == [(81, set())]  # 80 parameters and the batch; nothing of the optimizer
+    assert calls == [40]
+    assert graphs == [(41, set())]  # 40 parameters and the batch; nothing of the optimizer
 
 
 def test_schedules_do_not_recompile():

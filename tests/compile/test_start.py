@@ -44,7 +44,7 @@ def started(path, cache, which):
     return run.stdout.split()
 
 
-@pytest.mark.skipif("FUNCFREEZE_ALL_PROGRAMS" not in os.environ, reason="takes a minute; .ci/versions runs it")
+@pytest.mark.slow
 def test_another_process_takes_the_compiled_step_from_saved_artifacts(tmp_path):
     path = tmp_path / "artifacts"
     misses, *wanted = started(path, tmp_path / "one", "first")

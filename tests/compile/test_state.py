@@ -205,12 +205,15 @@ def test_convolutions_keep_their_activations_in_one_layout(layout):
     assert peak_bytes(partial(step, state, x)) <= 1.05 * peak_bytes(plain)
 
 
-def test_checkpointing_saves_memory_when_compiled():
+@pytest.mark.parametrize(
+    ("backend", "blocks"), [("aot_eager", 6), pytest.param("inductor", 12, marks=pytest.mark.slow)]
+)
+def test_checkpointing_saves_memory_when_compiled(backend, blocks):
     class Net(nn.Module):
         def __init__(self, checkpointed):
             super().__init__()
             self.blocks = nn.ModuleList(
-                nn.Sequential(nn.Linear(32, 256), nn.GELU(), nn.Linear(256, 32)) for _ in range(12)
+                nn.Sequential(nn.Linear(32, 256), nn.GELU(), nn.Linear(256, 32)) for _ in range(blocks)
             )
             self.checkpointed = checkpointed
 
@@ -227,7 +230,7 @@ def test_checkpointing_saves_memory_when_compiled():
             lambda model, x: {"loss": model(x).square().mean()},
             {"loss": "*"},
             optimizer=ff.optim.sgd(0.1),
-            compile=True,
+            compile={"backend": backend},
         )
         x = torch.randn(2048, 32, dtype=torch.float32)
         state, _ = step(step.init(), x)

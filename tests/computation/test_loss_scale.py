@@ -13,6 +13,7 @@ from torch import nn
 import funcfreeze as ff
 from funcfreeze.computation.loss_scale import unscale
 from funcfreeze.optim.skip import find_non_finite
+from waiting import waiting_is_an_error
 
 ENGINES = ["routed", "reference", "toggle"]
 
@@ -457,16 +458,12 @@ def test_no_step_waits_for_the_gpu_and_skipped_ones_change_no_bit(kind):
     good = [(torch.randn(5, 4, dtype=torch.float32, device="cuda"), 1, factor) for factor in (1, None, 1)]
     bad = (torch.randn(5, 4, dtype=torch.float32, device="cuda"), 1, INF)
     state, _ = step(state, good[0])
-    torch.cuda.synchronize()
     before = everything(state)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         state, _ = step(state, bad)
         after = everything(state)
         for batch in good:
             state, _ = step(state, batch)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert same_bits([t.cpu() for t in before], [t.cpu() for t in after])
     assert float(state.optimizer["loss_scale"]["scale"]) == 2.0**16 * 2 / 2 * 8
 

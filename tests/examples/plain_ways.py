@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +16,6 @@ from vision import make_importable
 
 ROOT = pathlib.Path(__file__).parents[2]
 FOLDER = ROOT / "examples"
-SLOW = pytest.mark.skipif("FUNCFREEZE_ALL_PROGRAMS" not in os.environ, reason="half a minute; CI runs it")
 
 
 def example(name: str) -> ModuleType:

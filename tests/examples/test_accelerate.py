@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from plain_ways import SLOW, distance, example, framework, recipe, relative_distance
+from plain_ways import distance, example, framework, recipe, relative_distance
 from torch.utils.data import DataLoader
 
 import funcfreeze as ff
 
-pytestmark = SLOW
+pytestmark = pytest.mark.slow
 PARTS = [
     ("drawing", 1.0, ("encoder", "decoder")),
     ("critic", 1.0, ("critic",)),

@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_ways import SLOW, distance, recipe
+from plain_ways import distance, recipe
 from torch import nn
 
 import funcfreeze as ff
 
-pytestmark = SLOW
+pytestmark = pytest.mark.slow
 ROUTES = {"digit": ["encoder", "digit"], "domain": {"domain": 1.0, "encoder": -0.1}}
 PARTS = ("digit", 1.0, ("encoder", "digit")), ("domain", 1.0, ("domain",)), ("domain", -0.1, ("encoder",))
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from plain_ways import FOLDER, ROOT, SLOW, skip_if_by_hand
+from plain_ways import FOLDER, ROOT, skip_if_by_hand
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
 INSTALL = r'pip install -c constraints\.txt "\.\[examples\]"( deepspeed)?'
@@ -51,7 +51,7 @@ def test_each_is_short_and_begins_with_its_command_and_what_it_shows(name):
     assert ast.get_docstring(ast.parse(source))
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW) for name in NAMES])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in NAMES])
 def test_each_runs(name):
     skip_if_by_hand(FRAMEWORKS[name])
     found = first_line(name)
@@ -68,7 +68,9 @@ def test_each_runs(name):
 QUICK = {"lightning_module", "deepspeed_loop"}  # these import their framework first
 
 
-@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=SLOW) for name in NAMES])
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def test_without_its_framework_it_says_how_to_get_it(name, tmp_path):
     missing = FRAMEWORKS[name]
     (tmp_path / f"{missing}.py").write_text(
@@ -80,7 +82,7 @@ def test_without_its_framework_it_says_how_to_get_it(name, tmp_path):
     assert ended.stdout == ""
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW) for name in ("ddp", "deepspeed_loop")])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "deepspeed_loop")])
 def test_without_torchrun_it_says_how_to_start(name):
     skip_if_by_hand(FRAMEWORKS[name])
     ended = run([f"examples/{name}.py"])

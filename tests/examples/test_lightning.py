@@ -8,13 +8,13 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_ways import SLOW, dann, distance, example, framework, recipe, relative_distance, scaled
+from plain_ways import dann, distance, example, framework, recipe, relative_distance, scaled
 from torch.utils.data import DataLoader, TensorDataset
 
 import funcfreeze as ff
 
 pytestmark = [
-    SLOW,
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*`Trainer.fit` stopped"),
 ]

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from plain_ways import ROOT, SLOW, skip_if_by_hand
+from plain_ways import ROOT, skip_if_by_hand
 
 PROGRAM = pathlib.Path(__file__).parent / "on_ranks.py"
 NEEDED = {
@@ -20,7 +20,10 @@ NEEDED = {
     "trainer": "peft",
     "deepspeed": "deepspeed",
 }
-pytestmark = [SLOW, pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed"),
+]
 
 
 @pytest.mark.parametrize("name", NEEDED)

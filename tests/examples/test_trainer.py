@@ -8,11 +8,11 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_ways import SLOW, distance, example, framework, scaled
+from plain_ways import distance, example, framework, scaled
 
 import funcfreeze as ff
 
-pytestmark = SLOW
+pytestmark = pytest.mark.slow
 DROPOUT = "hidden_dropout_prob", "attention_probs_dropout_prob"
 
 

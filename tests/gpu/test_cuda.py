@@ -11,6 +11,7 @@ from torch import nn
 
 import funcfreeze as ff
 from recipe_run import assert_same_displacement, recipe_run, step_run
+from waiting import waiting_is_an_error
 
 pytestmark = pytest.mark.gpu
 
@@ -84,13 +85,9 @@ def test_nothing_waits_for_the_device(compile, loss_scale):
     given = batches(6)
     for batch in given[:4]:
         state, _ = step(state, batch)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         for batch in given[4:]:
             state, _ = step(state, batch)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("compile", [False, True, GRAPHS], ids=["eager", "inductor", "CUDA graphs"])
@@ -121,13 +118,9 @@ def test_schedules_and_rmsprop_wait_for_nothing(compile, loss_scale):
     state = step.init()
     for batch in given[:3]:
         state, _ = step(state, batch)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         for batch in given[3:]:
             state, _ = step(state, batch)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert step.traces == (compile is not False)
     for path, parameter in eager.named_parameters():
         torch.testing.assert_close(state.params[path], parameter.detach(), rtol=1e-3, atol=1e-4)

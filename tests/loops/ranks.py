@@ -1,13 +1,16 @@
-"""What runs on every rank, in processes of its own: `python ranks.py RANK RANKS FILE MODE MODEL`.
+"""What runs on every rank, in processes of its own: `python ranks.py RANKS FOLDER MODE MODEL`.
 
 Under DistributedDataParallel `ff.combine` must move a model as one process does that forwards every rank's share from
-rank 0's buffers and averages the merged gradients.
+rank 0's buffers and averages the merged gradients. What a rank found is in FOLDER/RANK.json.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
 import json
+import multiprocessing
+import pathlib
 import sys
 from typing import ClassVar
 
@@ -131,10 +134,10 @@ def simulated(model, shares, present):
             parameter.grad *= 2 / len(shares)
 
 
-def main(rank, ranks, file, mode, kind):
+def on_rank(rank, ranks, folder, mode, kind):
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=ranks)
     torch.manual_seed(0)
     model = MODELS[kind](unused="find" in mode)
     alone = copy.deepcopy(model)
@@ -195,8 +198,25 @@ def main(rank, ranks, file, mode, kind):
     of_one_gradient = sum(parameter.nbytes for parameter in model.parameters())
     told = {"worst": worst, "moved": moved, "refused": refused, "unknown": unknown}
     told |= {"sent": sent[1:], "of one gradient": of_one_gradient}
-    sys.stdout.write(json.dumps(told))
+    (folder / f"{rank}.json").write_text(json.dumps(told))
+
+
+def main(ranks, folder, mode, kind):
+    """Whether all ranks came to their end. They share what is imported: optimizers import the compiler."""
+    importlib.import_module("torch._dynamo")
+    context = multiprocessing.get_context("fork")
+    each = [
+        context.Process(target=on_rank, args=(rank, ranks, pathlib.Path(folder), mode, kind)) for rank in range(ranks)
+    ]
+    for process in each:
+        process.start()
+    for process in each:
+        process.join(timeout=240)
+    for process in each:
+        process.kill()  # who still waits for one that has failed
+        process.join()
+    return all(process.exitcode == 0 for process in each)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    sys.exit(not main(int(sys.argv[1]), *sys.argv[2:]))

@@ -8,6 +8,7 @@ import torch
 import funcfreeze as ff
 
 ROUTES = {"task": "*", "adv": {"body": -0.3}}
+ENGINES = ["routed", pytest.param("reference", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +53,13 @@ def assert_same(got, wanted):
 
 @pytest.mark.parametrize(
     ("backend", "required"),
-    [("eager", "all"), ("aot_eager", "all"), ("aot_eager", "argument"), ("aot_eager", "rate"), ("inductor", "all")],
+    [
+        ("eager", "all"),
+        ("aot_eager", "all"),
+        ("aot_eager", "rate"),
+        pytest.param("aot_eager", "argument", marks=pytest.mark.slow),
+        pytest.param("inductor", "all", marks=pytest.mark.slow),
+    ],
 )
 def test_a_compiled_outer_loss(backend, required):
     """What requires grad: parameters, an argument and a learned rate; or one of these alone."""
@@ -70,7 +77,7 @@ def test_a_compiled_outer_loss(backend, required):
     assert_same(*found)
 
 
-@pytest.mark.parametrize("engine", ["routed", "reference"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_compiled_gradients_and_losses_are_differentiated_outside(engine):
     f, x, p = ff.grad_and_value(losses, ROUTES, engine=engine), torch.randn(5, 3), parameters()
     at = [p["body"], p["head"]]
@@ -89,7 +96,7 @@ def test_compiled_gradients_and_losses_are_differentiated_outside(engine):
         again[0].sum().backward()
 
 
-@pytest.mark.parametrize("engine", ["routed", "reference"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_gradients_of_gradients_inside_one_graph(engine):
     """`ff.grad` over `ff.grad`, and transforms of torch.func over it."""
     inner = ff.grad(losses, ROUTES, engine=engine)
@@ -118,8 +125,15 @@ def test_under_no_grad_the_graph_is_a_plain_one(where):
     assert_same([grads["body"], grads["head"]], [gradient.detach() for gradient in by_hand(p, x).values()])
 
 
-@pytest.mark.parametrize("engine", ["routed", "reference"])
-@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize(
+    ("engine", "beside"),
+    [
+        ("routed", False),
+        ("reference", True),
+        pytest.param("routed", True, marks=pytest.mark.slow),
+        pytest.param("reference", False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_closure_that_requires_grad_is_refused(engine, beside):
     """AOTAutograd would take it for a constant: its gradient would be missing in silence."""
     rate = torch.randn((2,), requires_grad=True)
@@ -169,8 +183,15 @@ def test_toggle_says_so_inside_a_graph():
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
 )  # Dynamo asks for it
-@pytest.mark.parametrize("engine", ["routed", "reference"])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    ("engine", "backend"),
+    [
+        ("routed", "aot_eager"),
+        ("reference", "eager"),
+        pytest.param("routed", "eager", marks=pytest.mark.slow),
+        pytest.param("reference", "aot_eager", marks=pytest.mark.slow),
+    ],
+)
 def test_what_cannot_be_one_graph_is_computed_outside_of_it(engine, backend):
     """Losses that ask for a value: Dynamo breaks its graph around them, and leaves the engine alone."""
 

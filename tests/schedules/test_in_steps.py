@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from funcfreeze.schedules import cosine, dann, exponential, from_torch, join, li
 
 COMPILED = [False, {"backend": "aot_eager"}]
 STEPS = 9
-SLOW = pytest.mark.skipif("FUNCFREEZE_ALL_PROGRAMS" not in os.environ, reason="ten seconds; .ci/versions runs it")
 
 
 def network():
@@ -94,7 +92,7 @@ def test_a_step_is_the_recipe_with_torchs_scheduler(rate, scheduled, compile):
         torch.testing.assert_close(state.params[path], value, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=SLOW)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_every_kind_compiled_once_and_as_eagerly(backend):
     schedules = [
         getattr(ff.schedules, name)(*arguments)
