@@ -9,20 +9,23 @@ from torch import Tensor
 from torch.optim import Adam, AdamW
 
 from funcfreeze.optim.algorithm import Algorithm
-from funcfreeze.optim.hyperparameters import LearningRate, Rate, check_number, check_rate, check_state_dtype
+from funcfreeze.optim.decay import decayed
+from funcfreeze.optim.hyperparameters import check_number, check_state_dtype
 from funcfreeze.optim.kernels import adam_
 from funcfreeze.optim.leafwise import Entry, Rule, leafwise
 from funcfreeze.optim.opaque import is_traced, opaque, readable
+from funcfreeze.optim.paces import Pace, Paces, apart
+from funcfreeze.optim.rates import Rates
 from funcfreeze.optim.reals import as_real, back_to
 from funcfreeze.optim.transform import Transform
 
 
 def adam(
-    lr: LearningRate = 1e-3,
+    lr: Rates = 1e-3,
     *,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-    weight_decay: float = 0,
+    weight_decay: Rates = 0,
     amsgrad: bool = False,
     maximize: bool = False,
     state_dtype: torch.dtype | None = None,
@@ -49,11 +52,11 @@ def adam(
 
 
 def adamw(
-    lr: LearningRate = 1e-3,
+    lr: Rates = 1e-3,
     *,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-    weight_decay: float = 1e-2,
+    weight_decay: Rates = 1e-2,
     amsgrad: bool = False,
     maximize: bool = False,
     state_dtype: torch.dtype | None = None,
@@ -70,28 +73,25 @@ def adamw(
 
 def _adam(
     name: str,
-    lr: LearningRate,
+    lr: Rates,
     betas: tuple[float, float],
     eps: float,
-    weight_decay: float,
+    weight_decay: Rates,
     amsgrad: bool,
     maximize: bool,
     state_dtype: torch.dtype | None,
     *,
     decoupled: bool,
 ) -> Transform:
-    check_rate(name, lr)
+    paces = Paces.of(name, lr, weight_decay)
     beta1, beta2 = (
         float(check_number(name, f"betas[{index}]", beta, below=1.0)) for index, beta in enumerate(_pair(name, betas))
     )
     check_number(name, "eps", eps)
-    check_number(name, "weight_decay", weight_decay)
     check_state_dtype(name, state_dtype)
 
-    def pure(param: Tensor, grad: Tensor, entry: Entry, rate: Rate) -> tuple[Tensor, Entry]:
-        descent = -grad if maximize else grad
-        if weight_decay != 0 and not decoupled:
-            descent = descent + weight_decay * param
+    def pure(param: Tensor, grad: Tensor, entry: Entry, pace: Pace) -> tuple[Tensor, Entry]:
+        descent = decayed(param, grad, 0.0 if decoupled else pace.weight_decay, maximize)
         # The count is float32 as torch's; its powers need more digits than that.
         step = entry["step"] + 1
         count = step.to(torch.float64)
@@ -100,14 +100,14 @@ def _adam(
         square = torch.addcmul(beta2 * as_real(entry["exp_avg_sq"]), direction, direction, value=1 - beta2)
         largest = torch.maximum(as_real(entry["max_exp_avg_sq"]), square) if amsgrad else square
         denominator = largest.sqrt() / (1 - beta2**count).sqrt() + eps
-        moved = -(rate / (1 - beta1**count)) * (mean / denominator)
+        moved = -(pace.lr / (1 - beta1**count)) * (mean / denominator)
         if decoupled:
-            moved = moved - rate * weight_decay * as_real(param)
+            moved = moved - pace.lr * pace.weight_decay * as_real(param)
         kept = {"exp_avg": mean, "exp_avg_sq": square, **({"max_exp_avg_sq": largest} if amsgrad else {})}
         return back_to(moved, param), {"step": step, **{slot: back_to(value, param) for slot, value in kept.items()}}
 
     def fused(
-        params: list[Tensor], grads: list[Tensor], entries: list[Entry], rate: Rate, found_inf: Tensor | None
+        params: list[Tensor], grads: list[Tensor], entries: list[Entry], pace: Pace, found_inf: Tensor | None
     ) -> Callable[[], None]:
         kernel = _operator if is_traced(params[0]) else _kernel
 
@@ -119,12 +119,11 @@ def _adam(
                 [entry["max_exp_avg_sq"] for entry in entries] if amsgrad else [],
                 [entry["step"] for entry in entries],
                 grads,
-                rate if isinstance(rate, Tensor) else None,
-                0.0 if isinstance(rate, Tensor) else rate,
+                *apart(pace.lr),
+                *apart(pace.weight_decay),
                 found_inf,
                 beta1,
                 beta2,
-                weight_decay,
                 eps,
                 amsgrad,
                 maximize,
@@ -137,14 +136,13 @@ def _adam(
     options = {
         "betas": (beta1, beta2),
         "eps": eps,
-        "weight_decay": weight_decay,
         "amsgrad": amsgrad,
         "maximize": maximize,
         "decoupled_weight_decay": decoupled,
     }
     kinds = (AdamW, Adam) if decoupled else (Adam, AdamW)
     algorithm = Algorithm(kinds, options, slots)
-    return leafwise(Rule(name, algorithm, slots, pure, fused, takes_sparse=False, state_dtype=state_dtype), lr)
+    return leafwise(Rule(name, algorithm, slots, pure, fused, takes_sparse=False, state_dtype=state_dtype), paces)
 
 
 def _kernel(
@@ -156,10 +154,11 @@ def _kernel(
     grads: list[Tensor],
     rate: Tensor | None,
     lr: float,
+    decay: Tensor | None,
+    weight_decay: float,
     found_inf: Tensor | None,
     beta1: float,
     beta2: float,
-    weight_decay: float,
     eps: float,
     amsgrad: bool,
     maximize: bool,
@@ -176,7 +175,7 @@ def _kernel(
         decoupled=decoupled,
         lr=lr if rate is None else rate,
         betas=(beta1, beta2),
-        weight_decay=weight_decay,
+        weight_decay=weight_decay if decay is None else decay,
         eps=eps,
         amsgrad=amsgrad,
         maximize=maximize,
@@ -187,8 +186,8 @@ def _kernel(
 _operator = opaque(
     "adam_",
     ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps"),
-    "Tensor[] grads, Tensor? rate, float lr, Tensor? found_inf, float beta1, float beta2, float weight_decay, "
-    "float eps, bool amsgrad, bool maximize, bool decoupled",
+    "Tensor[] grads, Tensor? rate, float lr, Tensor? decay, float weight_decay, Tensor? found_inf, "
+    "float beta1, float beta2, float eps, bool amsgrad, bool maximize, bool decoupled",
     _kernel,
 )
 

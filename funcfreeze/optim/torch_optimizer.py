@@ -49,7 +49,7 @@ def from_torch(optimizer: type[Optimizer], **kwargs: Any) -> Transform:
     lr = kwargs.get("lr")
 
     def build(params: list[nn.Parameter], step: int | Tensor | None) -> Optimizer:
-        now = {"lr": float(rate_at(name, lr, step))} if callable(lr) else {}
+        now = {"lr": float(rate_at(name, "lr", lr, step))} if callable(lr) else {}
         make: Callable[..., Optimizer] = optimizer  # takes more than the base class does
         try:
             return make(params, **{**kwargs, **now})
