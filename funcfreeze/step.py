@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from funcfreeze.compile import CompiledStep, resolve
 from funcfreeze.computation.adoption import Adoption, adopted, begun_state
 from funcfreeze.computation.back_door import refuse_writes
-from funcfreeze.computation.computation import Computation
+from funcfreeze.computation.computation import Computation, refuse_ours
 from funcfreeze.computation.evaluation import Evaluation, Losses
 from funcfreeze.computation.half import Half
 from funcfreeze.computation.loss_scale import LossScale
@@ -124,6 +124,7 @@ class Step:
         refuse_unusable(module)
         leaves = module_leaves(module)
         plan = resolve_plan(routes, leaves)
+        refuse_ours(plan.losses, "loss")
         transform = optimizer if optimizer.bind is None else optimizer.bind(leaves)
         if loss_scale is not None:
             transform = loss_scale.around(transform)
@@ -206,7 +207,8 @@ class Step:
         Returns:
             The new state, and the metrics: every present loss by name (detached, 0-d, unweighted), and what `losses`
             returned beside them: detached and apart from the state, in containers of the same types (dicts, lists,
-            tuples, dataclasses, mappings of any kind). An object that is no container is returned as it is.
+            tuples, dataclasses, mappings of any kind). An object that is no container is returned as it is. Metrics of
+            the step's own begin with `ff/`: `ff/grad_norm`, where the optimizer clips by the global norm.
 
         Raises:
             RuntimeError: the state is spent, or the forward changed a parameter.
@@ -229,7 +231,8 @@ class Step:
         half = self.computation.gradients(*state.fields, batch)
         with grad_mode(False):
             metrics = {**half.losses, **self._updating.metrics(state, half)}
-            return self._updating.update(state, half), metrics
+            after, measured = self._updating.update(state, half)
+            return after, {**metrics, **measured}
 
     def compute(self, state: State, batch: Any, *, per_loss: bool = False) -> Half:
         """The first half of a step: one forward and its backward. The state is not spent.
@@ -280,7 +283,8 @@ class Step:
         with grad_mode(False):
             metrics = {**half.losses, **self._updating.metrics(state, half)}
             update = self._updating.update if self.compiled is None else self.compiled.apply
-            return update(state, half), metrics
+            after, measured = update(state, half)
+            return after, {**metrics, **measured}
 
     def gradients(self, state: State, batch: Any) -> dict[str, Tensor]:
         """The merged gradients by path, holding only touched parameters.

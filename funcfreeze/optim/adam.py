@@ -35,6 +35,9 @@ def adam(
     The state of a parameter is `step`, `exp_avg`, `exp_avg_sq` and, with `amsgrad`, `max_exp_avg_sq`. The bias
     correction reads the parameter's own `step`, which counts the steps at which it was touched.
 
+    `lr` and `weight_decay` are numbers, 0-d tensors or schedules, or mappings from selectors to these, where torch.optim
+    has parameter groups: see `adamw`.
+
     With `state_dtype=torch.float32` parameters in half precision have their state in float32, and all is computed in
     it; only the update that comes out is rounded to the parameter's own dtype, in which it is added.
 
@@ -63,10 +66,39 @@ def adamw(
 ) -> Transform:
     """AdamW; the same numbers as torch.optim.AdamW: Adam with the weight decay apart from the gradient.
 
+    Args:
+        lr: the learning rate: a number, a 0-d tensor or a schedule of the step; or a mapping from selectors to these,
+            which has to cover every parameter that is updated.
+        weight_decay: the same; a parameter that no selector takes has a decay of 0.
+        betas: the decay rates of the two running means.
+        eps: added to the root of the second.
+        amsgrad: whether the largest second mean so far is used.
+        maximize: whether to go up.
+        state_dtype: see `adam`.
+
+    Raises:
+        RouteError: a mapping does not fit the parameters, when these are known: two entries that claim one parameter, a
+            selector that takes none that is updated, parameters without a rate. Tells all of it.
+        TypeError, ValueError: an option out of its range.
+
     >>> tx = adamw(0.1, weight_decay=0.5)
     >>> params = {"w": torch.ones(2)}
     >>> tx.update({"w": torch.zeros(2)}, tx.init(params), params)[0]
     {'w': tensor([-0.0500, -0.0500])}
+
+    Two rates, and no decay of biases and norms; the state knows nothing of that:
+
+    >>> from funcfreeze import where
+    >>> matrices = where(lambda path, p: p.ndim > 1)
+    >>> tx = adamw({"backbone": 1e-5, "head": 1e-3}, weight_decay={matrices: 0.05})
+    >>> params = {"backbone.weight": torch.ones(2, 2), "head.weight": torch.ones(1, 2), "head.bias": torch.ones(1)}
+    >>> sorted(tx.init(params))
+    ['backbone.weight', 'head.bias', 'head.weight']
+    >>> adamw({"backbone": 1e-5}).init(params)
+    Traceback (most recent call last):
+        ...
+    funcfreeze.declare.selectors.RouteError: adamw: the rates do not fit the parameters that are updated:
+      lr: head.weight, head.bias: claimed by none of backbone
     """
     return _adam("adamw", lr, betas, eps, weight_decay, amsgrad, maximize, state_dtype, decoupled=True)
 

@@ -11,6 +11,7 @@ from funcfreeze.optim.algorithm import Algorithm
 from funcfreeze.optim.choice import BySelector, Choice, Found, by_label
 from funcfreeze.optim.transform import (
     Named,
+    Note,
     OptState,
     PyTree,
     Transform,
@@ -139,6 +140,15 @@ def _build(members: Mapping[str, Transform], choice: Choice) -> Transform:
         }
         return lambda: {name: commit() for name, commit in commits.items()}
 
+    def measuring(note: Note) -> Transform:
+        return _build(
+            {
+                name: member.measuring(_under(name, note)) if member.measuring is not None else member
+                for name, member in members.items()
+            },
+            choice,
+        )
+
     def algorithms(paths: Collection[str]) -> Mapping[str, Algorithm]:
         return _algorithms(members, _takers(choice.among({})), paths)
 
@@ -148,7 +158,13 @@ def _build(members: Mapping[str, Transform], choice: Choice) -> Transform:
         in_place if len(forms) == len(members) else None,
         bind,
         algorithms if choice.bound is not None else None,
+        measuring if any(member.measuring is not None for member in members.values()) else None,
     )
+
+
+def _under(name: str, note: Note) -> Note:
+    """Takes what a part measures, by the part's name."""
+    return lambda measured, value: note(f"{measured}/{name}", value)
 
 
 def _algorithms(members: Mapping[str, Transform], claimed: Takers, paths: Collection[str]) -> Mapping[str, Algorithm]:

@@ -39,6 +39,11 @@ class Option:
         Raises:
             TypeError, ValueError: it is neither a rate nor a mapping from selectors; tells all that is wrong in one.
         """
+        if isinstance(given, list | tuple):
+            raise TypeError(
+                f"{owner}: {name} is one rate, or a mapping from selectors such as "
+                f'{{"encoder": 1e-5, "head": 1e-3}} where torch.optim has parameter groups; got {given!r}'
+            )
         if not isinstance(given, Mapping):
             check_rate(owner, name, given)
             return Option(name, {"": given}, None, None)
@@ -94,13 +99,15 @@ class Option:
             yield from wrong
         if strangers := [path for path in paths if path not in found.takers]:
             yield f"bound to other parameters; these are unknown: {', '.join(strangers)}"
+        disputed: dict[tuple[str, ...], list[str]] = {}
         for path in paths:
-            labels = found.takers.get(path, ())
-            if len(labels) > 1:
-                yield (
-                    f"{path}: claimed by {' and '.join(labels)}; take one from the other, as in "
-                    'ff.path("*") - "encoder"'
-                )
+            if len(found.takers.get(path, ())) > 1:
+                disputed.setdefault(found.takers[path], []).append(path)
+        for labels, those in disputed.items():
+            yield (
+                f"{', '.join(those)}: claimed by {' and '.join(labels)}; take one from the other, as in "
+                'ff.path("*") - "encoder"'
+            )
         bare = [path for path in paths if found.takers.get(path) == ()]
         if bare and self.rest is None:
             yield f"{', '.join(bare)}: claimed by none of {', '.join(self.values)}"

@@ -40,6 +40,8 @@ def rmsprop(
     The state of a parameter is `step`, `square_avg`, with momentum `momentum_buffer` and, centered, `grad_avg`.
     Nothing reads `step`; torch keeps it.
 
+    `lr` and `weight_decay` may be given by selector (see `adamw`).
+
     `state_dtype` is the precision in which they are kept and all is computed (see `adam`).
 
     >>> tx = rmsprop(0.1, alpha=0.75)

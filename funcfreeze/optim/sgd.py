@@ -36,9 +36,11 @@ def sgd(
     a copy of it that is not dampened; here the buffer is there from the start, as zeros, which gives the same numbers.
     With dampening a count, `step`, is kept too, to tell that first gradient from the later ones.
 
+    `lr` and `weight_decay` may be given by selector (see `adamw`).
+
     `state_dtype` is the precision in which the buffer is kept and all is computed (see `adam`).
 
-    Sparse gradients are taken where torch.optim.SGD takes them: without weight decay.
+    Sparse gradients are taken where torch.optim.SGD takes them: where there is no weight decay.
 
     >>> tx = sgd(0.5, momentum=0.9)
     >>> params = {"w": torch.ones(2)}
