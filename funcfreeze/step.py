@@ -15,7 +15,7 @@ from funcfreeze.computation.adoption import Adoption
 from funcfreeze.computation.arguments import check_arguments
 from funcfreeze.computation.back_door import refuse_writes
 from funcfreeze.computation.beginning import begin, beside, take_over
-from funcfreeze.computation.computation import Computation
+from funcfreeze.computation.computation import Computation, refuse_ours
 from funcfreeze.computation.evaluation import Evaluation, Losses
 from funcfreeze.computation.half import Half
 from funcfreeze.computation.loss_scale import LossScale, scaled
@@ -134,6 +134,7 @@ class Step:
         refuse_unusable(module)
         leaves = module_leaves(module)
         plan = resolve_plan(routes, leaves)
+        refuse_ours(plan.losses, "loss")
         norms = FrozenNorms.of(module, frozen_statistics, plan.frozen_statistics)
         plan = replace(plan, frozen_statistics=norms.declared)
         transform = scaled(optimizer if optimizer.bind is None else optimizer.bind(leaves), loss_scale)
@@ -215,7 +216,8 @@ class Step:
         Returns:
             The new state, and the metrics: every present loss by name (detached, 0-d, unweighted), and what `losses`
             returned beside them: detached and apart from the state, in containers of the same types (dicts, lists,
-            tuples, dataclasses, mappings of any kind). An object that is no container is returned as it is.
+            tuples, dataclasses, mappings of any kind). An object that is no container is returned as it is. Metrics of
+            the step's own begin with `ff/`: `ff/grad_norm`, where the optimizer clips by the global norm.
 
         Raises:
             RuntimeError: the state is spent, or the forward changed a parameter.
@@ -239,7 +241,8 @@ class Step:
         with grad_mode(False):
             metrics = {**half.losses, **self._updating.metrics(state, half)}
             update = self._updating.update if self.compiled is None else self.compiled.apply
-            return update(state, half), metrics
+            after, measured = update(state, half)
+            return after, {**metrics, **measured}
 
     def compute(self, state: State, batch: Any, *, per_loss: bool = False) -> Half:
         """The first half of a step: one forward and its backward. The state is not spent.
@@ -287,7 +290,8 @@ class Step:
         with grad_mode(False):
             metrics = {**half.losses, **self._updating.metrics(state, half)}
             update = self._updating.update if self.compiled is None else self.compiled.apply
-            return update(state, half), metrics
+            after, measured = update(state, half)
+            return after, {**metrics, **measured}
 
     def gradients(self, state: State, batch: Any) -> dict[str, Tensor]:
         """The merged gradients by path, holding only touched parameters.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from funcfreeze.compile.problems import SwitchedOff
+from funcfreeze.computation.computation import OURS
 
 _LIBRARY = torch.library.Library("funcfreeze", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch's
 _LIBRARY.define("loss(Tensor loss, str name) -> Tensor")  # type: ignore[no-untyped-call]  # torch's
@@ -88,6 +89,8 @@ def captured(
             is_odd = is_odd or not (name in found or name in _field_names(found))
     for norm in frozen_norms:
         is_odd = is_odd or norm.training
+    for name in metrics:
+        is_odd = is_odd or (isinstance(name, str) and name.startswith(OURS))
     held: list[tuple[Tensor, Tensor]] = []
     return Captured(marked, {name: _apart(value, held) for name, value in metrics.items()}, held, END(is_odd, key))
 

@@ -87,7 +87,7 @@ class Capturing:
         run = _run_of(call)
         metrics = _with_values(found, self._stand_ins)
         buffers = state.overwritten({**run.buffers, **reassigned})
-        return {**found.losses, **metrics}, run._replace(buffers=buffers)
+        return {**found.losses, **metrics, **run.measured}, run._replace(buffers=buffers)
 
     def _called(self, call: Call, batch: Any) -> tuple[Captured, dict[str, Tensor]]:
         """What Dynamo gives, and the buffers that the forward put in the place of others."""

@@ -40,6 +40,7 @@ class Run(NamedTuple):
             overwritten in place.
         params: the new values of parameters that no loss may update, and that the forward wrote to.
         optimizer: the optimizer's new state, or None if all of it was overwritten in place.
+        measured: what the optimizer has measured, as metrics.
         gradients: large gradients on the CPU, kept only to keep their memory.
     """
 
@@ -47,6 +48,7 @@ class Run(NamedTuple):
     buffers: Mapping[str, Tensor]
     params: Mapping[str, Tensor]
     optimizer: Any
+    measured: Mapping[str, Tensor]
     gradients: list[Tensor]
 
 

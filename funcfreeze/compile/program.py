@@ -89,8 +89,10 @@ def compile_update(
     gradients: Sequence[Tensor],
     options: Options,
     is_static: bool,
-) -> Callable[[Listed, Sequence[Tensor]], Any]:
-    """Trace and compile an update by given gradients, which gives the optimizer's new state if it is not in place.
+) -> Callable[[Listed, Sequence[Tensor]], tuple[Any, Mapping[str, Tensor]]]:
+    """Trace and compile an update by given gradients.
+
+    It gives the optimizer's new state, None if all of it is overwritten in place, and what the optimizer has measured.
 
     Args:
         computation: whose optimizer it is.
@@ -106,7 +108,8 @@ def compile_update(
         params, _, optimizer, count = state.layout.fields(given[:number])
         with grad_mode(False):
             named = dict(zip(paths, given[number:], strict=True))
-            return state.layout.written(optimizer, computation.optimize(named, optimizer, params, count))
+            after, measured = computation.optimize(named, optimizer, params, count)
+            return state.layout.written(optimizer, after), measured
 
     with compiling():
         fakes = fakes_of(gradients, state)
@@ -247,12 +250,13 @@ def whole_step(
             # an output may be a view of what is overwritten below
             outputs = [value.detach().clone() if isinstance(value, Tensor) else value for value in returned]
             new = {path: tensor.clone() for path, tensor in changed.items()}
-            after = computation.optimize(computed.gradients, optimizer, params, count)
+            after, measured = computation.optimize(computed.gradients, optimizer, params, count)
             return Run(
                 outputs,
                 {path: tensor for path, tensor in new.items() if path in layout.buffers},
                 {path: tensor for path, tensor in new.items() if path not in layout.buffers},
                 layout.written(optimizer, after),
+                measured,
                 [gradient for gradient in computed.gradients.values() if _is_large(gradient)],
             )
 

@@ -83,13 +83,13 @@ class CompiledStep:
             dict(run.params),
         )
 
-    def apply(self, state: State, half: Half) -> State:
-        """The second half of a step."""
+    def apply(self, state: State, half: Half) -> tuple[State, Mapping[str, Tensor]]:
+        """The second half of a step: the new state, and what the optimizer has measured."""
         with grad_mode(False):
             fields, listed = self._taken(state)
-            optimizer = self._update(listed, half.gradients)
-            run = Run([], listed.overwritten(half.buffers), half.written, optimizer, [])
-            return self._after(state, fields, listed, run)
+            optimizer, measured = self._update(listed, half.gradients)
+            run = Run([], listed.overwritten(half.buffers), half.written, optimizer, measured, [])
+            return self._after(state, fields, listed, run), measured
 
     def _taken(self, state: State) -> tuple[Fields, Listed]:
         """A state's fields, whose tensors may be overwritten."""

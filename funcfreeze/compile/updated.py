@@ -17,8 +17,9 @@ from funcfreeze.computation.computation import Computation
 Key = tuple[Layout, tuple[tuple[str, Kind], ...]]
 """A state's layout, and the paths and forms of the gradients."""
 
-Program = Callable[[Listed, Sequence[Tensor]], Any]
-"""Takes an update: (a state that is overwritten, gradients) -> the optimizer's state where it is another then."""
+Program = Callable[[Listed, Sequence[Tensor]], tuple[Any, Mapping[str, Tensor]]]
+"""Takes an update: (a state that is overwritten, gradients) -> the optimizer's state where it is another then, and what
+the optimizer has measured."""
 
 
 def refuse_sparse(gradients: Mapping[str, Tensor]) -> None:
@@ -58,8 +59,12 @@ class CompiledUpdate:
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledUpdate:
         return CompiledUpdate(copy.deepcopy(self._computation, memo), self._options, self._donate)
 
-    def __call__(self, state: Listed, gradients: Mapping[str, Tensor]) -> Any:
-        """Overwrite parameters and the optimizer's state; what it returns is that where it could not be, else None."""
+    def __call__(self, state: Listed, gradients: Mapping[str, Tensor]) -> tuple[Any, Mapping[str, Tensor]]:
+        """Overwrite parameters and the optimizer's state.
+
+        Returns:
+            The optimizer's state where it could not be overwritten, else None, and what the optimizer has measured.
+        """
         refuse_sparse(gradients)
         given = [state.apart(gradient) for gradient in gradients.values()]
         key = state.layout, tuple(zip(gradients, map(kind_of, given), strict=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -124,8 +124,8 @@ class Computation:
 
     def optimize(
         self, gradients: Mapping[str, Tensor], optimizer: Any, params: Mapping[str, Tensor], step: Tensor
-    ) -> Any:
-        """Overwrite the parameters that have a gradient, and return the optimizer's new state.
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Overwrite the parameters that have a gradient.
 
         Everything that can fail comes before the first write.
 
@@ -134,12 +134,19 @@ class Computation:
             optimizer: the optimizer's state, which may be overwritten.
             params: path -> tensor, at least all routed parameters.
             step: the number of steps taken so far, 0-d int64.
+
+        Returns:
+            The optimizer's new state, and what it has measured, as metrics.
         """
         own = {path: params[path] for path in self.evaluation.plan.routed}
-        if self.transform.in_place is not None:
-            commit = self.transform.in_place(gradients, optimizer, own, step=step)
-            return commit()
-        updates, optimizer = self.transform.update(gradients, optimizer, own, step=step)
+        measured: dict[str, Tensor] = {}
+        transform = self.transform
+        if transform.measuring is not None:
+            transform = transform.measuring(lambda name, value: _note(measured, name, value))
+        if transform.in_place is not None:
+            commit = transform.in_place(gradients, optimizer, own, step=step)
+            return commit(), measured
+        updates, optimizer = transform.update(gradients, optimizer, own, step=step)
         present = {path: update for path, update in updates.items() if update is not None}
         problems = [
             f"{path}: the update has shape {tuple(update.shape)}, the parameter "
@@ -151,7 +158,7 @@ class Computation:
             raise ValueError("\n".join(["the optimizer's updates do not fit the parameters:", *problems]))
         for path, update in apart(present, own.values()).items():
             own[path].add_(update)
-        return optimizer
+        return optimizer, measured
 
     def _seed(self, optimizer: Any) -> Tensor | None:
         """The cotangent that every loss starts with; None is one."""
@@ -213,6 +220,28 @@ class PartOfBatch:
         return losses if self.shares is None else {name: self.seen[name] for name in losses}
 
 
+OURS = "ff/"
+"""How the names of metrics begin that are not the user's."""
+
+
+def _note(measured: dict[str, Tensor], name: str, value: Tensor) -> None:
+    measured.setdefault(OURS + name, value)  # of several in a row the first has seen the gradients as they came
+
+
+def are_ours(names: Iterable[object]) -> list[str]:
+    """Those of the names that are kept for metrics of our own."""
+    return [name for name in names if isinstance(name, str) and name.startswith(OURS)]
+
+
+def refuse_ours(names: Iterable[object], noun: str) -> None:
+    """Raises if a name of the user's is kept for metrics of our own."""
+    if found := are_ours(names):
+        raise RouteError(
+            f"{', '.join(found)}: names of metrics that begin with {OURS} are kept for those that a step adds itself, "
+            f"such as {OURS}grad_norm; rename the {noun}"
+        )
+
+
 def not_sharing(metrics: Mapping[str, Any], params: Sequence[Tensor]) -> dict[str, Any]:
     """The metrics, with those that share memory with a parameter copied: the step is about to overwrite parameters."""
     if not metrics:
@@ -247,3 +276,4 @@ def _check_names(losses: Mapping[str, Tensor], metrics: Mapping[str, Any]) -> No
             f"{', '.join(sorted(clash))}: both a loss and a metric have this name, and the step returns both; rename "
             "the metric"
         )
+    refuse_ours(metrics, "metric")

@@ -16,7 +16,7 @@ ScaleState = Mapping[str, Tensor]
 """`scale`, 0-d float32, and `growth_tracker`, 0-d int32: the steps since the scale last changed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class LossScale:
     """A factor on every loss's backward pass that is as large as float16 lets it be; the numbers of GradScaler.
 
@@ -26,12 +26,13 @@ class LossScale:
     waits. Parameters that no loss touches this time do not count, and a step that touches none leaves the scale alone.
 
     Args:
-        init: the scale of the first step.
+        init_scale: the scale of the first step.
         growth_factor: what it is multiplied by when it grows; at least 1.
         backoff_factor: what it is multiplied by after a skipped step; at most 1.
         growth_interval: after how many steps in a row that were not skipped it grows.
+        init: `init_scale` as version 0.1.0 spelled it, which works still.
 
-    >>> scale = LossScale(init=8.0, growth_interval=2)
+    >>> scale = LossScale(init_scale=8.0, growth_interval=2)
     >>> state = scale.start(torch.device("cpu"))
     >>> for found_inf in (0.0, 0.0, 1.0):
     ...     state = scale.update(state, torch.tensor(found_inf))
@@ -45,13 +46,32 @@ class LossScale:
     ValueError: LossScale: backoff_factor must be above 0 and at most 1, got 2.0
     """
 
-    init: float = 2.0**16
-    growth_factor: float = 2.0
-    backoff_factor: float = 0.5
-    growth_interval: int = 2000
+    init_scale: float
+    growth_factor: float
+    backoff_factor: float
+    growth_interval: int
 
-    def __post_init__(self) -> None:
-        _check("init", self.init, 0 < _number(self.init) <= torch.finfo(torch.float32).max, "a finite number above 0")
+    def __init__(
+        self,
+        init_scale: float = 2.0**16,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+        *,
+        init: float | None = None,
+    ) -> None:
+        if init is not None and init_scale != 2.0**16:
+            raise TypeError(f"LossScale: init is another name of init_scale; got {init_scale!r} and {init!r}")
+        values = {
+            "init_scale": init_scale if init is None else init,
+            "growth_factor": growth_factor,
+            "backoff_factor": backoff_factor,
+            "growth_interval": growth_interval,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        largest = torch.finfo(torch.float32).max
+        _check("init_scale", self.init_scale, 0 < _number(self.init_scale) <= largest, "a finite number above 0")
         _check("growth_factor", self.growth_factor, 1 <= _number(self.growth_factor) < _ENDLESS, "at least 1")
         _check("backoff_factor", self.backoff_factor, 0 < _number(self.backoff_factor) <= 1, "above 0 and at most 1")
         if type(self.growth_interval) is not int or self.growth_interval < 1:
@@ -62,14 +82,19 @@ class LossScale:
         """A scale that never changes; steps with infinite gradients are skipped all the same.
 
         >>> LossScale.fixed(1024.0)
-        LossScale(init=1024.0, growth_factor=1.0, backoff_factor=1.0, growth_interval=2000)
+        LossScale(init_scale=1024.0, growth_factor=1.0, backoff_factor=1.0, growth_interval=2000)
         """
         return LossScale(scale, growth_factor=1.0, backoff_factor=1.0)
+
+    @property
+    def init(self) -> float:
+        """`init_scale`, as version 0.1.0 spelled it."""
+        return self.init_scale
 
     def start(self, device: torch.device) -> ScaleState:
         """The state before the first step."""
         return {
-            "scale": torch.full((), self.init, dtype=torch.float32, device=device),
+            "scale": torch.full((), self.init_scale, dtype=torch.float32, device=device),
             "growth_tracker": torch.zeros((), dtype=torch.int32, device=device),
         }
 
@@ -132,7 +157,14 @@ class LossScale:
 
             return both
 
-        return Transform(init, update, None if run is None else in_place, algorithms=transform.algorithms)
+        measure = transform.measuring
+        return Transform(
+            init,
+            update,
+            None if run is None else in_place,
+            algorithms=transform.algorithms,
+            measuring=None if measure is None else lambda note: self.around(measure(note)),
+        )
 
 
 def scaled(transform: Transform, loss_scale: object) -> Transform:

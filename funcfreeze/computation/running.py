@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from funcfreeze.computation.structure import entries_at, in_several_places, with_entries
 from funcfreeze.declare.plan import Plan
 from funcfreeze.optim import Transform
-from funcfreeze.optim.algorithm import Algorithm
+from funcfreeze.optim.algorithm import SCHEDULED, Algorithm
 from funcfreeze.optim.cast import COUNT, cast, problem
 from funcfreeze.optim.transform import lines
 
@@ -130,14 +130,14 @@ class Running:
         """
         found = [*entries_at(initial, state, self.algorithms)]
         kept = dict(found)
-        rates = self._scheduled_rates(step)
+        scheduled = self._scheduled(step)
         problems = [
             *self.problems,
-            *self._option_problems(step, but=rates.keys()),
+            *self._option_problems(step, but=scheduled.keys()),
             *_in_several_places([path for path, _ in found]),
             *(
-                f"lr: param_groups[{index}] has one, the Step's schedules give {' and '.join(map(repr, sorted(given)))}"
-                for index, given in rates.items()
+                f"{option}: param_groups[{index}] has one, the Step gives {' and '.join(map(repr, sorted(given)))}"
+                for (index, option), given in scheduled.items()
                 if len(given) > 1
             ),
             *(
@@ -163,25 +163,36 @@ class Running:
             if _has_begun(entry) or _has_begun(self._kept(path))
         }
         groups = [
-            {**group, "lr": _like(group["lr"], next(iter(rates[index])))} if index in rates else group
+            {
+                option: _like(value, next(iter(scheduled[index, option]))) if (index, option) in scheduled else value
+                for option, value in group.items()
+            }
             for index, group in enumerate(made["param_groups"])
         ]
         return {**made, "state": {**made["state"], **after}, "param_groups": groups}
 
-    def _scheduled_rates(self, step: int) -> dict[int, set[float]]:
-        """The rates at this step, by the index of a parameter group, where they are schedules."""
-        found: dict[int, set[float]] = {}
-        for path, algorithm in self.algorithms.items():
-            if callable(algorithm.options.get("lr")):
-                found.setdefault(self.groups[path], set()).add(algorithm.rate(step))
+    def _scheduled(self, step: int) -> dict[tuple[int, str], set[float]]:
+        """What options are at this step, by the index of a parameter group, where one in it is a schedule."""
+        found = {
+            (self.groups[path], option): set[float]()
+            for path, algorithm in self.algorithms.items()
+            for option in SCHEDULED
+            if algorithm.is_scheduled(option)
+        }
+        for (index, option), values in found.items():
+            values |= {
+                float(algorithm.value(option, step))
+                for path, algorithm in self.algorithms.items()
+                if self.groups[path] == index and option in algorithm.options
+            }
         return found
 
-    def _option_problems(self, step: int, but: Collection[int] = ()) -> Iterator[str]:
+    def _option_problems(self, step: int, but: Collection[tuple[int, str]] = ()) -> Iterator[str]:
         """Classes and options that differ, each with the parameters that it is about.
 
         Args:
             step: the number of steps taken, which schedules read.
-            but: groups whose rate does not matter.
+            but: groups and options of theirs that do not matter.
         """
         found: dict[str, list[str]] = {}
         for path, algorithm in self.algorithms.items():
@@ -193,7 +204,7 @@ class Running:
                 found.setdefault(head, []).append(path)
                 continue
             for option, own, other in algorithm.differences(self.optimizer.param_groups[index], step):
-                if option != "lr" or index not in but:
+                if (index, option) not in but:
                     head = f"{option}: the Step has {own!r}, param_groups[{index}] has {other!r}"
                     found.setdefault(head, []).append(path)
         for head, paths in found.items():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from funcfreeze.computation.back_door import form_of, form_problem, refuse_late_writes
-from funcfreeze.computation.computation import Computation, not_sharing
+from funcfreeze.computation.computation import Computation, are_ours, not_sharing
 from funcfreeze.computation.half import Half
 from funcfreeze.computation.specification import Specification
 from funcfreeze.computation.state import Fields, Lease, State, lease_of, make_state
@@ -36,8 +36,8 @@ class Updating:
     specification: Specification
     donate: bool
 
-    def update(self, state: State, half: Half) -> State:
-        """The new state. Everything that can fail comes before the first write."""
+    def update(self, state: State, half: Half) -> tuple[State, dict[str, Tensor]]:
+        """The new state, and what the optimizer has measured. Everything that can fail comes before the first write."""
         gradients, computation = half.gradients, self.computation
         lease, routed = lease_of(state), set(computation.evaluation.plan.routed)
         if not self.donate:
@@ -50,7 +50,7 @@ class Updating:
         owned = self.donate and not lease.borrowed_optimizer
         optimizer = state.optimizer if owned else optree.tree_map(_copy, state.optimizer)
         step = state.step + 1
-        optimizer = computation.optimize(gradients, optimizer, params, state.step)
+        optimizer, measured = computation.optimize(gradients, optimizer, params, state.step)
         if self.donate:
             lease.spent = True
         else:
@@ -58,7 +58,7 @@ class Updating:
         kept = [gradient for gradient in gradients.values() if gradient.is_cpu]
         renewed = Lease(borrowed=lease.borrowed - copied - half.written.keys(), gradients=kept)
         fields = self.specification.named((params, dict(half.buffers), optimizer, step))
-        return make_state(fields, renewed, self.specification)
+        return make_state(fields, renewed, self.specification), measured
 
     def metrics(self, state: State, half: Half) -> dict[str, Any]:
         """What `losses` returned beside the losses, apart from what the next update overwrites."""
@@ -139,6 +139,8 @@ class Updating:
 
     def _form_problems(self, half: Half, state: State) -> Iterator[str]:
         """What is wrong with buffers and written parameters; a forward may change the shapes of buffers."""
+        for name in are_ours(half.metrics):
+            yield f"metrics[{name!r}]: such names are kept for metrics that a step adds itself; rename it"
         for path in sorted(state.buffers.keys() ^ half.buffers.keys()):
             has, has_not = ("State", "Half") if path in state.buffers else ("Half", "State")
             yield f"buffer {path}: the {has} has it, the {has_not} does not"

@@ -2,7 +2,7 @@
 
 from funcfreeze.optim.adam import adam, adamw
 from funcfreeze.optim.chain import chain
-from funcfreeze.optim.clip import clip_by_global_norm
+from funcfreeze.optim.clip import clip_by_global_norm, clip_by_norm
 from funcfreeze.optim.partition import partition
 from funcfreeze.optim.rmsprop import rmsprop
 from funcfreeze.optim.sgd import sgd
@@ -26,6 +26,7 @@ __all__ = [
     "apply_updates",
     "chain",
     "clip_by_global_norm",
+    "clip_by_norm",
     "constant_schedule",
     "cosine_decay_schedule",
     "dann_schedule",

@@ -9,20 +9,23 @@ from torch import Tensor
 from torch.optim import Adam, AdamW
 
 from funcfreeze.optim.algorithm import Algorithm
-from funcfreeze.optim.hyperparameters import LearningRate, Rate, check_number, check_rate, check_state_dtype
+from funcfreeze.optim.decay import decayed
+from funcfreeze.optim.hyperparameters import check_number, check_state_dtype
 from funcfreeze.optim.kernels import adam_
 from funcfreeze.optim.leafwise import Entry, Rule, leafwise
 from funcfreeze.optim.opaque import is_traced, opaque, readable
+from funcfreeze.optim.paces import Pace, Paces, apart
+from funcfreeze.optim.rates import Rates
 from funcfreeze.optim.reals import as_real, back_to
 from funcfreeze.optim.transform import Transform
 
 
 def adam(
-    lr: LearningRate = 1e-3,
+    lr: Rates = 1e-3,
     *,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-    weight_decay: float = 0,
+    weight_decay: Rates = 0,
     amsgrad: bool = False,
     maximize: bool = False,
     state_dtype: torch.dtype | None = None,
@@ -31,6 +34,9 @@ def adam(
 
     The state of a parameter is `step`, `exp_avg`, `exp_avg_sq` and, with `amsgrad`, `max_exp_avg_sq`. The bias
     correction reads the parameter's own `step`, which counts the steps at which it was touched.
+
+    `lr` and `weight_decay` are numbers, 0-d tensors or schedules, or mappings from selectors to these, where
+    torch.optim has parameter groups: see `adamw`.
 
     With `state_dtype=torch.float32` parameters in half precision have their state in float32, and all is computed in
     it; only the update that comes out is rounded to the parameter's own dtype, in which it is added.
@@ -49,49 +55,75 @@ def adam(
 
 
 def adamw(
-    lr: LearningRate = 1e-3,
+    lr: Rates = 1e-3,
     *,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-    weight_decay: float = 1e-2,
+    weight_decay: Rates = 1e-2,
     amsgrad: bool = False,
     maximize: bool = False,
     state_dtype: torch.dtype | None = None,
 ) -> Transform:
     """AdamW; the same numbers as torch.optim.AdamW: Adam with the weight decay apart from the gradient.
 
+    Args:
+        lr: the learning rate: a number, a 0-d tensor or a schedule of the step; or a mapping from selectors to these,
+            which has to cover every parameter that is updated.
+        weight_decay: the same; a parameter that no selector takes has a decay of 0.
+        betas: the decay rates of the two running means.
+        eps: added to the root of the second.
+        amsgrad: whether the largest second mean so far is used.
+        maximize: whether to go up.
+        state_dtype: see `adam`.
+
+    Raises:
+        RouteError: a mapping does not fit the parameters, when these are known: two entries that claim one parameter, a
+            selector that takes none that is updated, parameters without a rate. Tells all of it.
+        TypeError, ValueError: an option out of its range.
+
     >>> tx = adamw(0.1, weight_decay=0.5)
     >>> params = {"w": torch.ones(2)}
     >>> tx.update({"w": torch.zeros(2)}, tx.init(params), params)[0]
     {'w': tensor([-0.0500, -0.0500])}
+
+    Two rates, and no decay of biases and norms; the state knows nothing of that:
+
+    >>> from funcfreeze import where
+    >>> matrices = where(lambda path, p: p.ndim > 1)
+    >>> tx = adamw({"backbone": 1e-5, "head": 1e-3}, weight_decay={matrices: 0.05})
+    >>> params = {"backbone.weight": torch.ones(2, 2), "head.weight": torch.ones(1, 2), "head.bias": torch.ones(1)}
+    >>> sorted(tx.init(params))
+    ['backbone.weight', 'head.bias', 'head.weight']
+    >>> adamw({"backbone": 1e-5}).init(params)
+    Traceback (most recent call last):
+        ...
+    funcfreeze.declare.selectors.RouteError: adamw: the rates do not fit the parameters that are updated:
+      lr: head.weight, head.bias: claimed by none of backbone
     """
     return _adam("adamw", lr, betas, eps, weight_decay, amsgrad, maximize, state_dtype, decoupled=True)
 
 
 def _adam(
     name: str,
-    lr: LearningRate,
+    lr: Rates,
     betas: tuple[float, float],
     eps: float,
-    weight_decay: float,
+    weight_decay: Rates,
     amsgrad: bool,
     maximize: bool,
     state_dtype: torch.dtype | None,
     *,
     decoupled: bool,
 ) -> Transform:
-    check_rate(name, lr)
+    paces = Paces.of(name, lr, weight_decay)
     beta1, beta2 = (
         float(check_number(name, f"betas[{index}]", beta, below=1.0)) for index, beta in enumerate(_pair(name, betas))
     )
     check_number(name, "eps", eps)
-    check_number(name, "weight_decay", weight_decay)
     check_state_dtype(name, state_dtype)
 
-    def pure(param: Tensor, grad: Tensor, entry: Entry, rate: Rate) -> tuple[Tensor, Entry]:
-        descent = -grad if maximize else grad
-        if weight_decay != 0 and not decoupled:
-            descent = descent + weight_decay * param
+    def pure(param: Tensor, grad: Tensor, entry: Entry, pace: Pace) -> tuple[Tensor, Entry]:
+        descent = decayed(param, grad, 0.0 if decoupled else pace.weight_decay, maximize)
         # The count is float32 as torch's; its powers need more digits than that.
         step = entry["step"] + 1
         count = step.to(torch.float64)
@@ -100,14 +132,14 @@ def _adam(
         square = torch.addcmul(beta2 * as_real(entry["exp_avg_sq"]), direction, direction, value=1 - beta2)
         largest = torch.maximum(as_real(entry["max_exp_avg_sq"]), square) if amsgrad else square
         denominator = largest.sqrt() / (1 - beta2**count).sqrt() + eps
-        moved = -(rate / (1 - beta1**count)) * (mean / denominator)
+        moved = -(pace.lr / (1 - beta1**count)) * (mean / denominator)
         if decoupled:
-            moved = moved - rate * weight_decay * as_real(param)
+            moved = moved - pace.lr * pace.weight_decay * as_real(param)
         kept = {"exp_avg": mean, "exp_avg_sq": square, **({"max_exp_avg_sq": largest} if amsgrad else {})}
         return back_to(moved, param), {"step": step, **{slot: back_to(value, param) for slot, value in kept.items()}}
 
     def fused(
-        params: list[Tensor], grads: list[Tensor], entries: list[Entry], rate: Rate, found_inf: Tensor | None
+        params: list[Tensor], grads: list[Tensor], entries: list[Entry], pace: Pace, found_inf: Tensor | None
     ) -> Callable[[], None]:
         kernel = _operator if is_traced(params[0]) else _kernel
 
@@ -119,12 +151,11 @@ def _adam(
                 [entry["max_exp_avg_sq"] for entry in entries] if amsgrad else [],
                 [entry["step"] for entry in entries],
                 grads,
-                rate if isinstance(rate, Tensor) else None,
-                0.0 if isinstance(rate, Tensor) else rate,
+                *apart(pace.lr),
+                *apart(pace.weight_decay),
                 found_inf,
                 beta1,
                 beta2,
-                weight_decay,
                 eps,
                 amsgrad,
                 maximize,
@@ -137,14 +168,13 @@ def _adam(
     options = {
         "betas": (beta1, beta2),
         "eps": eps,
-        "weight_decay": weight_decay,
         "amsgrad": amsgrad,
         "maximize": maximize,
         "decoupled_weight_decay": decoupled,
     }
     kinds = (AdamW, Adam) if decoupled else (Adam, AdamW)
     algorithm = Algorithm(kinds, options, slots)
-    return leafwise(Rule(name, algorithm, slots, pure, fused, takes_sparse=False, state_dtype=state_dtype), lr)
+    return leafwise(Rule(name, algorithm, slots, pure, fused, takes_sparse=False, state_dtype=state_dtype), paces)
 
 
 def _kernel(
@@ -156,10 +186,11 @@ def _kernel(
     grads: list[Tensor],
     rate: Tensor | None,
     lr: float,
+    decay: Tensor | None,
+    weight_decay: float,
     found_inf: Tensor | None,
     beta1: float,
     beta2: float,
-    weight_decay: float,
     eps: float,
     amsgrad: bool,
     maximize: bool,
@@ -176,7 +207,7 @@ def _kernel(
         decoupled=decoupled,
         lr=lr if rate is None else rate,
         betas=(beta1, beta2),
-        weight_decay=weight_decay,
+        weight_decay=weight_decay if decay is None else decay,
         eps=eps,
         amsgrad=amsgrad,
         maximize=maximize,
@@ -187,8 +218,8 @@ def _kernel(
 _operator = opaque(
     "adam_",
     ("params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps"),
-    "Tensor[] grads, Tensor? rate, float lr, Tensor? found_inf, float beta1, float beta2, float weight_decay, "
-    "float eps, bool amsgrad, bool maximize, bool decoupled",
+    "Tensor[] grads, Tensor? rate, float lr, Tensor? decay, float weight_decay, Tensor? found_inf, "
+    "float beta1, float beta2, float eps, bool amsgrad, bool maximize, bool decoupled",
     _kernel,
 )
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from funcfreeze.optim.hyperparameters import rate_at
+from funcfreeze.optim.hyperparameters import LearningRate, rate_at
 
 _HOW = frozenset({"params", "foreach", "fused", "capturable", "differentiable", "initial_lr", "max_lr", "min_lr"})
 """Options of a parameter group that say how it is computed, or that a scheduler has put there."""
+
+
+SCHEDULED = ("lr", "weight_decay")
+"""Options that may be schedules."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Algorithm:
 
     Attributes:
         kinds: its classes.
-        options: by torch.optim's names; `lr` may be a schedule.
+        options: by torch.optim's names; `lr` and `weight_decay` may be schedules.
         slots: what the transform keeps for a parameter; None for whatever the optimizer does.
         is_counted: whether one of these, `step`, is a count that torch.optim does not keep.
     """
@@ -37,14 +41,23 @@ class Algorithm:
         """The first of its classes, for messages."""
         return self.kinds[0].__name__
 
-    def rate(self, step: int) -> float:
-        """The learning rate at this step."""
-        return float(rate_at(self.name, self.options["lr"], step))
+    def at(self, lr: LearningRate, weight_decay: LearningRate) -> Algorithm:
+        """The same with this learning rate and weight decay."""
+        return replace(self, options={"lr": lr, **self.options, "weight_decay": weight_decay})
+
+    def is_scheduled(self, option: str) -> bool:
+        """Whether an option changes from step to step."""
+        return option in SCHEDULED and callable(self.options.get(option))
+
+    def value(self, option: str, step: int) -> Any:
+        """An option, as it is at this step."""
+        given = self.options[option]
+        return float(rate_at(self.name, option, given, step)) if self.is_scheduled(option) else given
 
     def differences(self, group: Mapping[str, Any], step: int) -> Iterator[tuple[str, Any, Any]]:
         """The options that differ in a parameter group: name, ours, theirs. A schedule is compared at this step."""
-        for option, own in self.options.items():
-            value = self.rate(step) if option == "lr" else own
+        for option in self.options:
+            value = self.value(option, step)
             if option not in _HOW and option in group and not _alike(value, group[option]):
                 yield option, value, group[option]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from funcfreeze.declare.selectors import Leaf
 from funcfreeze.optim.algorithm import Algorithms
 from funcfreeze.optim.skip import keep_if
-from funcfreeze.optim.transform import OptState, PyTree, Transform, in_place_options
+from funcfreeze.optim.transform import Note, OptState, PyTree, Transform, in_place_options
 
 
 def chain(*transforms: Transform) -> Transform:
@@ -68,9 +68,17 @@ def chain(*transforms: Transform) -> Transform:
     def bind(leaves: Sequence[Leaf]) -> Transform:
         return chain(*(given.bind(leaves) if given.bind is not None else given for given in transforms))
 
+    def measuring(note: Note) -> Transform:
+        return chain(*(given.measuring(note) if given.measuring is not None else given for given in transforms))
+
     choosing = any(given.bind is not None for given in transforms)
     return Transform(
-        init, update, None if finish is None else in_place, bind if choosing else None, _algorithms(transforms)
+        init,
+        update,
+        None if finish is None else in_place,
+        bind if choosing else None,
+        _algorithms(transforms),
+        measuring if any(given.measuring is not None for given in transforms) else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""Hyperparameters: what is accepted as a number or a learning rate, and the rate at a step."""
+"""Hyperparameters: what is accepted as a number, a learning rate or a weight decay, and these at a step."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from funcfreeze.schedules.calling import value_at
 
 Rate = float | Tensor
 LearningRate = Rate | Callable[[Any], Rate]
+"""A learning rate or a weight decay: a number, a 0-d tensor, or a schedule of the step."""
 
 
 def check_number(owner: str, name: str, value: object, *, low: float = 0.0, below: float = math.inf) -> float:
@@ -33,26 +34,27 @@ def check_number(owner: str, name: str, value: object, *, low: float = 0.0, belo
     return value
 
 
-def check_rate(owner: str, lr: LearningRate) -> None:
-    """Raises unless `lr` is a number, a 0-d tensor (neither of them negative) or a schedule.
+def check_rate(owner: str, name: str, value: LearningRate) -> None:
+    """Raises unless it is a number, a 0-d tensor (neither of them negative) or a schedule.
 
-    >>> check_rate("sgd", -1.0)
+    >>> check_rate("sgd", "lr", -1.0)
     Traceback (most recent call last):
         ...
     ValueError: sgd: lr must be at least 0, got -1.0
     """
-    if isinstance(lr, Tensor):
-        if lr.ndim != 0:
-            raise ValueError(f"{owner}: a tensor lr must be 0-d, got shape {tuple(lr.shape)}")
-        if not lr >= 0:
-            raise ValueError(f"{owner}: lr must be at least 0, got {lr!r}")
-    elif isinstance(lr, LRScheduler) or (isinstance(lr, type) and issubclass(lr, LRScheduler)):
+    if isinstance(value, Tensor):
+        if value.ndim != 0:
+            raise ValueError(f"{owner}: a tensor {name} must be 0-d, got shape {tuple(value.shape)}")
+        if not value >= 0:
+            raise ValueError(f"{owner}: {name} must be at least 0, got {value!r}")
+    elif isinstance(value, LRScheduler) or (isinstance(value, type) and issubclass(value, LRScheduler)):
+        scheduler = value if isinstance(value, type) else type(value)
         raise TypeError(
-            f"{owner}: lr is a scheduler of torch's; make a schedule of its class: "
-            f"funcfreeze.schedules.from_torch({(lr if isinstance(lr, type) else type(lr)).__name__}, lr=..., ...)"
+            f"{owner}: {name} is a scheduler of torch's; make a schedule of its class: "
+            f"funcfreeze.schedules.from_torch({scheduler.__name__}, lr=..., ...)"
         )
-    elif not callable(lr) or isinstance(lr, type):
-        check_number(owner, "lr", lr)
+    elif not callable(value) or isinstance(value, type):
+        check_number(owner, name, value)
 
 
 def check_state_dtype(owner: str, state_dtype: object) -> None:
@@ -70,30 +72,32 @@ def check_state_dtype(owner: str, state_dtype: object) -> None:
     )
 
 
-def rate_at(owner: str, lr: LearningRate, step: int | Tensor | None) -> Rate:
-    """The learning rate at this step: a schedule's value, or the rate as it is.
+def rate_at(owner: str, name: str, value: LearningRate, step: int | Tensor | None) -> Rate:
+    """The rate at this step: a schedule's value, or the rate as it is.
 
-    >>> rate_at("sgd", lambda step: 1 / (step + 1), None)
+    >>> rate_at("sgd", "lr", lambda step: 1 / (step + 1), None)
     Traceback (most recent call last):
         ...
     TypeError: sgd: lr is a schedule and must be told the step: update(grads, state, params, step=...)
     """
-    if not callable(lr):
-        return lr
+    if not callable(value):
+        return value
     if step is None:
-        raise TypeError(f"{owner}: lr is a schedule and must be told the step: update(grads, state, params, step=...)")
-    rate: Rate = value_at(lr, step, partial(_checked, owner))
+        raise TypeError(
+            f"{owner}: {name} is a schedule and must be told the step: update(grads, state, params, step=...)"
+        )
+    rate: Rate = value_at(value, step, partial(_checked, owner, name))
     return rate
 
 
-def _checked(owner: str, value: Any) -> Rate:
+def _checked(owner: str, name: str, value: Any) -> Rate:
     if isinstance(value, Tensor) and value.ndim == 0:
         return value
+    wanted = f"{owner}: the {name} schedule must give a number or a 0-d tensor"
     if isinstance(value, Tensor):
-        raise ValueError(f"{owner}: the lr schedule must give a number or a 0-d tensor, got shape {tuple(value.shape)}")
+        raise ValueError(f"{wanted}, got shape {tuple(value.shape)}")
     if isinstance(value, bool) or not isinstance(value, int | float):
-        kind = type(value).__name__
-        raise TypeError(f"{owner}: the lr schedule must give a number or a 0-d tensor, got {kind}: {value!r}")
+        raise TypeError(f"{wanted}, got {type(value).__name__}: {value!r}")
     return value
 
 

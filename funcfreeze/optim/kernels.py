@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from funcfreeze.optim.decay import times, with_decay
+
 
 def adam_(
     params: list[Tensor],
@@ -24,7 +26,7 @@ def adam_(
     decoupled: bool,
     lr: float | Tensor,
     betas: tuple[float, float],
-    weight_decay: float,
+    weight_decay: float | Tensor,
     eps: float,
     amsgrad: bool,
     maximize: bool,
@@ -32,6 +34,14 @@ def adam_(
 ) -> None:
     """Overwrite parameters and their state by Adam, or AdamW if `decoupled`; nothing where `found_inf` is 1."""
     update = torch._fused_adamw_ if decoupled else torch._fused_adam_
+    before = None
+    if isinstance(weight_decay, Tensor):  # which the kernel does not take
+        if decoupled:
+            before = [param.clone() for param in params]
+            _decay(params, lr * weight_decay, found_inf)
+        else:
+            grads = with_decay(grads, params, weight_decay, maximize)
+        weight_decay = 0.0
     _count(steps)
     try:
         update(
@@ -52,6 +62,8 @@ def adam_(
         )
     except BaseException:
         torch._foreach_sub_(steps, 1)  # the kernel looks at all of its arguments before it writes
+        if before is not None:
+            torch._foreach_copy_(params, before)
         raise
     if found_inf is not None:
         torch._foreach_sub_(steps, [found_inf] * len(steps))
@@ -64,12 +76,14 @@ def sgd_(
     *,
     lr: float | Tensor,
     momentum: float,
-    weight_decay: float,
+    weight_decay: float | Tensor,
     nesterov: bool,
     maximize: bool,
     found_inf: Tensor | None,
 ) -> None:
     """Overwrite parameters and momentum buffers by SGD without dampening; nothing where `found_inf` is 1."""
+    if isinstance(weight_decay, Tensor):  # which the kernel does not take
+        grads, weight_decay = with_decay(grads, params, weight_decay, maximize), 0.0
     torch._fused_sgd_(
         params,
         grads,
@@ -96,7 +110,7 @@ def rmsprop_(
     lr: float | Tensor,
     alpha: float,
     eps: float,
-    weight_decay: float,
+    weight_decay: float | Tensor,
     momentum: float,
     maximize: bool,
     found_inf: Tensor | None,
@@ -107,6 +121,8 @@ def rmsprop_(
     """
     overwritten = [*params, *square_avgs, *momentum_buffers, *grad_avgs, *steps]
     before = [] if found_inf is None else [tensor.clone() for tensor in overwritten]
+    if isinstance(weight_decay, Tensor):
+        grads, weight_decay = with_decay(grads, params, weight_decay, maximize), 0.0
     if maximize:
         grads = [*torch._foreach_neg(grads)]
     if weight_decay != 0:
@@ -134,12 +150,18 @@ def rmsprop_(
             torch.where(is_skipped, kept, tensor, out=tensor)
 
 
+def _decay(params: list[Tensor], part: Tensor, found_inf: Tensor | None) -> None:
+    """Take a part of each parameter away from it; nothing where `found_inf` is 1."""
+    left = torch._foreach_sub(params, times(params, part))
+    if found_inf is not None:
+        left = tuple(torch.where(found_inf > 0, *pair) for pair in zip(params, left, strict=True))
+    torch._foreach_copy_(params, left)
+
+
 def _move(params: list[Tensor], directions: list[Tensor], lr: float | Tensor) -> None:
-    """Against the directions. A rate in a tensor is not asked for, which would wait for the device."""
+    """Against the directions."""
     if isinstance(lr, Tensor):
-        # In one dtype torch takes the list at once; half precision has too few digits for a rate.
-        is_half = params[0].dtype in (torch.bfloat16, torch.float16)
-        torch._foreach_sub_(params, torch._foreach_mul(directions, lr if is_half else lr.to(params[0].dtype)))
+        torch._foreach_sub_(params, times(directions, lr))
     else:
         torch._foreach_add_(params, directions, alpha=-lr)
 

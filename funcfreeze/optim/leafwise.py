@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from funcfreeze.declare.selectors import Leaf
 from funcfreeze.optim.algorithm import Algorithm
 from funcfreeze.optim.cast import COUNT, cast, problem
-from funcfreeze.optim.hyperparameters import LearningRate, Rate, rate_at, rate_near
 from funcfreeze.optim.opaque import is_stand_in, is_traced
+from funcfreeze.optim.paces import Pace, Paces
 from funcfreeze.optim.skip import keep_if, unless
 from funcfreeze.optim.transform import Named, OptState, PyTree, Transform, apart, by_path, lines, match
 from funcfreeze.optim.unchanged import Checks
 
 Entry = dict[str, Tensor]
+
+Group = tuple[Pace, list[str]]
+"""Parameters that have one learning rate and one weight decay."""
 
 TOGETHER = 32
 """Parameters that one call of the fused kernel overwrites in a graph: compiling takes time that grows with the square
@@ -32,22 +36,22 @@ class Rule:
 
     Attributes:
         name: the optimizer's name, for messages.
-        algorithm: what torch.optim calls it, and its options but for the rate.
+        algorithm: what torch.optim calls it, and its options but for the rate and the decay.
         slots: what it keeps for a parameter: `step`, a 0-d float32 count, and tensors like the parameter; all start
             at zero.
-        pure: `(param, grad, entry, rate) -> (update, new entry)`, out of place.
-        fused: `(params, grads, entries, rate, found_inf) -> run`, for parameters of one device; `run()` overwrites
+        pure: `(param, grad, entry, pace) -> (update, new entry)`, out of place.
+        fused: `(params, grads, entries, pace, found_inf) -> run`, for parameters of one device; `run()` overwrites
             parameters and entries by torch's fused kernel (or those on lists, where there is none), or nothing if
             `found_inf` is there and 1. Gradients come in any memory order.
-        takes_sparse: whether gradients may be sparse.
+        takes_sparse: whether gradients may be sparse, where there is no weight decay.
         state_dtype: in which precision tensors are kept and all is computed; None for the parameter's own.
     """
 
     name: str
     algorithm: Algorithm
     slots: tuple[str, ...]
-    pure: Callable[[Tensor, Tensor, Entry, Rate], tuple[Tensor, Entry]]
-    fused: Callable[[list[Tensor], list[Tensor], list[Entry], Rate, Tensor | None], Callable[[], None]]
+    pure: Callable[[Tensor, Tensor, Entry, Pace], tuple[Tensor, Entry]]
+    fused: Callable[[list[Tensor], list[Tensor], list[Entry], Pace, Tensor | None], Callable[[], None]]
     takes_sparse: bool
     state_dtype: torch.dtype | None = None
 
@@ -57,32 +61,39 @@ class Rule:
             return param.dtype
         return self.state_dtype.to_complex() if param.is_complex() else self.state_dtype
 
-    def apply(self, param: Tensor, grad: Tensor, entry: Entry, rate: Rate) -> tuple[Tensor, Entry]:
+    def apply(self, param: Tensor, grad: Tensor, entry: Entry, pace: Pace) -> tuple[Tensor, Entry]:
         """The update, in the parameter's own dtype, and the new entry, out of place."""
         dtype = self.dtype_for(param)
-        moved, after = self.pure(param.to(dtype), grad.to(dtype), entry, rate_near(rate, grad))
+        moved, after = self.pure(param.to(dtype), grad.to(dtype), entry, pace.near(grad))
         return moved.to(param.dtype), after
 
 
-def leafwise(rule: Rule, lr: LearningRate) -> Transform:
+def leafwise(rule: Rule, paces: Paces) -> Transform:
     """The transform that applies the rule to every touched parameter."""
 
     def init(params: PyTree) -> OptState:
-        return {path: _fresh(rule, param) for path, param in by_path(params).tensors.items()}
+        tensors = by_path(params).tensors
+        paces.check(tensors)
+        return {path: _fresh(rule, param) for path, param in tensors.items()}
 
     def prepare(
         grads: PyTree, state: Mapping[str, Entry], named: Named, step: int | Tensor | None
-    ) -> tuple[dict[str, Tensor], dict[str, Entry], Rate]:
+    ) -> tuple[dict[str, Tensor], dict[str, Entry], list[Group]]:
         touched = match(grads, named)
-        _check_layouts(rule, touched)
-        return touched, _entries(rule, state, {path: named[path] for path in touched}), rate_at(rule.name, lr, step)
+        groups = paces.at(step, named.tensors, touched)
+        _check_layouts(rule, touched, groups)
+        return touched, _entries(rule, state, {path: named[path] for path in touched}), groups
 
     def update(
         grads: PyTree, state: OptState, params: PyTree, *, step: int | Tensor | None = None
     ) -> tuple[PyTree, OptState]:
         named = by_path(params)
-        touched, entries, rate = prepare(grads, state, named, step)
-        results = {path: rule.apply(named[path], grad, entries[path], rate) for path, grad in touched.items()}
+        touched, entries, groups = prepare(grads, state, named, step)
+        results = {
+            path: rule.apply(named[path], touched[path], entries[path], pace)
+            for pace, paths in groups
+            for path in paths
+        }
         updates = named.rebuild({path: moved for path, (moved, _) in results.items()})
         return updates, {**state, **{path: entry for path, (_, entry) in results.items()}}
 
@@ -91,16 +102,19 @@ def leafwise(rule: Rule, lr: LearningRate) -> Transform:
     def known_to_fuse(
         grads: PyTree, state: OptState, params: PyTree, step: int | Tensor | None, found_inf: Tensor | None
     ) -> Callable[[], None] | None:
-        """A run of the fused kernel for all gradients, if these tensors were found fit for one before."""
+        """Runs of the fused kernel for all gradients, if these tensors were found fit for one a pace before."""
         if not _all_there(grads, state, params) or is_traced(next(iter(grads.values()))):
             return None
         touched, entries = [params[path] for path in grads], [state[path] for path in grads]
         kept = _kept(entries)
         if not checks.hold(tuple(grads), touched, kept, [*grads.values()]):
             return None
-        rate = rate_near(rate_at(rule.name, lr, step), touched[0])
-        found_inf = None if found_inf is None else found_inf.to(touched[0].device)
-        return rule.fused(touched, [*grads.values()], entries, rate, found_inf)
+        return _together(
+            [
+                _fused_run(rule, paths, params, grads, state, pace, found_inf)
+                for pace, paths in paces.at(step, params, grads)
+            ]
+        )
 
     def in_place(
         grads: PyTree,
@@ -120,15 +134,23 @@ def leafwise(rule: Rule, lr: LearningRate) -> Transform:
         grads: PyTree, state: OptState, params: PyTree, step: int | Tensor | None, found_inf: Tensor | None
     ) -> Callable[[], OptState]:
         named = by_path(params)
-        touched, entries, rate = prepare(grads, state, named, step)
+        touched, entries, groups = prepare(grads, state, named, step)
         touched = apart(touched, [named[path] for path in touched])
-        fused = {path: None for path in touched if _fusable(rule, named[path], touched[path], entries[path])}
-        runs = _fused_runs(rule, list(fused), named, touched, entries, rate, found_inf)
-        if len(fused) == len(touched) and len(runs) == 1 and _all_there(grads, state, params):
+        fused = {path for path in touched if _fusable(rule, named[path], touched[path], entries[path])}
+        runs = [
+            _fused_run(rule, part, named.tensors, touched, entries, pace, found_inf)
+            for pace, paths in groups
+            for part in _parts([path for path in paths if path in fused], named)
+        ]
+        if len(fused) == len(touched) and len(runs) == len(groups) and _all_there(grads, state, params):
             checks.note(tuple(touched), [named[path] for path in touched], _kept(entries.values()), [*touched.values()])
-        rest = {path: named[path] for path in touched if path not in fused}
-        _check_writable(rest)
-        results = {path: rule.apply(param, touched[path], entries[path], rate) for path, param in rest.items()}
+        _check_writable({path: named[path] for path in touched if path not in fused})
+        results = {
+            path: rule.apply(named[path], touched[path], entries[path], pace)
+            for pace, paths in groups
+            for path in paths
+            if path not in fused
+        }
         if found_inf is not None:
             results = {
                 path: (unless(found_inf, moved), keep_if(found_inf, entries[path], entry))
@@ -147,8 +169,19 @@ def leafwise(rule: Rule, lr: LearningRate) -> Transform:
 
         return commit
 
-    algorithm = replace(rule.algorithm, options={"lr": lr, **rule.algorithm.options})
-    return Transform(init, update, in_place, algorithms=lambda paths: dict.fromkeys(paths, algorithm))
+    def bind(leaves: Sequence[Leaf]) -> Transform:
+        return leafwise(rule, paces.bind(leaves))
+
+    def algorithms(paths: Collection[str]) -> Mapping[str, Algorithm]:
+        return {path: rule.algorithm.at(*given) for path, given in paces.given(paths).items()}
+
+    return Transform(
+        init,
+        update,
+        in_place,
+        bind if paces.are_by_selector else None,
+        algorithms if paces.are_bound else None,
+    )
 
 
 def _all_there(grads: PyTree, state: OptState, params: PyTree) -> bool:
@@ -243,9 +276,14 @@ def _form(rule: Rule, slot: str, param: Tensor) -> tuple[torch.Size, torch.dtype
     return (torch.Size(), torch.float32) if slot == COUNT else (param.shape, rule.dtype_for(param))
 
 
-def _check_layouts(rule: Rule, grads: Mapping[str, Tensor]) -> None:
-    accepted = (torch.strided, torch.sparse_coo) if rule.takes_sparse else (torch.strided,)
-    problems = [f"{path}: layout {grad.layout}" for path, grad in grads.items() if grad.layout not in accepted]
+def _check_layouts(rule: Rule, grads: Mapping[str, Tensor], groups: Sequence[Group]) -> None:
+    problems = [
+        f"{path}: layout {grads[path].layout}"
+        for pace, paths in groups
+        for path in paths
+        if grads[path].layout is not torch.strided
+        and not (rule.takes_sparse and not pace.decays and grads[path].layout is torch.sparse_coo)
+    ]
     if problems:
         raise ValueError(
             lines(f"{rule.name} with these options takes no such sparse gradients:", problems)
@@ -305,35 +343,42 @@ def _dense(tensor: Tensor) -> bool:
     return True
 
 
-def _fused_runs(
-    rule: Rule,
-    paths: Sequence[str],
-    params: Named,
-    grads: Mapping[str, Tensor],
-    entries: Mapping[str, Entry],
-    rate: Rate,
-    found_inf: Tensor | None,
-) -> list[Callable[[], None]]:
-    """Runs of the fused kernel: one for every device and dtype, more while a compiler traces."""
+def _parts(paths: Sequence[str], params: Named) -> list[list[str]]:
+    """Parameters that one call of the kernel takes: of one device and dtype, and few while a compiler traces."""
     groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for path in paths:
         groups.setdefault((params[path].device, params[path].dtype), []).append(path)
-    parts = [
-        (device, part)
-        for (device, _), group in groups.items()
-        for part in (_in_parts(group, TOGETHER) if is_traced(params[group[0]]) else [group])
-    ]
     return [
-        rule.fused(
-            [params[path] for path in group],
-            [grads[path] for path in group],
-            [entries[path] for path in group],
-            rate_near(rate, params[group[0]]),
-            None if found_inf is None else found_inf.to(device),
-        )
-        for device, group in parts
+        group[start : start + most]
+        for group in groups.values()
+        for most in (TOGETHER if is_traced(params[group[0]]) else len(group),)
+        for start in range(0, len(group), most)
     ]
 
 
-def _in_parts(group: list[str], most: int) -> list[list[str]]:
-    return [group[start : start + most] for start in range(0, len(group), most)]
+def _fused_run(
+    rule: Rule,
+    paths: Sequence[str],
+    params: Mapping[str, Tensor],
+    grads: Mapping[str, Tensor],
+    entries: Mapping[str, Entry],
+    pace: Pace,
+    found_inf: Tensor | None,
+) -> Callable[[], None]:
+    """A run of the fused kernel, for parameters of one device and dtype."""
+    first = params[paths[0]]
+    return rule.fused(
+        [params[path] for path in paths],
+        [grads[path] for path in paths],
+        [entries[path] for path in paths],
+        pace.near(first),
+        None if found_inf is None else found_inf.to(first.device),
+    )
+
+
+def _together(runs: Sequence[Callable[[], None]]) -> Callable[[], None]:
+    def run() -> None:
+        for each in runs:
+            each()
+
+    return run

@@ -6,10 +6,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from funcfreeze.declare.selectors import Leaf, RouteError, Selector, label, resolve, to_selector
-from funcfreeze.optim.algorithm import Algorithm, Algorithms
+from funcfreeze.declare.selectors import Leaf, RouteError, label
+from funcfreeze.optim.algorithm import Algorithm
+from funcfreeze.optim.choice import BySelector, Choice, Found, by_label
 from funcfreeze.optim.transform import (
     Named,
+    Note,
     OptState,
     PyTree,
     Transform,
@@ -20,10 +22,10 @@ from funcfreeze.optim.transform import (
     match,
 )
 
-Claims = Mapping[str, tuple[str, ...]]  # path -> the labels of all parts whose selector takes it
+Takers = Mapping[str, tuple[str, ...]]  # path -> the labels of all parts whose selector takes it
 
 
-def partition(parts: Mapping[Selector | str, Transform]) -> Transform:
+def partition(parts: BySelector[Transform]) -> Transform:
     """For each parameter the transform whose selector takes it: exactly one.
 
     The state is a dict of theirs, by selector. Only parameters that are given to `init` or have a gradient must belong
@@ -42,70 +44,49 @@ def partition(parts: Mapping[Selector | str, Transform]) -> Transform:
       encoder.weight: claimed by encoder and *.weight
       head.bias: claimed by none of encoder, *.weight
     """
-    members, selectors = _checked(parts)
-    known: dict[tuple[str, ...], Claims] = {}
-
-    def claims(params: Mapping[str, Tensor]) -> Claims:
-        # Matching is slow and its answer depends on the paths: once for each set of parameters, not at each step.
-        paths = tuple(params)
-        if paths not in known:
-            known[paths] = _resolved(selectors, [Leaf((path,), param) for path, param in params.items()])
-        return known[paths]
-
-    def bind(leaves: Sequence[Leaf]) -> Transform:
-        bound = _resolved(selectors, leaves)
-        inner = {
-            name: member.bind([leaf for leaf in leaves if bound[leaf.path] == (name,)])
-            if member.bind is not None
-            else member
-            for name, member in members.items()
-        }
-        return _build(inner, lambda params: bound, bind, lambda paths: _algorithms(inner, bound, paths))
-
-    return _build(members, claims, bind)
+    return _build(*_checked(parts))
 
 
-def _checked(
-    parts: Mapping[Selector | str, Transform],
-) -> tuple[dict[str, Transform], dict[str, Selector]]:
+def _checked(parts: BySelector[Transform]) -> tuple[dict[str, Transform], Choice]:
     """The members and their selectors by label, or a RouteError."""
     if not isinstance(parts, Mapping) or not parts:
         raise RouteError(f"partition(...) takes a mapping selector -> Transform with at least one entry, got {parts!r}")
-    labels = [label(given) for given in parts]
-    problems = [f"{name}: written twice" for name in dict.fromkeys(labels) if labels.count(name) > 1]
+    members, choice, twice = by_label(parts)
+    problems = [f"{name}: written twice" for name in twice]
     problems += [
         f"{name}: not a Transform but {type(member).__name__}: {member!r}"
-        for name, member in zip(labels, parts.values(), strict=True)
+        for name, member in zip(map(label, parts), parts.values(), strict=True)
         if not isinstance(member, Transform)
     ]
     if problems:
         raise RouteError(lines("partition(...) takes a mapping selector -> Transform:", problems))
-    selectors = dict(zip(labels, map(to_selector, parts), strict=True))
-    return dict(zip(labels, parts.values(), strict=True)), selectors
+    return members, choice
 
 
-def _resolved(selectors: Mapping[str, Selector], leaves: Sequence[Leaf]) -> Claims:
-    found = {name: resolve(selector, leaves) for name, selector in selectors.items()}
-    problems = [problem for _, wrong in found.values() for problem in wrong]
+def _takers(found: Found) -> Takers:
+    problems = [problem for wrong in found.problems.values() for problem in wrong]
     if problems:
         raise RouteError(lines("partition: the selectors do not fit the parameters:", problems))
-    return {
-        leaf.path: tuple(name for name, (chosen, _) in found.items() if index in chosen)
-        for index, leaf in enumerate(leaves)
-    }
+    return found.takers
 
 
-def _build(
-    members: Mapping[str, Transform],
-    claims: Callable[[Mapping[str, Tensor]], Claims],
-    bind: Callable[[Sequence[Leaf]], Transform],
-    algorithms: Algorithms | None = None,
-) -> Transform:
+def _build(members: Mapping[str, Transform], choice: Choice) -> Transform:
     """The transform, given how the parameters are shared out."""
+
+    def bind(leaves: Sequence[Leaf]) -> Transform:
+        bound = choice.bind(leaves)
+        takers = _takers(bound.among({}))
+        inner = {
+            name: member.bind([leaf for leaf in leaves if takers[leaf.path] == (name,)])
+            if member.bind is not None
+            else member
+            for name, member in members.items()
+        }
+        return _build(inner, bound)
 
     def parts_of(params: Mapping[str, Tensor], relevant: Iterable[str]) -> dict[str, dict[str, Tensor]]:
         """Each part's parameters; every relevant one belongs to exactly one part."""
-        claimed = claims(params) if params else {}
+        claimed = _takers(choice.among(params)) if params else {}
         _check_claims(claimed, relevant, tuple(members))
         return {
             name: {path: param for path, param in params.items() if claimed.get(path) == (name,)} for name in members
@@ -159,10 +140,34 @@ def _build(
         }
         return lambda: {name: commit() for name, commit in commits.items()}
 
-    return Transform(init, update, in_place if len(forms) == len(members) else None, bind, algorithms)
+    def measuring(note: Note) -> Transform:
+        return _build(
+            {
+                name: member.measuring(_under(name, note)) if member.measuring is not None else member
+                for name, member in members.items()
+            },
+            choice,
+        )
+
+    def algorithms(paths: Collection[str]) -> Mapping[str, Algorithm]:
+        return _algorithms(members, _takers(choice.among({})), paths)
+
+    return Transform(
+        init,
+        update,
+        in_place if len(forms) == len(members) else None,
+        bind,
+        algorithms if choice.bound is not None else None,
+        measuring if any(member.measuring is not None for member in members.values()) else None,
+    )
 
 
-def _algorithms(members: Mapping[str, Transform], claimed: Claims, paths: Collection[str]) -> Mapping[str, Algorithm]:
+def _under(name: str, note: Note) -> Note:
+    """Takes what a part measures, by the part's name."""
+    return lambda measured, value: note(f"{measured}/{name}", value)
+
+
+def _algorithms(members: Mapping[str, Transform], claimed: Takers, paths: Collection[str]) -> Mapping[str, Algorithm]:
     found: dict[str, Algorithm] = {}
     for name, member in members.items():
         if member.algorithms is not None:
@@ -170,7 +175,7 @@ def _algorithms(members: Mapping[str, Transform], claimed: Claims, paths: Collec
     return found
 
 
-def _check_claims(claimed: Claims, relevant: Iterable[str], labels: tuple[str, ...]) -> None:
+def _check_claims(claimed: Takers, relevant: Iterable[str], labels: tuple[str, ...]) -> None:
     relevant = list(relevant)
     strangers = [path for path in relevant if path not in claimed]
     if strangers:

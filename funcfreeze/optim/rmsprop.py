@@ -9,20 +9,23 @@ from torch import Tensor
 from torch.optim import RMSprop
 
 from funcfreeze.optim.algorithm import Algorithm
-from funcfreeze.optim.hyperparameters import LearningRate, Rate, check_number, check_rate, check_state_dtype
+from funcfreeze.optim.decay import decayed
+from funcfreeze.optim.hyperparameters import check_number, check_state_dtype
 from funcfreeze.optim.kernels import rmsprop_
 from funcfreeze.optim.leafwise import Entry, Rule, leafwise
 from funcfreeze.optim.opaque import is_traced, opaque, readable
+from funcfreeze.optim.paces import Pace, Paces, apart
+from funcfreeze.optim.rates import Rates
 from funcfreeze.optim.reals import as_real, back_to
 from funcfreeze.optim.transform import Transform
 
 
 def rmsprop(
-    lr: LearningRate = 1e-2,
+    lr: Rates = 1e-2,
     *,
     alpha: float = 0.99,
     eps: float = 1e-8,
-    weight_decay: float = 0,
+    weight_decay: Rates = 0,
     momentum: float = 0,
     centered: bool = False,
     maximize: bool = False,
@@ -37,6 +40,8 @@ def rmsprop(
     The state of a parameter is `step`, `square_avg`, with momentum `momentum_buffer` and, centered, `grad_avg`.
     Nothing reads `step`; torch keeps it.
 
+    `lr` and `weight_decay` may be given by selector (see `adamw`).
+
     `state_dtype` is the precision in which they are kept and all is computed (see `adam`).
 
     >>> tx = rmsprop(0.1, alpha=0.75)
@@ -49,16 +54,13 @@ def rmsprop(
         ...
     ValueError: rmsprop: alpha must be at least 0, got -1
     """
-    check_rate("rmsprop", lr)
-    for option, value in (("alpha", alpha), ("eps", eps), ("weight_decay", weight_decay), ("momentum", momentum)):
+    paces = Paces.of("rmsprop", lr, weight_decay)
+    for option, value in (("alpha", alpha), ("eps", eps), ("momentum", momentum)):
         check_number("rmsprop", option, value)
     check_state_dtype("rmsprop", state_dtype)
 
-    def pure(param: Tensor, grad: Tensor, entry: Entry, rate: Rate) -> tuple[Tensor, Entry]:
-        descent = -grad if maximize else grad
-        if weight_decay != 0:
-            descent = descent + weight_decay * param
-        direction = as_real(descent)
+    def pure(param: Tensor, grad: Tensor, entry: Entry, pace: Pace) -> tuple[Tensor, Entry]:
+        direction = as_real(decayed(param, grad, pace.weight_decay, maximize))
         square = torch.addcmul(alpha * as_real(entry["square_avg"]), direction, direction, value=1 - alpha)
         kept = {"square_avg": square}
         variance = square
@@ -69,10 +71,10 @@ def rmsprop(
         if momentum > 0:
             kept["momentum_buffer"] = moved = momentum * as_real(entry["momentum_buffer"]) + moved
         after = {slot: entry["step"] + 1 if slot == "step" else back_to(kept[slot], param) for slot in slots}
-        return back_to(-rate * moved, param), after
+        return back_to(-pace.lr * moved, param), after
 
     def fused(
-        params: list[Tensor], grads: list[Tensor], entries: list[Entry], rate: Rate, found_inf: Tensor | None
+        params: list[Tensor], grads: list[Tensor], entries: list[Entry], pace: Pace, found_inf: Tensor | None
     ) -> Callable[[], None]:
         kernel = _operator if is_traced(params[0]) else _kernel
 
@@ -84,12 +86,11 @@ def rmsprop(
                 [entry["grad_avg"] for entry in entries] if centered else [],
                 [entry["step"] for entry in entries],
                 grads,
-                rate if isinstance(rate, Tensor) else None,
-                0.0 if isinstance(rate, Tensor) else rate,
+                *apart(pace.lr),
+                *apart(pace.weight_decay),
                 found_inf,
                 alpha,
                 eps,
-                weight_decay,
                 momentum,
                 maximize,
             )
@@ -100,13 +101,12 @@ def rmsprop(
     options = {
         "alpha": alpha,
         "eps": eps,
-        "weight_decay": weight_decay,
         "momentum": momentum,
         "centered": centered,
         "maximize": maximize,
     }
     algorithm = Algorithm((RMSprop,), options, slots)
-    return leafwise(Rule("rmsprop", algorithm, slots, pure, fused, takes_sparse=False, state_dtype=state_dtype), lr)
+    return leafwise(Rule("rmsprop", algorithm, slots, pure, fused, takes_sparse=False, state_dtype=state_dtype), paces)
 
 
 def _kernel(
@@ -118,10 +118,11 @@ def _kernel(
     grads: list[Tensor],
     rate: Tensor | None,
     lr: float,
+    decay: Tensor | None,
+    weight_decay: float,
     found_inf: Tensor | None,
     alpha: float,
     eps: float,
-    weight_decay: float,
     momentum: float,
     maximize: bool,
 ) -> None:
@@ -136,7 +137,7 @@ def _kernel(
         lr=lr if rate is None else rate,
         alpha=alpha,
         eps=eps,
-        weight_decay=weight_decay,
+        weight_decay=weight_decay if decay is None else decay,
         momentum=momentum,
         maximize=maximize,
         found_inf=found_inf,
@@ -146,7 +147,7 @@ def _kernel(
 _operator = opaque(
     "rmsprop_",
     ("params", "square_avgs", "momentum_buffers", "grad_avgs", "steps"),
-    "Tensor[] grads, Tensor? rate, float lr, Tensor? found_inf, float alpha, float eps, float weight_decay, "
-    "float momentum, bool maximize",
+    "Tensor[] grads, Tensor? rate, float lr, Tensor? decay, float weight_decay, Tensor? found_inf, "
+    "float alpha, float eps, float momentum, bool maximize",
     _kernel,
 )

@@ -10,19 +10,22 @@ from torch import Tensor
 from torch.optim import SGD
 
 from funcfreeze.optim.algorithm import Algorithm
-from funcfreeze.optim.hyperparameters import LearningRate, Rate, check_number, check_rate, check_state_dtype
+from funcfreeze.optim.decay import decayed
+from funcfreeze.optim.hyperparameters import Rate, check_number, check_state_dtype
 from funcfreeze.optim.kernels import sgd_
 from funcfreeze.optim.leafwise import Entry, Rule, leafwise
 from funcfreeze.optim.opaque import is_traced, opaque, readable
+from funcfreeze.optim.paces import Pace, Paces, apart
+from funcfreeze.optim.rates import Rates
 from funcfreeze.optim.transform import Transform
 
 
 def sgd(
-    lr: LearningRate = 1e-3,
+    lr: Rates = 1e-3,
     *,
     momentum: float = 0,
     dampening: float = 0,
-    weight_decay: float = 0,
+    weight_decay: Rates = 0,
     nesterov: bool = False,
     maximize: bool = False,
     state_dtype: torch.dtype | None = None,
@@ -33,9 +36,11 @@ def sgd(
     a copy of it that is not dampened; here the buffer is there from the start, as zeros, which gives the same numbers.
     With dampening a count, `step`, is kept too, to tell that first gradient from the later ones.
 
+    `lr` and `weight_decay` may be given by selector (see `adamw`).
+
     `state_dtype` is the precision in which the buffer is kept and all is computed (see `adam`).
 
-    Sparse gradients are taken where torch.optim.SGD takes them: without weight decay.
+    Sparse gradients are taken where torch.optim.SGD takes them: where there is no weight decay.
 
     >>> tx = sgd(0.5, momentum=0.9)
     >>> params = {"w": torch.ones(2)}
@@ -47,10 +52,9 @@ def sgd(
         ...
     ValueError: sgd: nesterov=True needs momentum > 0 and dampening == 0, got momentum=0, dampening=0
     """
-    check_rate("sgd", lr)
+    paces = Paces.of("sgd", lr, weight_decay)
     check_number("sgd", "momentum", momentum)
     check_number("sgd", "dampening", dampening, low=-math.inf)
-    check_number("sgd", "weight_decay", weight_decay)
     check_state_dtype("sgd", state_dtype)
     if nesterov and (momentum <= 0 or dampening != 0):
         raise ValueError(
@@ -58,30 +62,26 @@ def sgd(
             f"got momentum={momentum!r}, dampening={dampening!r}"
         )
 
-    def decayed(param: Tensor, grad: Tensor) -> Tensor:
-        descent = -grad if maximize else grad
-        return descent + weight_decay * param if weight_decay != 0 else descent
-
-    def pure(param: Tensor, grad: Tensor, entry: Entry, rate: Rate) -> tuple[Tensor, Entry]:
-        descent = decayed(param, grad)
+    def pure(param: Tensor, grad: Tensor, entry: Entry, pace: Pace) -> tuple[Tensor, Entry]:
+        descent = decayed(param, grad, pace.weight_decay, maximize)
         if momentum == 0:
-            return _scaled(descent, rate), {}
+            return _scaled(descent, pace.lr), {}
         arriving = _dampened(descent, entry, dampening)
         # The dense operand comes first throughout: torch adds sparse to dense, not dense to sparse.
         buffer = momentum * entry["momentum_buffer"] + arriving
-        moved = _scaled(momentum * buffer + descent if nesterov else buffer, rate)
+        moved = _scaled(momentum * buffer + descent if nesterov else buffer, pace.lr)
         counted = {"step": entry["step"] + 1} if "step" in entry else {}
         return moved, {**counted, "momentum_buffer": buffer}
 
     def fused(
-        params: list[Tensor], grads: list[Tensor], entries: list[Entry], rate: Rate, found_inf: Tensor | None
+        params: list[Tensor], grads: list[Tensor], entries: list[Entry], pace: Pace, found_inf: Tensor | None
     ) -> Callable[[], None]:
         steps = [entry["step"] for entry in entries if "step" in entry]
         if steps:
             # torch's kernel knows one first step for all parameters; here each has its own, so the dampening is done
             # before, and with it what comes before the dampening.
             grads = [
-                _dampened(decayed(param, grad), entry, dampening)
+                _dampened(decayed(param, grad, pace.weight_decay, maximize), entry, dampening)
                 for param, grad, entry in zip(params, grads, entries, strict=True)
             ]
 
@@ -93,11 +93,10 @@ def sgd(
                 [entry["momentum_buffer"] for entry in entries if "momentum_buffer" in entry],
                 steps,
                 grads,
-                rate if isinstance(rate, Tensor) else None,
-                0.0 if isinstance(rate, Tensor) else rate,
+                *apart(pace.lr),
+                *apart(0.0 if steps else pace.weight_decay),
                 found_inf,
                 momentum,
-                0.0 if steps else weight_decay,
                 nesterov,
                 maximize and not steps,
             )
@@ -108,14 +107,11 @@ def sgd(
     options = {
         "momentum": momentum,
         "dampening": dampening,
-        "weight_decay": weight_decay,
         "nesterov": nesterov,
         "maximize": maximize,
     }
     algorithm = Algorithm((SGD,), options, slots, is_counted="step" in slots)
-    return leafwise(
-        Rule("sgd", algorithm, slots, pure, fused, takes_sparse=weight_decay == 0, state_dtype=state_dtype), lr
-    )
+    return leafwise(Rule("sgd", algorithm, slots, pure, fused, takes_sparse=True, state_dtype=state_dtype), paces)
 
 
 def _kernel(
@@ -125,9 +121,10 @@ def _kernel(
     grads: list[Tensor],
     rate: Tensor | None,
     lr: float,
+    decay: Tensor | None,
+    weight_decay: float,
     found_inf: Tensor | None,
     momentum: float,
-    weight_decay: float,
     nesterov: bool,
     maximize: bool,
 ) -> None:
@@ -138,7 +135,7 @@ def _kernel(
         buffers,
         lr=lr if rate is None else rate,
         momentum=momentum,
-        weight_decay=weight_decay,
+        weight_decay=weight_decay if decay is None else decay,
         nesterov=nesterov,
         maximize=maximize,
         found_inf=found_inf,
@@ -150,8 +147,8 @@ def _kernel(
 _operator = opaque(
     "sgd_",
     ("params", "buffers", "steps"),
-    "Tensor[] grads, Tensor? rate, float lr, Tensor? found_inf, float momentum, float weight_decay, bool nesterov, "
-    "bool maximize",
+    "Tensor[] grads, Tensor? rate, float lr, Tensor? decay, float weight_decay, Tensor? found_inf, "
+    "float momentum, bool nesterov, bool maximize",
     _kernel,
 )
 

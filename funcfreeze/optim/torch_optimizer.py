@@ -47,9 +47,15 @@ def from_torch(optimizer: type[Optimizer], **kwargs: Any) -> Transform:
             f"{name}: its step() needs a closure that computes the loss again; a transform has only the gradients"
         )
     lr = kwargs.get("lr")
+    by_selector = [option for option, value in kwargs.items() if isinstance(value, Mapping)]
+    if by_selector:
+        raise TypeError(
+            f"{name}: {', '.join(by_selector)} by selector is for sgd, adam, adamw and rmsprop of ff.optim; give each "
+            "part its own, by partition({selector: from_torch(...), ...})"
+        )
 
     def build(params: list[nn.Parameter], step: int | Tensor | None) -> Optimizer:
-        now = {"lr": float(rate_at(name, lr, step))} if callable(lr) else {}
+        now = {"lr": float(rate_at(name, "lr", lr, step))} if callable(lr) else {}
         make: Callable[..., Optimizer] = optimizer  # takes more than the base class does
         try:
             return make(params, **{**kwargs, **now})

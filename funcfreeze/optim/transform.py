@@ -19,6 +19,10 @@ PyTree = Any  # of tensors: a tensor, or nested containers of them that optree k
 OptState = Any  # a pytree whose structure is the transform's own affair
 
 
+Note = Callable[[str, Tensor], None]
+"""Takes a measurement by its name, a 0-d tensor."""
+
+
 class Transform(NamedTuple):
     """A pure gradient transformation over any pytree of parameters, in optax's manner.
 
@@ -40,6 +44,8 @@ class Transform(NamedTuple):
             where there is nothing to choose.
         algorithms: for paths of parameters, what torch.optim calls the optimizer that each has, by which a running
             optimizer's state is taken over. None where torch.optim has no name for it.
+        measuring: `measuring(note) -> Transform`, the same transform, which tells `note` what it measures on the way
+            (the norm of the gradients). None where it measures nothing.
 
     >>> import torch
     >>> from funcfreeze.optim import sgd
@@ -55,6 +61,7 @@ class Transform(NamedTuple):
     in_place: Callable[..., Callable[[], OptState]] | None = None
     bind: Callable[[Sequence[Leaf]], Transform] | None = None
     algorithms: Algorithms | None = None
+    measuring: Callable[[Note], Transform] | None = None
 
 
 def apply_updates(params: PyTree, updates: PyTree) -> PyTree:

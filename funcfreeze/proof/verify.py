@@ -97,7 +97,7 @@ def _compare(
     seen = Seen()
     original = Watch(by_memory(_own(step)), {})
     for turn in range(steps):
-        number = now.step
+        number = now.step.clone()  # a compiled step counts in place
         with random_numbers(turn), original if turn == 0 else nullcontext():
             losses, gradients = _in_float64_or_not(recipe, batch, number, dtype)
         now, metrics, own = _taken(mine, now, batch, turn)

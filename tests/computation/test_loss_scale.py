@@ -44,7 +44,7 @@ INF = math.inf
 FACTORS = [(1, 1), (1, INF), (1, None), (None, 1), (1, 1), (None, INF), (INF, 1), (1, 1), (1, None), (1, 1), (1, 1)]
 """What the losses are multiplied by at each step; every combination of present, absent and infinite."""
 
-SCALE = {"init": 2.0**10, "growth_factor": 3.0, "backoff_factor": 0.3, "growth_interval": 2}
+SCALE = {"init_scale": 2.0**10, "growth_factor": 3.0, "backoff_factor": 0.3, "growth_interval": 2}
 
 
 def batches():
@@ -133,7 +133,7 @@ def test_a_run_equals_the_recipe_with_a_grad_scaler(kind, engine, donate):
     start = {path: p.detach().clone() for path, p in model.named_parameters()}
     scaler = torch.amp.GradScaler(
         "cpu",
-        init_scale=SCALE["init"],
+        init_scale=SCALE["init_scale"],
         growth_factor=SCALE["growth_factor"],
         backoff_factor=SCALE["backoff_factor"],
         growth_interval=SCALE["growth_interval"],
@@ -149,7 +149,9 @@ def test_a_run_equals_the_recipe_with_a_grad_scaler(kind, engine, donate):
         assert same_bits(before, everything(state)) == skipped
         kept = state.optimizer["loss_scale"]
         assert (float(kept["scale"]), int(kept["growth_tracker"])) == (scale, tracker)
-        assert all(torch.isfinite(metrics[name]) for name in metrics if batch[1 + "ab".index(name)] == 1)
+        assert all(
+            torch.isfinite(metrics[name]) for name in "ab" if name in metrics and batch[1 + "ab".index(name)] == 1
+        )
         for path, p in eager.named_parameters():
             moved = state.params[path] - start[path], p.detach() - start[path]
             torch.testing.assert_close(*moved, rtol=1e-6, atol=1e-9)  # the scale is no power of two: float32 reciprocal
@@ -472,16 +474,26 @@ def test_a_scale_is_a_value():
     assert ff.LossScale() == ff.LossScale(2.0**16, 2.0, 0.5, 2000)
     assert hash(ff.LossScale()) == hash(ff.LossScale())
     with pytest.raises(AttributeError):
-        ff.LossScale().init = 3.0
+        ff.LossScale().init_scale = 3.0
+
+
+def test_the_first_scale_is_spelled_as_in_torch_and_as_in_version_0_1_0():
+    assert ff.LossScale(init=8.0) == ff.LossScale(init_scale=8.0) == ff.LossScale(8.0)
+    assert ff.LossScale(init=8.0).init == 8.0
+    assert repr(ff.LossScale(init=8.0)).startswith("LossScale(init_scale=8.0, growth_factor=2.0")
+    torchs = torch.amp.GradScaler("cpu", init_scale=8.0)
+    assert ff.LossScale(init_scale=8.0).start(torch.device("cpu"))["scale"] == torchs.get_scale()
+    with pytest.raises(TypeError, match="LossScale: init is another name of init_scale; got 4.0 and 8.0"):
+        ff.LossScale(4.0, init=8.0)
 
 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"init": 0}, "LossScale: init must be a finite number above 0, got 0"),
-        ({"init": INF}, "LossScale: init must be a finite number above 0, got inf"),
-        ({"init": 1e39}, "LossScale: init must be a finite number above 0, got 1e\\+39"),
-        ({"init": "dynamic"}, "LossScale: init must be a finite number above 0, got 'dynamic'"),
+        ({"init_scale": 0}, "LossScale: init_scale must be a finite number above 0, got 0"),
+        ({"init_scale": INF}, "LossScale: init_scale must be a finite number above 0, got inf"),
+        ({"init_scale": 1e39}, "LossScale: init_scale must be a finite number above 0, got 1e\\+39"),
+        ({"init": "dynamic"}, "LossScale: init_scale must be a finite number above 0, got 'dynamic'"),
         ({"growth_factor": 0.5}, "LossScale: growth_factor must be at least 1, got 0.5"),
         ({"growth_factor": True}, "LossScale: growth_factor must be at least 1, got True"),
         ({"backoff_factor": 2}, "LossScale: backoff_factor must be above 0 and at most 1, got 2"),

@@ -224,3 +224,99 @@ def test_other_objects_stay_the_objects_they_are():
     assert metrics["cache"] is h
     assert metrics["module"] is module
     assert metrics["f"] is torch.sin
+
+
+OPTIMIZERS = {
+    "chain": lambda: ff.optim.chain(ff.optim.clip_by_global_norm(0.01), ff.optim.adam(0.1)),
+    "pure": lambda: ff.optim.chain(ff.optim.sgd(1.0), ff.optim.clip_by_global_norm(0.01)),
+    "two": lambda: ff.optim.chain(
+        ff.optim.clip_by_global_norm(0.01), ff.optim.clip_by_global_norm(0.001), ff.optim.sgd()
+    ),
+}
+
+
+def two_layers():
+    return nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 1)})
+
+
+def two_losses(model, x):
+    h = model["a"](x)
+    return {"fit": model["b"](h).square().mean(), "small": h.square().mean()}
+
+
+GRAPH = {"compile": {"backend": lambda graph, _: graph.forward}}
+NORMS = [
+    *((kind, scale, options) for kind in OPTIMIZERS for scale in (None, 8.0) for options in ({}, {"donate": False})),
+    ("chain", None, GRAPH),
+    ("pure", 8.0, GRAPH),
+]
+
+
+@pytest.mark.parametrize(("kind", "scale", "options"), NORMS)
+def test_the_norm_that_clipping_saw(kind, scale, options):
+    loss_scale = None if scale is None else ff.LossScale(scale)
+    step = ff.Step(
+        two_layers(),
+        two_losses,
+        {"fit": "*", "small": "a"},
+        optimizer=OPTIMIZERS[kind](),
+        loss_scale=loss_scale,
+        **options,
+    )
+    state = step.init()
+    for _ in range(3):
+        batch = torch.randn(4, 3)
+        norm = torch.stack([g.norm() for g in step.gradients(state, batch).values()]).norm()
+        state, metrics = step(state, batch)
+        assert list(metrics) == ["fit", "small", "ff/grad_norm"]
+        assert metrics["ff/grad_norm"].ndim == 0
+        assert not metrics["ff/grad_norm"].requires_grad
+        torch.testing.assert_close(metrics["ff/grad_norm"], norm)
+    half = step.compute(state, batch)
+    norm = torch.stack([g.norm() for g in half.gradients.values()]).norm()
+    doubled = half.replace(gradients={path: 2 * g for path, g in half.gradients.items()})
+    assert "ff/grad_norm" not in half.metrics
+    _, metrics = step.apply_gradients(state, doubled)
+    torch.testing.assert_close(metrics["ff/grad_norm"], 2 * norm)
+    assert step.traces == (3 if "compile" in options else 0)
+
+
+def test_the_norms_of_parts_and_of_nothing():
+    clipped = ff.optim.chain(ff.optim.clip_by_global_norm(0.01), ff.optim.sgd())
+    parts = ff.optim.partition({"a": clipped, "b": clipped})
+
+    def maybe(model, x):
+        found = two_losses(model, x)
+        return {"fit": found["fit"] if x.sum() > 0 else None, "small": None}
+
+    step = ff.Step(two_layers(), maybe, {"fit": "*", "small": "a"}, optimizer=parts)
+    state = step.init()
+    gradients = step.gradients(state, torch.ones(4, 3))
+    state, metrics = step(state, torch.ones(4, 3))
+    assert list(metrics) == ["fit", "ff/grad_norm/a", "ff/grad_norm/b"]
+    for part in "ab":
+        own = torch.stack([g.norm() for path, g in gradients.items() if path.startswith(part)]).norm()
+        torch.testing.assert_close(metrics[f"ff/grad_norm/{part}"], own)
+    state, metrics = step(state, -torch.ones(4, 3))
+    assert metrics == {}
+
+
+@pytest.mark.parametrize("options", [{}, {"compile": {"backend": "aot_eager"}}], ids=str)
+def test_names_that_are_kept_for_our_own(options):
+    optimizer = ff.optim.sgd()
+    with pytest.raises(ff.RouteError, match="ff/fit: names of metrics that begin with ff/ are kept .* rename the loss"):
+        ff.Step(two_layers(), two_losses, {"ff/fit": "*"}, optimizer=optimizer, **options)
+
+    def named(model, x):
+        return two_losses(model, x), {"ff/grad_norm": x.mean(), "fine": 1}
+
+    step = ff.Step(two_layers(), named, {"fit": "*", "small": "a"}, optimizer=optimizer, **options)
+    state = step.init()
+    before = {path: p.clone() for path, p in state.params.items()}
+    with pytest.raises(ff.RouteError, match="ff/grad_norm: names of metrics that begin with ff/ .* rename the metric"):
+        step(state, torch.ones(2, 3))
+    assert all(torch.equal(p, before[path]) for path, p in state.params.items())
+    fine = ff.Step(two_layers(), two_losses, {"fit": "*", "small": "a"}, optimizer=optimizer, **options)
+    half = fine.compute(state := fine.init(), torch.ones(2, 3)).replace(metrics={"ff/x": torch.ones(())})
+    with pytest.raises(ValueError, match=r"metrics\['ff/x'\]: such names are kept for metrics that a step adds itself"):
+        fine.apply_gradients(state, half)

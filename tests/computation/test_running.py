@@ -165,6 +165,82 @@ def test_groups_against_a_partition():
     assert_equal_displacement(moving, never, start)
 
 
+GROUPED = {
+    "numbers": ff.optim.adamw({"encoder": 1e-3, "head": 1e-2}, weight_decay={"encoder.0": 0.2, "head.bias": 0.1}),
+    "tensors": ff.optim.adamw(
+        {"encoder": torch.tensor(1e-3, dtype=torch.float64), "head": 1e-2},
+        weight_decay={"encoder.0": 0.2, "head.bias": torch.tensor(0.1, dtype=torch.float64)},
+    ),
+    "schedules": ff.optim.adamw(
+        {"encoder": ff.schedules.constant(1e-3), "head": lambda step: 1e-2},
+        weight_decay={"encoder.0": ff.schedules.constant(0.2), "head.bias": 0.1},
+    ),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"compile": GRAPH}], ids=str)
+@pytest.mark.parametrize("kind", GROUPED)
+def test_groups_against_rates_by_selector(kind, options):
+    moving = network()
+    never, start = copy.deepcopy(moving), copy.deepcopy(moving)
+
+    def built(model):
+        groups = [
+            {"params": [model["encoder"][0].weight], "lr": 1e-3, "weight_decay": 0.2},
+            {"params": [*model["encoder"][1].parameters()], "lr": 1e-3, "weight_decay": 0.0},
+            {"params": [model["head"].weight], "lr": 1e-2, "weight_decay": 0.0},
+            {"params": [model["head"].bias, *model["still"].parameters()], "lr": 1e-2, "weight_decay": 0.1},
+        ]
+        return optim.AdamW(groups)
+
+    mine, theirs = built(moving), built(never)
+    parts = [[torch.randn(8, 4) for _ in range(5)] for _ in range(3)]
+    train(moving, mine, parts[0])
+    step = make(moving, GROUPED[kind], **options)
+    state = take(step, step.init(optimizer=mine), parts[1])
+    step.export(state, optimizer=mine)
+    train(moving, mine, parts[2])
+    train(never, theirs, [*parts[0], *parts[1], *parts[2]])
+    assert_equal_displacement(moving, never, start)
+    assert_same_state(mine, theirs)
+
+
+def test_scheduled_rates_and_decays_go_into_their_groups():
+    model = network()
+
+    def built(groups):
+        return optim.AdamW([{"params": group} for group in groups], lr=1.0, weight_decay=0.5)
+
+    tx = ff.optim.adamw(
+        {"encoder": lambda step: 0.1 / (step + 1), "head": 0.3},
+        weight_decay={"*.weight": lambda step: 0.5 / (step + 1)},
+    )
+    step = make(model, tx)
+    state = take(step, step.init(), [torch.randn(8, 4) for _ in range(4)])
+    encoder = [*model["encoder"].parameters()]
+    matrices, bias = [p for p in encoder if p is not model["encoder"][1].bias], model["encoder"][1].bias
+    optimizer = built([matrices, [bias], [model["head"].weight], [model["head"].bias]])
+    with pytest.raises(ValueError, match="the running AdamW is not as the Step's optimizer") as caught:
+        step.export(state, optimizer=optimizer)
+    assert str(caught.value).splitlines()[1:] == [
+        "  weight_decay: the Step has 0.0, param_groups[1] has 0.5, for encoder.1.bias",
+        "  lr: the Step has 0.3, param_groups[2] has 1.0, for head.weight",
+        "  lr: the Step has 0.3, param_groups[3] has 1.0, for head.bias",
+        "  weight_decay: the Step has 0.0, param_groups[3] has 0.5, for head.bias",
+    ]
+    groups = optimizer.param_groups
+    groups[1]["weight_decay"], groups[3]["weight_decay"] = 0.0, 0.0
+    groups[2]["lr"] = groups[3]["lr"] = 0.3
+    step.export(state, optimizer=optimizer)
+    groups = optimizer.param_groups
+    assert [group["lr"] for group in groups] == pytest.approx([0.02, 0.02, 0.3, 0.3])
+    assert [group["weight_decay"] for group in groups] == pytest.approx([0.1, 0.0, 0.1, 0.0])
+    mixed = built([[*model["encoder"].parameters(), *model["head"].parameters()]])
+    with pytest.raises(ValueError, match="lr: param_groups\\[0\\] has one, the Step gives 0.02 and 0.3") as caught:
+        step.export(state, optimizer=mixed)
+    assert "weight_decay: param_groups[0] has one, the Step gives 0.0 and 0.1" in str(caught.value)
+
+
 def test_a_scheduler_goes_on():
     moving = network()
     never, start = copy.deepcopy(moving), copy.deepcopy(moving)

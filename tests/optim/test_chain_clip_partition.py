@@ -8,7 +8,17 @@ from torch import nn
 from trajectories import assert_close, gradients, in_place_displacements, pure_displacements, start, torch_displacements
 
 from funcfreeze.declare.selectors import Leaf, RouteError, kind, path, where
-from funcfreeze.optim import adam, adamw, chain, clip_by_global_norm, from_torch, linear_schedule, partition, sgd
+from funcfreeze.optim import (
+    adam,
+    adamw,
+    chain,
+    clip_by_global_norm,
+    clip_by_norm,
+    from_torch,
+    linear_schedule,
+    partition,
+    sgd,
+)
 
 FORMS = [pure_displacements, in_place_displacements]
 
@@ -29,6 +39,34 @@ def clipped(max_norm: float):
 def test_chain_of_clip_and_adamw(form, max_norm):
     expected = torch_displacements(torch.optim.AdamW, start(), clipped(max_norm))
     assert_close(form(chain(clip_by_global_norm(max_norm), adamw()), start(), gradients()), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e3])
+def test_clip_by_norm_is_torchs_for_each_parameter_alone(form, max_norm):
+    grads = gradients()
+    for given in grads:
+        for name, grad in given.items():
+            alone = nn.Parameter(grad)
+            alone.grad = grad.clone()
+            torch.nn.utils.clip_grad_norm_(alone, max_norm)
+            given[name] = alone.grad
+    expected = torch_displacements(torch.optim.AdamW, start(), grads)
+    assert_close(form(chain(clip_by_norm(max_norm), adamw()), start(), gradients()), expected)
+
+
+def test_clip_by_norm_of_nothing_of_one_and_of_several_dtypes():
+    tx = clip_by_norm(1.0)
+    params = {"a": torch.tensor(1.0, dtype=torch.float32), "b": torch.ones(2), "c": torch.ones(1)}
+    assert tx.init(params) == ()
+    assert tx.update({}, (), params) == ({"a": None, "b": None, "c": None}, ())
+    updates, _ = tx.update({"a": torch.tensor(3.0, dtype=torch.float32), "b": torch.tensor([0.3, 0.4])}, (), params)
+    assert [None if u is None else u.dtype for u in updates.values()] == [torch.float32, torch.float64, None]
+    assert_close(
+        {"a": updates["a"].double(), "b": updates["b"]}, {"a": torch.tensor(1.0), "b": torch.tensor([0.3, 0.4])}, 1e-6
+    )
+    with pytest.raises(ValueError, match="clip_by_norm: max_norm must be at least 0, got -1"):
+        clip_by_norm(-1)
 
 
 def test_clip_keeps_dtype_structure_and_nothing_else():
@@ -76,9 +114,13 @@ def test_clip_takes_every_sparse_layout_beside_dense_gradients(layout, dtype, ma
     assert updates["w"].layout == given["w"].layout
     assert updates["w"].dtype == dtype
     size = sum(float(grad.abs().double().square().sum()) for grad in dense.values()) ** 0.5
+    alone, _ = clip_by_norm(max_norm).update(given, (), params)
+    assert alone["w"].layout == given["w"].layout
     for name, grad in dense.items():
         wanted = grad * min(1.0, max_norm / (size + 1e-6))
         torch.testing.assert_close(updates[name].to_dense(), wanted, check_dtype=False, rtol=1e-5, atol=1e-6)
+        own = grad * min(1.0, max_norm / (float(grad.abs().double().square().sum()) ** 0.5 + 1e-6))
+        torch.testing.assert_close(alone[name].to_dense(), own, check_dtype=False, rtol=1e-5, atol=1e-6)
     assert torch.equal(given["w"].to_dense(), before), "what was given is not written to"
 
 

@@ -256,7 +256,7 @@ def test_state_has_torchs_names_and_one_structure(family, options, slots):
         (lambda: rmsprop(eps=float("nan")), ValueError, "rmsprop: eps must be at least 0, got nan"),
         (lambda: rmsprop(weight_decay="0.1"), TypeError, "rmsprop: weight_decay must be a number, got str: '0.1'"),
         (lambda: rmsprop(momentum=-1), ValueError, "rmsprop: momentum must be at least 0, got -1"),
-        (lambda: adamw(weight_decay=torch.tensor(1.0)), TypeError, "adamw: weight_decay must be a number, got Tensor"),
+        (lambda: adamw(weight_decay=torch.ones(2)), ValueError, "adamw: a tensor weight_decay must be 0-d, got shape"),
     ],
 )
 def test_hyperparameters_are_checked_at_construction(make, error, text):
