@@ -11,16 +11,19 @@ from torch import Tensor, nn
 
 from funcfreeze.compile import CompiledStep, resolve
 from funcfreeze.computation.adoption import Adoption, adopted, begun_state
+from funcfreeze.computation.arguments import check_arguments
 from funcfreeze.computation.back_door import refuse_writes
 from funcfreeze.computation.computation import Computation
 from funcfreeze.computation.evaluation import Evaluation, Losses
+from funcfreeze.computation.finite import Finite
 from funcfreeze.computation.half import Half
 from funcfreeze.computation.loss_scale import LossScale
 from funcfreeze.computation.running import Running
 from funcfreeze.computation.specification import Specification, check_fits
 from funcfreeze.computation.state import Lease, State, lease_of, make_state
 from funcfreeze.computation.updating import Updating, apart_from, borrowed_in
-from funcfreeze.declare.plan import Plan, chosen, resolve_plan
+from funcfreeze.declare.names import own_name_problems
+from funcfreeze.declare.plan import Plan, chosen, raise_problems, resolve_plan
 from funcfreeze.declare.routes import Selection
 from funcfreeze.gradients import Routing, find_engine
 from funcfreeze.gradients.modes import grad_mode
@@ -31,6 +34,7 @@ from funcfreeze.model.mapping import Model
 from funcfreeze.model.sites import module_leaves
 from funcfreeze.model.ties import tied
 from funcfreeze.optim import Transform
+from funcfreeze.optim.skip import skippable
 
 
 @dataclass(frozen=True, eq=False, init=False, repr=False)
@@ -54,6 +58,8 @@ class Step:
         donate: whether a step reuses the storage of the state it is given, which is spent then.
         loss_scale: for float16, the factor that keeps small gradients alive (see `LossScale`). Metrics, and gradients
             as they are returned, are free of it; hooks see it.
+        on_nonfinite: "skip" leaves parameters, optimizer and buffers bit-identical where a loss or a gradient is not
+            finite, without waiting for the device; "raise" does, waits, and raises (see `Finite`); "ignore" goes on.
 
     Attributes:
         plan: the resolved, frozen loss × parameter table; printable and comparable.
@@ -88,6 +94,7 @@ class Step:
     donate: bool
     loss_scale: LossScale | None
     differentiable: Selection | None
+    on_nonfinite: str
     plan: Plan
     computation: Computation
     specification: Specification
@@ -106,25 +113,19 @@ class Step:
         donate: bool = True,
         loss_scale: LossScale | None = None,
         differentiable: Selection | None = None,
+        on_nonfinite: str = "ignore",
     ) -> None:
         computing = find_engine(engine)
-        if not callable(losses):
-            raise TypeError(f"losses is a function losses(model, batch), got {type(losses).__name__}")
-        if not isinstance(optimizer, Transform):
-            raise TypeError(
-                f"optimizer is a Transform such as funcfreeze.optim.adamw(1e-3) (called), got "
-                f"{type(optimizer).__name__}; a torch optimizer class goes through funcfreeze.optim.from_torch, as in "
-                "from_torch(torch.optim.RMSprop, lr=1e-3)"
-            )
-        if loss_scale is not None and not isinstance(loss_scale, LossScale):
-            raise TypeError(
-                f"loss_scale is a funcfreeze.LossScale, or None; got {type(loss_scale).__name__}: {loss_scale!r}"
-            )
+        check_arguments(losses, optimizer, loss_scale)
+        finite = Finite.of(on_nonfinite, is_scaled=loss_scale is not None)
         module = as_module(model)
         refuse_unusable(module)
         leaves = module_leaves(module)
         plan = resolve_plan(routes, leaves)
+        raise_problems([*own_name_problems("loss", plan.losses)])
         transform = optimizer if optimizer.bind is None else optimizer.bind(leaves)
+        if finite is not None or loss_scale is not None:
+            transform = skippable(transform)
         if loss_scale is not None:
             transform = loss_scale.around(transform)
         routing = Routing.of(plan, chosen(differentiable, leaves, "differentiable"))
@@ -133,7 +134,8 @@ class Step:
         options = resolve(compile if engine == "routed" or compile is not None else False, module.parameters())
         if options is not None and engine != "routed":
             raise ValueError(f"only the routed engine is compiled; use compile=False with engine={engine!r}")
-        computation = Computation(Evaluation(functional, losses, plan), routing, computing, transform, loss_scale)
+        evaluation = Evaluation(functional, losses, plan)
+        computation = Computation(evaluation, routing, computing, transform, loss_scale, finite)
         specification = Specification.of(functional, plan, transform)
         updating = Updating(computation, specification, donate)
         values = {
@@ -145,6 +147,7 @@ class Step:
             "donate": donate,
             "loss_scale": loss_scale,
             "differentiable": differentiable,
+            "on_nonfinite": on_nonfinite,
             "plan": plan,
             "computation": computation,
             "specification": specification,
@@ -215,6 +218,7 @@ class Step:
             RouteError: what `losses` returned does not fit the declaration.
             TypeError: a metric is an object that is no container and holds a tensor of the graph, or a parameter's
                 memory.
+            FloatingPointError: with `on_nonfinite="raise"`, naming losses and parameters; the state is not spent.
 
             Whatever is raised, the tensors of module and state are as they were, but for two cases. What `losses`
             writes to a parameter for the first time after the step's first call is in the memory of the state already,
@@ -228,8 +232,7 @@ class Step:
             return self.compiled.step(state, batch)
         half = self.computation.gradients(*state.fields, batch)
         with grad_mode(False):
-            metrics = {**half.losses, **self._updating.metrics(state, half)}
-            return self._updating.update(state, half), metrics
+            return self._updating.update(state, half)
 
     def compute(self, state: State, batch: Any, *, per_loss: bool = False) -> Half:
         """The first half of a step: one forward and its backward. The state is not spent.
@@ -278,9 +281,7 @@ class Step:
         state = check_fits(state, self.specification)
         half = self._updating.checked(state, half)
         with grad_mode(False):
-            metrics = {**half.losses, **self._updating.metrics(state, half)}
-            update = self._updating.update if self.compiled is None else self.compiled.apply
-            return update(state, half), metrics
+            return (self._updating.update if self.compiled is None else self.compiled.apply)(state, half)
 
     def gradients(self, state: State, batch: Any) -> dict[str, Tensor]:
         """The merged gradients by path, holding only touched parameters.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from funcfreeze.compile.problems import SwitchedOff
+from funcfreeze.declare.names import is_own
 
 _LIBRARY = torch.library.Library("funcfreeze", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch's
 _LIBRARY.define("loss(Tensor loss, str name) -> Tensor")  # type: ignore[no-untyped-call]  # torch's
@@ -80,6 +81,8 @@ def captured(
                 is_odd = is_odd or value is not None or name not in declared
         for name in declared:
             is_odd = is_odd or not (name in found or name in _field_names(found))
+    for name in metrics:
+        is_odd = is_odd or is_own(name)
     held: list[tuple[Tensor, Tensor]] = []
     return Captured(marked, {name: _apart(value, held) for name, value in metrics.items()}, held, END(is_odd, key))
 

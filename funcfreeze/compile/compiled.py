@@ -12,6 +12,7 @@ from torch import Tensor
 from funcfreeze.compile.layout import Listed
 from funcfreeze.compile.options import Options
 from funcfreeze.computation.computation import Computation
+from funcfreeze.computation.finite import Found
 
 if TYPE_CHECKING:
     from funcfreeze.compile.capturing import Capturing
@@ -41,6 +42,7 @@ class Run(NamedTuple):
         params: the new values of parameters that no loss may update, and that the forward wrote to.
         optimizer: the optimizer's new state, or None if all of it was overwritten in place.
         gradients: large gradients on the CPU, kept only to keep their memory.
+        found: what is not finite, if that is looked for: all that the step wrote is what was there then.
     """
 
     outputs: list[Any]
@@ -48,6 +50,7 @@ class Run(NamedTuple):
     params: Mapping[str, Tensor]
     optimizer: Any
     gradients: list[Tensor]
+    found: Found | None = None
 
 
 class Compilation:

@@ -19,8 +19,10 @@ from funcfreeze.compile.outside import Outside
 from funcfreeze.compile.private import compiler, compiling, tracing
 from funcfreeze.compile.stand_ins import StandIns
 from funcfreeze.compile.tail import Tail, take_off
+from funcfreeze.compile.updated import Updated
 from funcfreeze.computation.back_door import raise_misuse, write_problem
 from funcfreeze.computation.computation import Computation
+from funcfreeze.computation.finite import lost
 from funcfreeze.declare.plan import Plan
 from funcfreeze.gradients.modes import grad_mode
 from funcfreeze.model.memory import memory_of
@@ -89,24 +91,26 @@ def compile_update(
     gradients: Sequence[Tensor],
     options: Options,
     is_static: bool,
-) -> Callable[[Listed, Sequence[Tensor]], Any]:
-    """Trace and compile an update by given gradients, which gives the optimizer's new state if it is not in place.
+) -> Callable[[Listed, Sequence[Tensor]], Updated]:
+    """Trace and compile an update by given gradients.
 
     Args:
         computation: whose optimizer it is.
         state: a state of the layout that the program will take.
         paths: of the parameters that have a gradient.
-        gradients: examples.
+        gradients: examples, and then the flag of the losses where that is looked at.
         options: how to compile.
         is_static: whether states are overwritten in place, so that their tensors stay where they are.
     """
     number = len(state.tensors)
 
-    def update(*given: Tensor) -> Any:
+    def update(*given: Tensor) -> Updated:
         params, _, optimizer, count = state.layout.fields(given[:number])
         with grad_mode(False):
-            named = dict(zip(paths, given[number:], strict=True))
-            return state.layout.written(optimizer, computation.optimize(named, optimizer, params, count))
+            named = dict(zip(paths, given[number:], strict=False))
+            flags = given[number + len(paths) :]
+            after, found = computation.optimize(named, optimizer, params, count, *flags)
+            return Updated(state.layout.written(optimizer, after), found)
 
     with compiling():
         fakes = fakes_of(gradients, state)
@@ -247,13 +251,17 @@ def whole_step(
             # an output may be a view of what is overwritten below
             outputs = [value.detach().clone() if isinstance(value, Tensor) else value for value in returned]
             new = {path: tensor.clone() for path, tensor in changed.items()}
-            after = computation.optimize(computed.gradients, optimizer, params, count)
+            flag = None if computation.finite is None else lost(computed.losses, count.device)
+            after, found = computation.optimize(computed.gradients, optimizer, params, count, flag)
+            if found is not None:
+                new = found.kept("buffer or parameter", {**params, **buffers}, new)
             return Run(
                 outputs,
                 {path: tensor for path, tensor in new.items() if path in layout.buffers},
                 {path: tensor for path, tensor in new.items() if path not in layout.buffers},
                 layout.written(optimizer, after),
                 [gradient for gradient in computed.gradients.values() if _is_large(gradient)],
+                found,
             )
 
     return step

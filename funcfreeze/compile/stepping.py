@@ -34,7 +34,7 @@ class CompiledStep:
         self._updating = updating
         computation, donate = updating.computation, updating.donate
         self._whole = Compilation(computation, options, donate)
-        self._gradients = Compilation(replace(computation, transform=_GIVE_BACK), options, donate=False)
+        self._gradients = Compilation(replace(computation, transform=_GIVE_BACK, finite=None), options, donate=False)
         self._update = CompiledUpdate(computation, options, donate)
 
     @property
@@ -50,7 +50,9 @@ class CompiledStep:
         with grad_mode(False):
             fields, listed = self._taken(state)
             metrics, run = self._whole(listed, batch)
-            return self._after(state, fields, listed, run), metrics
+            losses = {name: metrics[name] for name in self._updating.computation.routing.losses if name in metrics}
+            after, own = self._after(state, fields, listed, run, losses)
+            return after, {**metrics, **own}
 
     def compute(self, state: State, batch: Any) -> Half:
         """The first half of a step."""
@@ -70,13 +72,17 @@ class CompiledStep:
             dict(run.params),
         )
 
-    def apply(self, state: State, half: Half) -> State:
-        """The second half of a step."""
+    def apply(self, state: State, half: Half) -> tuple[State, dict[str, Any]]:
+        """The second half of a step: the new state, and all metrics."""
         with grad_mode(False):
+            metrics = {**half.losses, **self._updating.metrics(state, half)}
             fields, listed = self._taken(state)
-            optimizer = self._update(listed, half.gradients)
-            run = Run([], listed.overwritten(half.buffers), half.written, optimizer, [])
-            return self._after(state, fields, listed, run)
+            optimizer, found = self._update(listed, half.gradients, half.losses)
+            buffers = listed.overwritten(listed.unless_skipped(half.buffers, found))
+            written = half.written if found is None else found.kept("parameter", state.params, half.written)
+            run = Run([], buffers, written, optimizer, [], found)
+            after, own = self._after(state, fields, listed, run, half.losses)
+            return after, {**metrics, **own}
 
     def _taken(self, state: State) -> tuple[Fields, Listed]:
         """A state's fields, whose tensors may be overwritten."""
@@ -86,9 +92,14 @@ class CompiledStep:
         fields = self._updating.owned(state)
         return fields, Listed.of(*fields)
 
-    def _after(self, state: State, fields: Fields, listed: Listed, run: Run) -> State:
-        """The state after a run that overwrote these fields as far as they could be."""
+    def _after(
+        self, state: State, fields: Fields, listed: Listed, run: Run, losses: Mapping[str, Tensor]
+    ) -> tuple[State, dict[str, Tensor]]:
+        """The state after a run that overwrote these fields as far as they could be, and the step's own metrics."""
         updating, lease = self._updating, lease_of(state)
+        finite, found = updating.computation.finite, run.found
+        if finite is not None and found is not None:
+            finite.refuse(found, losses, state.step)
         params, buffers, optimizer, step = fields
         step.add_(1)
         unrouted = updating.computation.evaluation.unrouted
@@ -109,7 +120,8 @@ class CompiledStep:
                 step,
             )
         )
-        return make_state(named, renewed, updating.specification, listed if is_in_place else None)
+        after = make_state(named, renewed, updating.specification, listed if is_in_place else None)
+        return after, {} if found is None else found.metrics
 
 
 class _GivenBack(NamedTuple):

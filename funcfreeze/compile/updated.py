@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +13,26 @@ from funcfreeze.compile.compiled import note_on_torch
 from funcfreeze.compile.layout import Kind, Layout, Listed, kind_of
 from funcfreeze.compile.options import Options
 from funcfreeze.computation.computation import Computation
+from funcfreeze.computation.finite import Found, lost
 
 Key = tuple[Layout, tuple[tuple[str, Kind], ...]]
 """A state's layout, and the paths and forms of the gradients."""
 
-Program = Callable[[Listed, Sequence[Tensor]], Any]
-"""Takes an update: (a state that is overwritten, gradients) -> the optimizer's state where it is another then."""
+
+class Updated(NamedTuple):
+    """What an update gives.
+
+    Attributes:
+        optimizer: the optimizer's new state, or None if all of it was overwritten in place.
+        found: what is not finite, if that is looked for.
+    """
+
+    optimizer: Any
+    found: Found | None
+
+
+Program = Callable[[Listed, Sequence[Tensor]], Updated]
+"""Takes an update: (a state that is overwritten, gradients) -> what it gives."""
 
 
 def refuse_sparse(gradients: Mapping[str, Tensor]) -> None:
@@ -58,15 +72,16 @@ class CompiledUpdate:
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledUpdate:
         return CompiledUpdate(copy.deepcopy(self._computation, memo), self._options, self._donate)
 
-    def __call__(self, state: Listed, gradients: Mapping[str, Tensor]) -> Any:
-        """Overwrite parameters and the optimizer's state; what it returns is that where it could not be, else None."""
+    def __call__(self, state: Listed, gradients: Mapping[str, Tensor], losses: Mapping[str, Any]) -> Updated:
+        """Overwrite parameters and the optimizer's state."""
         refuse_sparse(gradients)
         given = [state.apart(gradient) for gradient in gradients.values()]
+        flags = [] if self._computation.finite is None else [lost(losses, state.step.device)]
         key = state.layout, tuple(zip(gradients, map(kind_of, given), strict=True))
         with self._computation.evaluation.functional.alone:
             if key not in self._programs:
-                self._programs[key] = self._made(state, tuple(gradients), given)
-            return self._programs[key](state, given)
+                self._programs[key] = self._made(state, tuple(gradients), [*given, *flags])
+            return self._programs[key](state, [*given, *flags])
 
     def _made(self, state: Listed, paths: Sequence[str], gradients: Sequence[Tensor]) -> Program:
         try:

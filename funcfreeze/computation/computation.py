@@ -17,9 +17,11 @@ from funcfreeze.computation.back_door import (
     raise_misuse,
 )
 from funcfreeze.computation.evaluation import NOTHING, Beside, Evaluation
+from funcfreeze.computation.finite import Finite, Found
 from funcfreeze.computation.half import Half
 from funcfreeze.computation.loss_scale import LossScale, scale_in, unscale
-from funcfreeze.declare.selectors import RouteError
+from funcfreeze.declare.names import own_name_problems
+from funcfreeze.declare.plan import raise_problems
 from funcfreeze.gradients import Engine, Routing
 from funcfreeze.gradients.law import Evaluate, OtherLeaf, Outcome, SeparateOutcome
 from funcfreeze.gradients.returned import exchanged
@@ -27,7 +29,8 @@ from funcfreeze.gradients.sums import plus
 from funcfreeze.model.memory import memory_of
 from funcfreeze.model.watching import Watch, by_memory
 from funcfreeze.optim import Transform
-from funcfreeze.optim.transform import apart
+from funcfreeze.optim.skip import update_unless
+from funcfreeze.optim.transform import apart, in_place_options
 
 Gave = TypeVar("Gave", Outcome, SeparateOutcome)
 
@@ -41,13 +44,23 @@ class Differentiated(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Computation:
-    """The user's losses over a model, differentiated by an engine and handed to an optimizer."""
+    """The user's losses over a model, differentiated by an engine and handed to an optimizer.
+
+    Attributes:
+        evaluation: the losses over the model.
+        routing: the plan in the engines' terms.
+        engine: what differentiates.
+        transform: the optimizer, with the loss scale around it.
+        loss_scale: what every loss starts its backward with, if anything but 1.
+        finite: what has to be finite, if anything has to.
+    """
 
     evaluation: Evaluation
     routing: Routing
     engine: Engine
     transform: Transform
     loss_scale: LossScale | None
+    finite: Finite | None = None
 
     def gradients(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Any, step: Tensor, batch: Any
@@ -118,23 +131,42 @@ class Computation:
                 end()
 
     def optimize(
-        self, gradients: Mapping[str, Tensor], optimizer: Any, params: Mapping[str, Tensor], step: Tensor
-    ) -> Any:
-        """Overwrite the parameters that have a gradient, and return the optimizer's new state.
+        self,
+        gradients: Mapping[str, Tensor],
+        optimizer: Any,
+        params: Mapping[str, Tensor],
+        step: Tensor,
+        lost: Tensor | None = None,
+    ) -> tuple[Any, Found | None]:
+        """Overwrite the parameters that have a gradient, unless the step is skipped.
 
         Everything that can fail comes before the first write.
+
+        Returns:
+            The optimizer's new state, and what was found that is not finite, if that is looked for.
 
         Args:
             gradients: by path, touched parameters only.
             optimizer: the optimizer's state, which may be overwritten.
             params: path -> tensor, at least all routed parameters.
             step: the number of steps taken so far, 0-d int64.
+            lost: whether one of the losses is not finite (see `finite.lost`), where that is looked at.
         """
         own = {path: params[path] for path in self.evaluation.plan.routed}
-        if self.transform.in_place is not None:
-            commit = self.transform.in_place(gradients, optimizer, own, step=step)
-            return commit()
-        updates, optimizer = self.transform.update(gradients, optimizer, own, step=step)
+        found = None
+        if self.finite is not None and lost is not None:
+            found = self.finite.look(gradients, lost, step.device)
+        skip = None if found is None else found.skip
+        for_scale = {} if found is None or self.loss_scale is None else {"found": found}
+        transform = self.transform
+        if transform.in_place is not None:
+            options = {"step": step, **for_scale} if for_scale else in_place_options(step, skip)
+            commit = transform.in_place(gradients, optimizer, own, **options)
+            return commit(), found
+        if skip is None or for_scale:
+            updates, optimizer = transform.update(gradients, optimizer, own, step=step, **for_scale)
+        else:
+            updates, optimizer = update_unless(skip, transform, gradients, optimizer, own, step)
         present = {path: update for path, update in updates.items() if update is not None}
         problems = [
             f"{path}: the update has shape {tuple(update.shape)}, the parameter "
@@ -146,7 +178,7 @@ class Computation:
             raise ValueError("\n".join(["the optimizer's updates do not fit the parameters:", *problems]))
         for path, update in apart(present, own.values()).items():
             own[path].add_(update)
-        return optimizer
+        return optimizer, found
 
     def _seed(self, optimizer: Any) -> Tensor | None:
         """The cotangent that every loss starts with; None is one."""
@@ -203,8 +235,6 @@ def _check_beside(losses: Mapping[str, Tensor], beside: Beside, params: Mapping[
 
 
 def _check_names(losses: Mapping[str, Tensor], metrics: Mapping[str, Any]) -> None:
-    if clash := losses.keys() & metrics.keys():
-        raise RouteError(
-            f"{', '.join(sorted(clash))}: both a loss and a metric have this name, and the step returns both; rename "
-            "the metric"
-        )
+    clash = losses.keys() & metrics.keys()
+    both = f"{', '.join(sorted(clash))}: both a loss and a metric have this name, and the step returns both; rename "
+    raise_problems([*([f"{both}the metric"] if clash else []), *own_name_problems("metric", metrics)])

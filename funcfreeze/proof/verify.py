@@ -92,6 +92,7 @@ def _compare(
         donate=step.donate,
         loss_scale=step.loss_scale,
         differentiable=step.differentiable,
+        on_nonfinite=step.on_nonfinite,
     )
     now, batch = cast_state(state, dtype, mine.specification.optimizer), cast(batch, dtype)
     recipe = Recipe(mine, module_copy(step.module, dtype), now)
