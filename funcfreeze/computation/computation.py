@@ -29,6 +29,7 @@ from funcfreeze.gradients.sums import plus
 from funcfreeze.model.memory import memory_of
 from funcfreeze.model.watching import Watch, by_memory
 from funcfreeze.optim import Transform
+from funcfreeze.optim.reals import add_
 from funcfreeze.optim.skip import update_unless
 from funcfreeze.optim.transform import apart, in_place_options
 
@@ -177,7 +178,7 @@ class Computation:
         if problems:
             raise ValueError("\n".join(["the optimizer's updates do not fit the parameters:", *problems]))
         for path, update in apart(present, own.values()).items():
-            own[path].add_(update)
+            add_(own[path], update)
         return optimizer, found
 
     def _seed(self, optimizer: Any) -> Tensor | None:

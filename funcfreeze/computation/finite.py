@@ -51,11 +51,40 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Finite:
-    """That what a step computes has to be finite.
+    """That what a step computes has to be finite: what `Step(..., on_nonfinite="skip" or "raise")` asks for.
+
+    A step is skipped if a present loss, or a merged gradient, is infinite or NaN. Parameters, the optimizer's state
+    with its counts, and buffers come out bit-identical then; the count of steps goes on, and the metric `ff/skipped`
+    says so. Nothing waits for the device, but where a forward gives a buffer another shape, and for some `from_torch`.
+    Random numbers are drawn as in any step, and the Python state of modules is as the forward left it.
+
+    A step that raises is skipped too, and then a flag is read, which waits for the device. It is not counted, and the
+    state that it was given is not spent.
+
+    With a loss scale a gradient that overflows skips the step too, and the scale goes by the gradients as ever. It
+    stays as it is only where a step raises.
 
     Attributes:
         raises: whether a step that is skipped raises.
         is_scaled: whether there is a loss scale: that gradients overflow is its affair then, and nothing to raise for.
+
+    >>> from torch import nn
+    >>> import funcfreeze as ff
+    >>> losses = lambda model, x: {"fit": model(x).square().mean()}
+    >>> model = nn.Linear(2, 1)
+    >>> step = ff.Step(model, losses, {"fit": "*"}, optimizer=ff.optim.adam(0.1), on_nonfinite="skip")
+    >>> state, metrics = step(step.init(), torch.full((3, 2), float("nan")))
+    >>> is_same = torch.equal(state.params["bias"], model.bias)
+    >>> metrics["ff/skipped"], state.step, state.optimizer["bias"]["step"], is_same
+    (tensor(True), tensor(1), tensor(0.), True)
+    >>> step = ff.Step(model, losses, {"fit": "*"}, optimizer=ff.optim.adam(0.1), on_nonfinite="raise")
+    >>> step(state, torch.full((3, 2), float("nan")))
+    Traceback (most recent call last):
+        ...
+    FloatingPointError: step 1 (counted from 0) was not taken, because not all that it computed is finite:
+      losses: fit is nan
+      gradients: weight, bias
+    The State that was given is as it was and can be used: go on with the next batch, or look for the cause there, ...
     """
 
     raises: bool
