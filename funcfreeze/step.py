@@ -15,8 +15,9 @@ from funcfreeze.computation.adoption import Adoption
 from funcfreeze.computation.arguments import check_arguments
 from funcfreeze.computation.back_door import refuse_writes
 from funcfreeze.computation.beginning import begin, beside, take_over
-from funcfreeze.computation.computation import Computation, refuse_ours
+from funcfreeze.computation.computation import Computation
 from funcfreeze.computation.evaluation import Evaluation, Losses
+from funcfreeze.computation.finite import Finite
 from funcfreeze.computation.half import Half
 from funcfreeze.computation.loss_scale import LossScale, scaled
 from funcfreeze.computation.microbatches import Count, Splitting
@@ -24,7 +25,8 @@ from funcfreeze.computation.specification import Specification, check_fits
 from funcfreeze.computation.state import State, lease_of
 from funcfreeze.computation.statistics import FrozenNorms
 from funcfreeze.computation.updating import Updating
-from funcfreeze.declare.plan import Plan, chosen, resolve_plan
+from funcfreeze.declare.names import own_name_problems
+from funcfreeze.declare.plan import Plan, chosen, raise_problems, resolve_plan
 from funcfreeze.declare.routes import Selection
 from funcfreeze.gradients import Routing, find_engine
 from funcfreeze.gradients.modes import grad_mode
@@ -35,6 +37,7 @@ from funcfreeze.model.mapping import Model
 from funcfreeze.model.sites import module_leaves
 from funcfreeze.model.ties import tied
 from funcfreeze.optim import Transform
+from funcfreeze.optim.skip import skippable
 
 
 @dataclass(frozen=True, eq=False, init=False, repr=False)
@@ -66,6 +69,8 @@ class Step:
             as they are returned, are free of it; hooks see it.
         frozen_statistics: a selector of modules, or a list: every norm in them that keeps running statistics is in eval
             mode while `losses` runs, whatever `train()` says (`losses` itself leaves these flags alone).
+        on_nonfinite: "skip" leaves parameters, optimizer and buffers bit-identical where a loss or a gradient is not
+            finite, without waiting for the device; "raise" does, waits, and raises (see `Finite`); "ignore" goes on.
 
     Attributes:
         plan: the resolved, frozen loss × parameter table; printable and comparable.
@@ -104,6 +109,7 @@ class Step:
     microbatches: int | None
     counts: Mapping[str, Count] | None
     frozen_statistics: Selection | None
+    on_nonfinite: str
     plan: Plan
     computation: Computation
     specification: Specification
@@ -127,26 +133,30 @@ class Step:
         microbatches: int | None = None,
         counts: Mapping[str, Count] | None = None,
         frozen_statistics: Selection | None = None,
+        on_nonfinite: str = "ignore",
     ) -> None:
         computing = find_engine(engine)
         check_arguments(losses, optimizer)
+        finite = Finite.of(on_nonfinite, is_scaled=loss_scale is not None)
         module = as_module(model)
         refuse_unusable(module)
         leaves = module_leaves(module)
         plan = resolve_plan(routes, leaves)
-        refuse_ours(plan.losses, "loss")
+        raise_problems([*own_name_problems("loss", plan.losses)])
         norms = FrozenNorms.of(module, frozen_statistics, plan.frozen_statistics)
         plan = replace(plan, frozen_statistics=norms.declared)
-        transform = scaled(optimizer if optimizer.bind is None else optimizer.bind(leaves), loss_scale)
+        transform = optimizer if optimizer.bind is None else optimizer.bind(leaves)
+        if finite is not None or loss_scale is not None:
+            transform = skippable(transform)
+        transform = scaled(transform, loss_scale)
         routing = Routing.of(plan, chosen(differentiable, leaves, "differentiable"))
         functional = FunctionalModule.of(module)
         functional.refuse_accumulation_hooks()
         options = resolve(compile if engine == "routed" or compile is not None else False, module.parameters())
         if options is not None and engine != "routed":
             raise ValueError(f"only the routed engine is compiled; use compile=False with engine={engine!r}")
-        computation = Computation(
-            Evaluation(functional, losses, plan, norms), routing, computing, transform, loss_scale
-        )
+        evaluation = Evaluation(functional, losses, plan, norms)
+        computation = Computation(evaluation, routing, computing, transform, loss_scale, finite)
         specification = Specification.of(functional, plan, transform)
         updating = Updating(computation, specification, donate)
         device = functional.present_parameters()[plan.routed[0]].device
@@ -164,6 +174,7 @@ class Step:
             microbatches=microbatches,
             counts=counts,
             frozen_statistics=frozen_statistics,
+            on_nonfinite=on_nonfinite,
             plan=plan,
             computation=computation,
             specification=specification,
@@ -175,8 +186,7 @@ class Step:
 
     def remade(self, **changes: Any) -> Step:
         """The same step with some of its arguments exchanged."""
-        names = ("optimizer", "engine", "compile", "donate", "loss_scale", "differentiable", "microbatches", "counts")
-        given = {name: getattr(self, name) for name in names} | changes
+        given = {name: getattr(self, name) for name in _OPTIONS} | changes
         return Step(given.pop("model", self.model), self.losses, self.plan, **given)
 
     def __repr__(self) -> str:
@@ -202,12 +212,6 @@ class Step:
             ValueError: the running optimizer is not the Step's: tells all options that differ (a rate that is a
                 schedule is compared at `step`) and all parameters that only one of the two has.
         """
-        if not isinstance(copy, bool):
-            raise TypeError(
-                f"init(copy=...) is True or False, got {type(copy).__name__}; a batch is for the step itself"
-            )
-        if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
-            raise TypeError(f"init(step=...) is the number of steps taken so far, an int of at least 0; got {step!r}")
         return begin(self.computation, self.specification, copy, optimizer, step)
 
     def __call__(self, state: State, batch: Any) -> tuple[State, dict[str, Any]]:
@@ -226,6 +230,7 @@ class Step:
             RouteError: what `losses` returned does not fit the declaration.
             TypeError: a metric is an object that is no container and holds a tensor of the graph, or a parameter's
                 memory.
+            FloatingPointError: with `on_nonfinite="raise"`, naming losses and parameters; the state is not spent.
 
             Whatever is raised, the tensors of module and state are as they were, but for two cases. What `losses`
             writes to a parameter for the first time after the step's first call is in the memory of the state already,
@@ -238,11 +243,7 @@ class Step:
         if self.compiled is not None and not self.splitting.splits(batch):
             return self.compiled.step(state, batch)
         half = self._halves.half(state, batch)
-        with grad_mode(False):
-            metrics = {**half.losses, **self._updating.metrics(state, half)}
-            update = self._updating.update if self.compiled is None else self.compiled.apply
-            after, measured = update(state, half)
-            return after, {**metrics, **measured}
+        return self._update(state, half)
 
     def compute(self, state: State, batch: Any, *, per_loss: bool = False) -> Half:
         """The first half of a step: one forward and its backward. The state is not spent.
@@ -287,11 +288,7 @@ class Step:
         """
         state = check_fits(state, self.specification)
         half = self._updating.checked(state, half)
-        with grad_mode(False):
-            metrics = {**half.losses, **self._updating.metrics(state, half)}
-            update = self._updating.update if self.compiled is None else self.compiled.apply
-            after, measured = update(state, half)
-            return after, {**metrics, **measured}
+        return self._update(state, half)
 
     def gradients(self, state: State, batch: Any) -> dict[str, Tensor]:
         """The merged gradients by path, holding only touched parameters.
@@ -370,6 +367,10 @@ class Step:
             raise TypeError(f"adopt(state) takes another Step's State, got {type(state).__name__}")
         return take_over(state, self.init(), self.computation, self.specification)
 
+    def _update(self, state: State, half: Half) -> tuple[State, dict[str, Any]]:
+        with grad_mode(False):
+            return (self._updating.update if self.compiled is None else self.compiled.apply)(state, half)
+
     @property
     def functional(self) -> FunctionalModule:
         """The model as a pure function."""
@@ -394,3 +395,17 @@ class Step:
     def module(self) -> nn.Module:
         """The model as one module; a mapping of modules is held by an `nn.ModuleDict`."""
         return self.functional.module
+
+
+_OPTIONS = [
+    "optimizer",
+    "engine",
+    "compile",
+    "donate",
+    "loss_scale",
+    "differentiable",
+    "microbatches",
+    "counts",
+    "on_nonfinite",
+]
+"""What a step takes by keyword, but for what its plan says."""

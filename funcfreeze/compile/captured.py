@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from funcfreeze.compile.problems import SwitchedOff
-from funcfreeze.computation.computation import OURS
+from funcfreeze.declare.names import is_own
 
 _LIBRARY = torch.library.Library("funcfreeze", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch's
 _LIBRARY.define("loss(Tensor loss, str name) -> Tensor")  # type: ignore[no-untyped-call]  # torch's
@@ -90,7 +90,7 @@ def captured(
     for norm in frozen_norms:
         is_odd = is_odd or norm.training
     for name in metrics:
-        is_odd = is_odd or (isinstance(name, str) and name.startswith(OURS))
+        is_odd = is_odd or is_own(name)
     held: list[tuple[Tensor, Tensor]] = []
     return Captured(marked, {name: _apart(value, held) for name, value in metrics.items()}, held, END(is_odd, key))
 

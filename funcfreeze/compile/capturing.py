@@ -86,7 +86,7 @@ class Capturing:
                 self._raise(raised_by(error), call, batch)
         run = _run_of(call)
         metrics = _with_values(found, self._stand_ins)
-        buffers = state.overwritten({**run.buffers, **reassigned})
+        buffers = state.overwritten({**run.buffers, **state.unless_skipped(reassigned, run.found)})
         return {**found.losses, **metrics, **run.measured}, run._replace(buffers=buffers)
 
     def _called(self, call: Call, batch: Any) -> tuple[Captured, dict[str, Tensor]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from funcfreeze.compile.layout import Listed
 from funcfreeze.compile.options import Options
 from funcfreeze.computation.computation import Computation
+from funcfreeze.computation.finite import Found
 
 if TYPE_CHECKING:
     from funcfreeze.compile.capturing import Capturing
@@ -42,6 +43,7 @@ class Run(NamedTuple):
         optimizer: the optimizer's new state, or None if all of it was overwritten in place.
         measured: what the optimizer has measured, as metrics.
         gradients: large gradients on the CPU, kept only to keep their memory.
+        found: what is not finite, if that is looked for: all that the step wrote is what was there then.
     """
 
     outputs: list[Any]
@@ -50,6 +52,7 @@ class Run(NamedTuple):
     optimizer: Any
     measured: Mapping[str, Tensor]
     gradients: list[Tensor]
+    found: Found | None = None
 
 
 class Compilation:

@@ -11,6 +11,8 @@ import optree
 import torch
 from torch import Tensor
 
+from funcfreeze.computation.finite import Found
+
 Kind = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]
 """A tensor's shape, strides, dtype and device: what compiled code takes for granted."""
 
@@ -134,11 +136,21 @@ class Listed:
         kinds = tuple(map(kind_of, tensors))
         return Listed(Layout(tuple(params), tuple(buffers), structure, constants, kinds), tensors)
 
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """By path."""
+        paths = self.layout.buffers
+        return dict(zip(paths, self.tensors[len(self.tensors) - len(paths) :], strict=True))
+
+    def unless_skipped(self, buffers: Mapping[str, Tensor], found: Found | None) -> Mapping[str, Tensor]:
+        """These buffers, or those that are held if the step was skipped."""
+        return buffers if found is None else found.kept("buffer", self.buffers, buffers)
+
     def overwritten(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Write these buffers over those of the state; returns the ones that do not fit."""
         if not buffers:
             return {}
-        held = dict(zip(self.layout.buffers, self.tensors[len(self.tensors) - len(self.layout.buffers) :], strict=True))
+        held = self.buffers
         apart = {path: self.apart(buffer) for path, buffer in buffers.items()}  # one may be what another was
         fits = {path for path, new in apart.items() if _fits(held[path], new)}
         if fits:

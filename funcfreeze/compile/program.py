@@ -20,7 +20,8 @@ from funcfreeze.compile.private import compiler, compiling, tracing
 from funcfreeze.compile.stand_ins import StandIns
 from funcfreeze.compile.tail import Tail, take_off
 from funcfreeze.computation.back_door import raise_misuse, write_problem
-from funcfreeze.computation.computation import Computation
+from funcfreeze.computation.computation import Computation, Optimized
+from funcfreeze.computation.finite import lost
 from funcfreeze.declare.plan import Plan
 from funcfreeze.gradients.modes import grad_mode
 from funcfreeze.model.memory import memory_of
@@ -89,27 +90,26 @@ def compile_update(
     gradients: Sequence[Tensor],
     options: Options,
     is_static: bool,
-) -> Callable[[Listed, Sequence[Tensor]], tuple[Any, Mapping[str, Tensor]]]:
+) -> Callable[[Listed, Sequence[Tensor]], Optimized]:
     """Trace and compile an update by given gradients.
-
-    It gives the optimizer's new state, None if all of it is overwritten in place, and what the optimizer has measured.
 
     Args:
         computation: whose optimizer it is.
         state: a state of the layout that the program will take.
         paths: of the parameters that have a gradient.
-        gradients: examples.
+        gradients: examples, and then the flag of the losses where that is looked at.
         options: how to compile.
         is_static: whether states are overwritten in place, so that their tensors stay where they are.
     """
     number = len(state.tensors)
 
-    def update(*given: Tensor) -> Any:
+    def update(*given: Tensor) -> Optimized:
         params, _, optimizer, count = state.layout.fields(given[:number])
         with grad_mode(False):
-            named = dict(zip(paths, given[number:], strict=True))
-            after, measured = computation.optimize(named, optimizer, params, count)
-            return state.layout.written(optimizer, after), measured
+            named = dict(zip(paths, given[number:], strict=False))
+            flags = given[number + len(paths) :]
+            after = computation.optimize(named, optimizer, params, count, *flags)
+            return after._replace(optimizer=state.layout.written(optimizer, after.optimizer))
 
     with compiling():
         fakes = fakes_of(gradients, state)
@@ -250,7 +250,10 @@ def whole_step(
             # an output may be a view of what is overwritten below
             outputs = [value.detach().clone() if isinstance(value, Tensor) else value for value in returned]
             new = {path: tensor.clone() for path, tensor in changed.items()}
-            after, measured = computation.optimize(computed.gradients, optimizer, params, count)
+            flag = None if computation.finite is None else lost(computed.losses, count.device)
+            after, measured, found = computation.optimize(computed.gradients, optimizer, params, count, flag)
+            if found is not None:
+                new = found.kept("buffer or parameter", {**params, **buffers}, new)
             return Run(
                 outputs,
                 {path: tensor for path, tensor in new.items() if path in layout.buffers},
@@ -258,6 +261,7 @@ def whole_step(
                 layout.written(optimizer, after),
                 measured,
                 [gradient for gradient in computed.gradients.values() if _is_large(gradient)],
+                found,
             )
 
     return step

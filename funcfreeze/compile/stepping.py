@@ -35,8 +35,8 @@ class CompiledStep:
         self._updating = updating
         computation, donate = updating.computation, updating.donate
         self._whole = Compilation(computation, options, donate)
-        self._gradients = Compilation(replace(computation, transform=_GIVE_BACK), options, donate=False)
         self._parts: Compilation | None = None
+        self._gradients = Compilation(replace(computation, transform=_GIVE_BACK, finite=None), options, donate=False)
         self._update = CompiledUpdate(computation, options, donate)
 
     @property
@@ -53,7 +53,9 @@ class CompiledStep:
         with grad_mode(False):
             fields, listed = self._taken(state)
             metrics, run = self._whole(listed, batch)
-            return self._after(state, fields, listed, run), metrics
+            losses = {name: metrics[name] for name in self._updating.computation.routing.losses if name in metrics}
+            after, own = self._after(state, fields, listed, run, losses)
+            return after, {**metrics, **own}
 
     def compute(self, state: State, batch: Any) -> Half:
         """The first half of a step."""
@@ -62,7 +64,7 @@ class CompiledStep:
     def compute_part(self, state: State, part: Any, shares: Shares) -> Half:
         """The same of a part of a batch, whose losses have these shares in their means: always the same tensors."""
         if self._parts is None:
-            computation = replace(self._updating.computation, transform=_GIVE_BACK, shares=shares)
+            computation = replace(self._updating.computation, transform=_GIVE_BACK, finite=None, shares=shares)
             self._parts = Compilation(computation, self.options, donate=False)
         return self._half(self._parts, state, part)
 
@@ -83,13 +85,17 @@ class CompiledStep:
             dict(run.params),
         )
 
-    def apply(self, state: State, half: Half) -> tuple[State, Mapping[str, Tensor]]:
-        """The second half of a step: the new state, and what the optimizer has measured."""
+    def apply(self, state: State, half: Half) -> tuple[State, dict[str, Any]]:
+        """The second half of a step: the new state, and all metrics."""
         with grad_mode(False):
+            metrics = {**half.losses, **self._updating.metrics(state, half)}
             fields, listed = self._taken(state)
-            optimizer, measured = self._update(listed, half.gradients)
-            run = Run([], listed.overwritten(half.buffers), half.written, optimizer, measured, [])
-            return self._after(state, fields, listed, run), measured
+            optimizer, measured, found = self._update(listed, half.gradients, half.losses)
+            buffers = listed.overwritten(listed.unless_skipped(half.buffers, found))
+            written = half.written if found is None else found.kept("parameter", state.params, half.written)
+            run = Run([], buffers, written, optimizer, measured, [], found)
+            after, own = self._after(state, fields, listed, run, half.losses)
+            return after, {**metrics, **measured, **own}
 
     def _taken(self, state: State) -> tuple[Fields, Listed]:
         """A state's fields, whose tensors may be overwritten."""
@@ -99,9 +105,14 @@ class CompiledStep:
         fields = self._updating.owned(state)
         return fields, Listed.of(*fields)
 
-    def _after(self, state: State, fields: Fields, listed: Listed, run: Run) -> State:
-        """The state after a run that overwrote these fields as far as they could be."""
+    def _after(
+        self, state: State, fields: Fields, listed: Listed, run: Run, losses: Mapping[str, Tensor]
+    ) -> tuple[State, dict[str, Tensor]]:
+        """The state after a run that overwrote these fields as far as they could be, and the step's own metrics."""
         updating, lease = self._updating, lease_of(state)
+        finite, found = updating.computation.finite, run.found
+        if finite is not None and found is not None:
+            finite.refuse(found, losses, state.step)
         params, buffers, optimizer, step = fields
         step.add_(1)
         unrouted = updating.computation.evaluation.unrouted
@@ -122,7 +133,8 @@ class CompiledStep:
                 step,
             )
         )
-        return make_state(named, renewed, updating.specification, listed if is_in_place else None)
+        after = make_state(named, renewed, updating.specification, listed if is_in_place else None)
+        return after, {} if found is None else found.metrics
 
 
 class _GivenBack(NamedTuple):

@@ -12,14 +12,15 @@ from torch import Tensor
 from funcfreeze.compile.compiled import note_on_torch
 from funcfreeze.compile.layout import Kind, Layout, Listed, kind_of
 from funcfreeze.compile.options import Options
-from funcfreeze.computation.computation import Computation
+from funcfreeze.computation.computation import Computation, Optimized
+from funcfreeze.computation.finite import lost
 
 Key = tuple[Layout, tuple[tuple[str, Kind], ...]]
 """A state's layout, and the paths and forms of the gradients."""
 
-Program = Callable[[Listed, Sequence[Tensor]], tuple[Any, Mapping[str, Tensor]]]
-"""Takes an update: (a state that is overwritten, gradients) -> the optimizer's state where it is another then, and what
-the optimizer has measured."""
+
+Program = Callable[[Listed, Sequence[Tensor]], Optimized]
+"""Takes an update: (a state that is overwritten, gradients) -> what it gives."""
 
 
 def refuse_sparse(gradients: Mapping[str, Tensor]) -> None:
@@ -59,19 +60,16 @@ class CompiledUpdate:
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledUpdate:
         return CompiledUpdate(copy.deepcopy(self._computation, memo), self._options, self._donate)
 
-    def __call__(self, state: Listed, gradients: Mapping[str, Tensor]) -> tuple[Any, Mapping[str, Tensor]]:
-        """Overwrite parameters and the optimizer's state.
-
-        Returns:
-            The optimizer's state where it could not be overwritten, else None, and what the optimizer has measured.
-        """
+    def __call__(self, state: Listed, gradients: Mapping[str, Tensor], losses: Mapping[str, Any]) -> Optimized:
+        """Overwrite parameters and the optimizer's state, of which only what could not be overwritten is returned."""
         refuse_sparse(gradients)
         given = [state.apart(gradient) for gradient in gradients.values()]
+        flags = [] if self._computation.finite is None else [lost(losses, state.step.device)]
         key = state.layout, tuple(zip(gradients, map(kind_of, given), strict=True))
         with self._computation.evaluation.functional.alone:
             if key not in self._programs:
-                self._programs[key] = self._made(state, tuple(gradients), given)
-            return self._programs[key](state, given)
+                self._programs[key] = self._made(state, tuple(gradients), [*given, *flags])
+            return self._programs[key](state, [*given, *flags])
 
     def _made(self, state: Listed, paths: Sequence[str], gradients: Sequence[Tensor]) -> Program:
         try:

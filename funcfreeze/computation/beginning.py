@@ -27,7 +27,14 @@ def begin(
         copy: whether the parameters that a loss may update, and buffers, are copied.
         optimizer: a running optimizer, whose state is taken.
         step: the number of steps taken so far; the optimizer's own count if not given.
+
+    Raises:
+        TypeError: `copy` or `step` is of another kind.
     """
+    if not isinstance(copy, bool):
+        raise TypeError(f"init(copy=...) is True or False, got {type(copy).__name__}; a batch is for the step itself")
+    if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
+        raise TypeError(f"init(step=...) is the number of steps taken so far, an int of at least 0; got {step!r}")
     with torch.inference_mode(False):
         functional, plan = computation.evaluation.functional, computation.evaluation.plan
         params = {path: tensor.detach() for path, tensor in functional.present_parameters().items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,10 +17,12 @@ from funcfreeze.computation.back_door import (
     raise_misuse,
 )
 from funcfreeze.computation.evaluation import NOTHING, Beside, Evaluation
+from funcfreeze.computation.finite import Finite, Found
 from funcfreeze.computation.half import Half
 from funcfreeze.computation.loss_scale import LossScale, scale_in, unscale
 from funcfreeze.computation.microbatches import Shares, times
-from funcfreeze.declare.selectors import RouteError
+from funcfreeze.declare.names import OWN, own_name_problems
+from funcfreeze.declare.plan import raise_problems
 from funcfreeze.gradients import Engine, Routing
 from funcfreeze.gradients.law import Evaluate, OtherLeaf, Outcome, SeparateOutcome
 from funcfreeze.gradients.returned import check_losses, exchanged
@@ -28,7 +30,9 @@ from funcfreeze.gradients.sums import plus
 from funcfreeze.model.memory import memory_of
 from funcfreeze.model.watching import Watch, by_memory
 from funcfreeze.optim import Transform
-from funcfreeze.optim.transform import apart
+from funcfreeze.optim.reals import add_
+from funcfreeze.optim.skip import update_unless
+from funcfreeze.optim.transform import apart, in_place_options
 
 Gave = TypeVar("Gave", Outcome, SeparateOutcome)
 
@@ -40,17 +44,41 @@ class Differentiated(NamedTuple):
     losses: Mapping[str, Tensor]
 
 
+class Optimized(NamedTuple):
+    """What an update gives.
+
+    Attributes:
+        optimizer: the optimizer's new state.
+        measured: what it has measured, as metrics.
+        found: what is not finite, if that is looked for.
+    """
+
+    optimizer: Any
+    measured: Mapping[str, Tensor]
+    found: Found | None
+
+
 @dataclass(frozen=True, eq=False)
 class Computation:
-    """The user's losses over a model, differentiated by an engine and handed to an optimizer."""
+    """The user's losses over a model, differentiated by an engine and handed to an optimizer.
+
+    Attributes:
+        evaluation: the losses over the model.
+        routing: the plan in the engines' terms.
+        engine: what differentiates.
+        transform: the optimizer, with the loss scale around it.
+        loss_scale: what every loss starts its backward with, if anything but 1.
+        finite: what has to be finite, if anything has to.
+        shares: what losses are multiplied with for their gradients, where a batch comes in parts.
+    """
 
     evaluation: Evaluation
     routing: Routing
     engine: Engine
     transform: Transform
     loss_scale: LossScale | None
+    finite: Finite | None = None
     shares: Shares | None = None
-    """What losses are multiplied with for their gradients, where a batch comes in parts."""
 
     def gradients(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Any, step: Tensor, batch: Any
@@ -123,9 +151,14 @@ class Computation:
                 end()
 
     def optimize(
-        self, gradients: Mapping[str, Tensor], optimizer: Any, params: Mapping[str, Tensor], step: Tensor
-    ) -> tuple[Any, dict[str, Tensor]]:
-        """Overwrite the parameters that have a gradient.
+        self,
+        gradients: Mapping[str, Tensor],
+        optimizer: Any,
+        params: Mapping[str, Tensor],
+        step: Tensor,
+        lost: Tensor | None = None,
+    ) -> Optimized:
+        """Overwrite the parameters that have a gradient, unless the step is skipped.
 
         Everything that can fail comes before the first write.
 
@@ -134,19 +167,26 @@ class Computation:
             optimizer: the optimizer's state, which may be overwritten.
             params: path -> tensor, at least all routed parameters.
             step: the number of steps taken so far, 0-d int64.
-
-        Returns:
-            The optimizer's new state, and what it has measured, as metrics.
+            lost: whether one of the losses is not finite (see `finite.lost`), where that is looked at.
         """
         own = {path: params[path] for path in self.evaluation.plan.routed}
+        found = None
         measured: dict[str, Tensor] = {}
+        if self.finite is not None and lost is not None:
+            found = self.finite.look(gradients, lost, step.device)
+        skip = None if found is None else found.skip
+        for_scale = {} if found is None or self.loss_scale is None else {"found": found}
         transform = self.transform
         if transform.measuring is not None:
             transform = transform.measuring(lambda name, value: _note(measured, name, value))
         if transform.in_place is not None:
-            commit = transform.in_place(gradients, optimizer, own, step=step)
-            return commit(), measured
-        updates, optimizer = transform.update(gradients, optimizer, own, step=step)
+            options = {"step": step, **for_scale} if for_scale else in_place_options(step, skip)
+            commit = transform.in_place(gradients, optimizer, own, **options)
+            return Optimized(commit(), measured, found)
+        if skip is None or for_scale:
+            updates, optimizer = transform.update(gradients, optimizer, own, step=step, **for_scale)
+        else:
+            updates, optimizer = update_unless(skip, transform, gradients, optimizer, own, step)
         present = {path: update for path, update in updates.items() if update is not None}
         problems = [
             f"{path}: the update has shape {tuple(update.shape)}, the parameter "
@@ -157,8 +197,8 @@ class Computation:
         if problems:
             raise ValueError("\n".join(["the optimizer's updates do not fit the parameters:", *problems]))
         for path, update in apart(present, own.values()).items():
-            own[path].add_(update)
-        return optimizer, measured
+            add_(own[path], update)
+        return Optimized(optimizer, measured, found)
 
     def _seed(self, optimizer: Any) -> Tensor | None:
         """The cotangent that every loss starts with; None is one."""
@@ -220,26 +260,8 @@ class PartOfBatch:
         return losses if self.shares is None else {name: self.seen[name] for name in losses}
 
 
-OURS = "ff/"
-"""How the names of metrics begin that are not the user's."""
-
-
 def _note(measured: dict[str, Tensor], name: str, value: Tensor) -> None:
-    measured.setdefault(OURS + name, value)  # of several in a row the first has seen the gradients as they came
-
-
-def are_ours(names: Iterable[object]) -> list[str]:
-    """Those of the names that are kept for metrics of our own."""
-    return [name for name in names if isinstance(name, str) and name.startswith(OURS)]
-
-
-def refuse_ours(names: Iterable[object], noun: str) -> None:
-    """Raises if a name of the user's is kept for metrics of our own."""
-    if found := are_ours(names):
-        raise RouteError(
-            f"{', '.join(found)}: names of metrics that begin with {OURS} are kept for those that a step adds itself, "
-            f"such as {OURS}grad_norm; rename the {noun}"
-        )
+    measured.setdefault(OWN + name, value)  # of several in a row the first has seen the gradients as they came
 
 
 def not_sharing(metrics: Mapping[str, Any], params: Sequence[Tensor]) -> dict[str, Any]:
@@ -271,9 +293,6 @@ def _check_beside(losses: Mapping[str, Tensor], beside: Beside, params: Mapping[
 
 
 def _check_names(losses: Mapping[str, Tensor], metrics: Mapping[str, Any]) -> None:
-    if clash := losses.keys() & metrics.keys():
-        raise RouteError(
-            f"{', '.join(sorted(clash))}: both a loss and a metric have this name, and the step returns both; rename "
-            "the metric"
-        )
-    refuse_ours(metrics, "metric")
+    clash = losses.keys() & metrics.keys()
+    both = f"{', '.join(sorted(clash))}: both a loss and a metric have this name, and the step returns both; rename "
+    raise_problems([*([f"{both}the metric"] if clash else []), *own_name_problems("metric", metrics)])

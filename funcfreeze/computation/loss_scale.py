@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from funcfreeze.computation.finite import Found
 from funcfreeze.optim import Transform
-from funcfreeze.optim.skip import find_non_finite, keep_if, unless
+from funcfreeze.optim.skip import find_non_finite, keep_if, update_unless
 from funcfreeze.optim.transform import OptState, PyTree, by_path, in_place_options, match
 
 ScaleState = Mapping[str, Tensor]
@@ -114,7 +115,8 @@ class LossScale:
     def around(self, transform: Transform) -> Transform:
         """The transform on unscaled gradients, skipped as a whole where one of them is not finite.
 
-        Its state is `{"loss_scale": {"scale", "growth_tracker"}, "optimizer": the transform's own}`.
+        Its state is `{"loss_scale": {"scale", "growth_tracker"}, "optimizer": the transform's own}`. Both of its forms
+        take `found`, from those who have looked at the gradients already, and whose step may be skipped for the losses.
         """
 
         def init(params: PyTree) -> OptState:
@@ -123,30 +125,48 @@ class LossScale:
             return {"loss_scale": self.start(device), "optimizer": transform.init(params)}
 
         def update(
-            grads: PyTree, state: OptState, params: PyTree, *, step: int | Tensor | None = None
+            grads: PyTree,
+            state: OptState,
+            params: PyTree,
+            *,
+            step: int | Tensor | None = None,
+            found: Found | None = None,
         ) -> tuple[PyTree, OptState]:
             scaling, own = state["loss_scale"], state["optimizer"]
-            updates, after = transform.update(grads, own, params, step=step)
+            skip, after = judged(grads, params, scaling, found)
+            if skip is None:
+                updates, optimizer = transform.update(grads, own, params, step=step)
+            else:
+                updates, optimizer = update_unless(skip, transform, grads, own, params, step)
+            return updates, {"loss_scale": after, "optimizer": optimizer}
+
+        def judged(
+            grads: PyTree, params: PyTree, scaling: ScaleState, found: Found | None
+        ) -> tuple[Tensor | None, ScaleState]:
+            """Whether the step is skipped, None if there is nothing to skip, and the scale's state after it."""
             touched = match(grads, by_path(params))
             if not touched:
-                return updates, {"loss_scale": scaling, "optimizer": after}
-            found_inf = find_non_finite(touched.values(), scaling["scale"].device)
-            named = by_path(updates)
-            moved = {path: unless(found_inf, moved) for path, moved in named.tensors.items()}
-            kept = {"loss_scale": self.update(scaling, found_inf), "optimizer": keep_if(found_inf, own, after)}
-            return named.rebuild(moved), kept
+                return None if found is None else found.skip, scaling
+            if found is None:
+                overflow = find_non_finite(touched.values(), scaling["scale"].device)
+                return overflow, self.update(scaling, overflow)
+            after = self.update(scaling, found.overflow)
+            return found.skip, after if found.undone is None else keep_if(found.undone, scaling, after)
 
         run = transform.in_place
 
         def in_place(
-            grads: PyTree, state: OptState, params: PyTree, *, step: int | Tensor | None = None
+            grads: PyTree,
+            state: OptState,
+            params: PyTree,
+            *,
+            step: int | Tensor | None = None,
+            found: Found | None = None,
         ) -> Callable[[], OptState]:
             assert run is not None
             scaling, own = state["loss_scale"], state["optimizer"]
-            touched = match(grads, by_path(params))
-            found_inf = find_non_finite(touched.values(), scaling["scale"].device) if touched else None
-            commit = run(grads, own, params, **in_place_options(step, found_inf))
-            after = scaling if found_inf is None else self.update(scaling, found_inf)
+            skip, after = judged(grads, params, scaling, found)
+            commit = run(grads, own, params, **in_place_options(step, skip))
 
             def both() -> OptState:
                 optimizer = commit()

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from funcfreeze.computation.back_door import form_of, form_problem, refuse_late_writes
-from funcfreeze.computation.computation import Computation, are_ours, not_sharing
+from funcfreeze.computation.computation import Computation, not_sharing
+from funcfreeze.computation.finite import lost
 from funcfreeze.computation.half import Half
 from funcfreeze.computation.specification import Specification
 from funcfreeze.computation.state import Fields, Lease, State, lease_of, make_state
+from funcfreeze.declare.names import is_own
 from funcfreeze.declare.selectors import closest
 from funcfreeze.gradients.modes import grad_mode
 from funcfreeze.model.memory import memory_of
@@ -36,8 +38,12 @@ class Updating:
     specification: Specification
     donate: bool
 
-    def update(self, state: State, half: Half) -> tuple[State, dict[str, Tensor]]:
-        """The new state, and what the optimizer has measured. Everything that can fail comes before the first write."""
+    def update(self, state: State, half: Half) -> tuple[State, dict[str, Any]]:
+        """The new state, and all metrics. Everything that can fail comes before the first write.
+
+        Raises:
+            FloatingPointError: not all is finite, and that is to raise; the state given is as it was.
+        """
         gradients, computation = half.gradients, self.computation
         lease, routed = lease_of(state), set(computation.evaluation.plan.routed)
         if not self.donate:
@@ -50,15 +56,24 @@ class Updating:
         owned = self.donate and not lease.borrowed_optimizer
         optimizer = state.optimizer if owned else optree.tree_map(_copy, state.optimizer)
         step = state.step + 1
-        optimizer, measured = computation.optimize(gradients, optimizer, params, state.step)
+        finite, buffers = computation.finite, dict(half.buffers)
+        metrics = {**half.losses, **self.metrics(state, half)}
+        flag = None if finite is None else lost(half.losses, step.device)
+        optimizer, measured, found = computation.optimize(gradients, optimizer, params, state.step, flag)
+        metrics |= measured
+        if finite is not None and found is not None:
+            finite.refuse(found, half.losses, state.step)
+            metrics |= found.metrics
+            buffers = found.kept("buffer", state.buffers, half.buffers)
+            params |= found.kept("parameter", state.params, half.written)
         if self.donate:
             lease.spent = True
         else:
             lease.borrowed |= params.keys() - routed  # both states hold these now: neither may write to them
         kept = [gradient for gradient in gradients.values() if gradient.is_cpu]
         renewed = Lease(borrowed=lease.borrowed - copied - half.written.keys(), gradients=kept)
-        fields = self.specification.named((params, dict(half.buffers), optimizer, step))
-        return make_state(fields, renewed, self.specification), measured
+        fields = self.specification.named((params, buffers, optimizer, step))
+        return make_state(fields, renewed, self.specification), metrics
 
     def metrics(self, state: State, half: Half) -> dict[str, Any]:
         """What `losses` returned beside the losses, apart from what the next update overwrites."""
@@ -139,7 +154,7 @@ class Updating:
 
     def _form_problems(self, half: Half, state: State) -> Iterator[str]:
         """What is wrong with buffers and written parameters; a forward may change the shapes of buffers."""
-        for name in are_ours(half.metrics):
+        for name in filter(is_own, half.metrics):
             yield f"metrics[{name!r}]: such names are kept for metrics that a step adds itself; rename it"
         for path in sorted(state.buffers.keys() ^ half.buffers.keys()):
             has, has_not = ("State", "Half") if path in state.buffers else ("Half", "State")

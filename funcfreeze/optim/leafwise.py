@@ -13,6 +13,7 @@ from funcfreeze.optim.algorithm import Algorithm
 from funcfreeze.optim.cast import COUNT, cast, problem
 from funcfreeze.optim.opaque import is_stand_in, is_traced
 from funcfreeze.optim.paces import Pace, Paces
+from funcfreeze.optim.reals import add_
 from funcfreeze.optim.skip import keep_if, unless
 from funcfreeze.optim.transform import Named, OptState, PyTree, Transform, apart, by_path, lines, match
 from funcfreeze.optim.unchanged import Checks
@@ -162,7 +163,7 @@ def leafwise(rule: Rule, paces: Paces) -> Transform:
             for run in runs:
                 run()
             for path, (moved, entry) in results.items():
-                named[path].add_(moved)
+                add_(named[path], moved)
                 for slot, value in entry.items():
                     entries[path][slot].copy_(value)
             return {**state, **entries}

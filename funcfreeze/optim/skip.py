@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import optree
 import torch
 from torch import Tensor
 
-from funcfreeze.optim.transform import OptState
+from funcfreeze.optim.opaque import is_traced
+from funcfreeze.optim.transform import OptState, PyTree, Transform, by_path
 
 
 def find_non_finite(gradients: Iterable[Tensor], device: torch.device) -> Tensor:
@@ -23,12 +25,31 @@ def find_non_finite(gradients: Iterable[Tensor], device: torch.device) -> Tensor
     >>> find_non_finite([], torch.device("cpu"))
     tensor(0.)
     """
+    return is_any_infinite(largest([*gradients], device))
+
+
+def is_any_infinite(sizes: Tensor) -> Tensor:
+    """1.0 if one of these is infinite or NaN, else 0.0: a 0-d float32 tensor."""
+    return (~sizes.isfinite().all()).to(torch.float32)
+
+
+def largest(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The size of each gradient's largest element, NaN if one is NaN, 0 if there is none: one vector, on the device.
+
+    >>> largest([torch.tensor([1.0, -3.0]), torch.ones(0), torch.tensor([1.0, float("nan")])], torch.device("cpu"))
+    tensor([3., 0., nan])
+    """
     values = [_real_values(gradient) for gradient in gradients]
-    filled = [value for value in values if value.numel()]  # nothing has no largest element
-    if not filled:
-        return torch.zeros((), dtype=torch.float32, device=device)
-    largest = torch.nn.utils.get_total_norm(filled, math.inf)
-    return (~largest.isfinite()).to(device, torch.float32)
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, value in enumerate(values):
+        if value.numel():  # nothing has no largest element
+            alike.setdefault((value.device, value.dtype), []).append(index)
+    sizes = [torch.zeros((), dtype=torch.float32, device=device)] * len(values)
+    for group in alike.values():
+        norms = torch._foreach_norm([values[index] for index in group], math.inf)
+        for index, norm in zip(group, norms, strict=True):
+            sizes[index] = norm.to(device)
+    return torch.stack(sizes) if sizes else torch.zeros(0, dtype=torch.float32, device=device)
 
 
 def _real_values(gradient: Tensor) -> Tensor:
@@ -55,6 +76,57 @@ def unless(found_inf: Tensor, update: Tensor) -> Tensor:
     return torch.where(found_inf.to(update.device) > 0, -torch.zeros_like(update), update)
 
 
+def choose(found_inf: Tensor, old: Tensor, new: Tensor, what: str = "a tensor") -> Tensor:
+    """The old tensor if anything was found, else the new one, bit by bit.
+
+    Where the two differ in shape, dtype, device or layout, the host has to know which it is: that waits for the device.
+
+    Args:
+        found_inf: 1.0 or 0.0.
+        old: what was there.
+        new: what the step would put in its place.
+        what: what it is, for a message.
+
+    Raises:
+        ValueError: they differ so, in a step that is compiled.
+
+    >>> choose(torch.tensor(1.0), torch.tensor([-0.0, 1.0]), torch.tensor([2.0, float("nan")]))
+    tensor([-0., 1.])
+    """
+    if old is new:
+        return new
+    if _form(old) != _form(new) or new.layout is not torch.strided:
+        return old if is_found(found_inf, f"{what} changes its shape, dtype or device") else new
+    skipped = found_inf.to(new.device) > 0
+    if new.is_floating_point() and new.itemsize <= 2:  # compilers compute in float32, which has one NaN for all
+        bits = torch.int16 if new.itemsize == 2 else torch.uint8
+        return torch.where(skipped, old.view(bits), new.view(bits)).view(new.dtype)
+    return torch.where(skipped, old, new)
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device, tensor.layout
+
+
+def is_found(found_inf: Tensor, because: str) -> bool:
+    """Whether anything was found, read from the device.
+
+    Args:
+        found_inf: 1.0 or 0.0.
+        because: why that cannot be left to the device.
+
+    Raises:
+        ValueError: in a step that is compiled, which cannot ask.
+    """
+    if is_traced(found_inf):
+        raise ValueError(
+            f"{because}, and this step is skipped where something is not finite: which of the two it is cannot be "
+            "chosen in compiled code. Let a Step with compile=False take the steps in which that happens (the two "
+            "share a State)"
+        )
+    return bool(found_inf > 0)
+
+
 def keep_if(found_inf: Tensor, old: OptState, new: OptState) -> OptState:
     """The old state if anything was found, else the new one, leaf by leaf; what is the same object stays it.
 
@@ -67,8 +139,41 @@ def keep_if(found_inf: Tensor, old: OptState, new: OptState) -> OptState:
     before, structure = optree.tree_flatten(old)
     after, other = optree.tree_flatten(new)
     if structure != other or any(map(_differ_as_numbers, before, after)):
-        return old if found_inf > 0 else new
+        return old if is_found(found_inf, "what the optimizer keeps changes its form") else new
     return optree.tree_unflatten(structure, [_chosen(found_inf, *pair) for pair in zip(before, after, strict=True)])
+
+
+def are_alike(one: OptState, other: OptState, device: torch.device) -> bool:
+    """Whether the two have one form, with no number and no tensor on another device that the host would wait for."""
+    leaves, structure = optree.tree_flatten(one)
+    others, renewed = optree.tree_flatten(other)
+    return structure == renewed and not any(
+        _differ_as_numbers(before, after)
+        or (isinstance(after, Tensor) and _form(before) != _form(after))
+        or (isinstance(after, Tensor) and after.device != device)
+        for before, after in zip(leaves, others, strict=True)
+    )
+
+
+def update_unless(
+    found_inf: Tensor, transform: Transform, grads: PyTree, state: OptState, params: PyTree, step: int | Tensor | None
+) -> tuple[PyTree, OptState]:
+    """The transform's update and new state, or updates that change nothing and the old state if anything was found."""
+    updates, after = transform.update(grads, state, params, step=step)
+    named = by_path(updates)
+    moved = {path: unless(found_inf, update) for path, update in named.tensors.items()}
+    return named.rebuild(moved), keep_if(found_inf, state, after)
+
+
+def skippable(transform: Transform) -> Transform:
+    """The transform, without an in-place form that takes no `found_inf`: by its pure form any step can be skipped."""
+    if transform.in_place is None:
+        return transform
+    taken: Mapping[str, inspect.Parameter] = inspect.signature(transform.in_place).parameters
+    takes = "found_inf" in taken or any(each.kind is each.VAR_KEYWORD for each in taken.values())
+    measure = transform.measuring
+    pure = transform._replace(measuring=None if measure is None else lambda note: skippable(measure(note)))
+    return transform if takes else pure._replace(in_place=None)
 
 
 def _differ_as_numbers(before: Any, after: Any) -> bool:
@@ -76,6 +181,4 @@ def _differ_as_numbers(before: Any, after: Any) -> bool:
 
 
 def _chosen(found_inf: Tensor, before: Any, after: Any) -> Any:
-    if before is after or not isinstance(after, Tensor):
-        return after
-    return torch.where(found_inf.to(after.device) > 0, before, after)
+    return choose(found_inf, before, after, "what the optimizer keeps") if isinstance(after, Tensor) else after

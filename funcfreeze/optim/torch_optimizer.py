@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from funcfreeze.optim.algorithm import Algorithm
 from funcfreeze.optim.hyperparameters import rate_at
 from funcfreeze.optim.opaque import is_traced
+from funcfreeze.optim.skip import are_alike, choose, is_found, keep_if
 from funcfreeze.optim.transform import Named, OptState, PyTree, Transform, by_path, lines, match
 
 Entry = dict[str, Any]
@@ -26,9 +27,10 @@ def from_torch(optimizer: type[Optimizer], **kwargs: Any) -> Transform:
     At each step the optimizer is built over copies of the touched parameters, given what it kept for them, and stepped
     once. The state of a parameter is what the optimizer keeps for it, numbers included: nothing until the first
     gradient. `lr` may be a schedule, whose value is read as a number: that waits for the device, the only one of these
-    transforms to do so. With a loss scale it waits too, to learn whether the step is skipped: a state that the
-    optimizer has yet to make cannot be chosen on the device. An optimizer that needs a closure, or that keeps more than
-    its state for each parameter, is refused.
+    transforms to do so. Where steps are skipped (by a loss scale, or `on_nonfinite`) it waits too if the optimizer has
+    yet to make its state, or keeps some of it as numbers or on another device, as counts are on the CPU without
+    `capturable=True`: what is not there cannot be chosen on the device. An optimizer that needs a closure, or that
+    keeps more than its state for each parameter, is refused.
 
     >>> tx = from_torch(torch.optim.Adagrad, lr=0.5)
     >>> params = {"w": torch.zeros(2)}
@@ -116,11 +118,16 @@ def from_torch(optimizer: type[Optimizer], **kwargs: Any) -> Transform:
         step: int | Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> Callable[[], OptState]:
-        if found_inf is not None and found_inf > 0:
-            return lambda: state
         # All on copies: whatever the optimizer raises, nothing has changed.
         named = by_path(params)
         moved, entries = compute(grads, state, named, step)
+        if found_inf is not None:
+            before = {path: state.get(path, {}) for path in entries}
+            if are_alike(before, entries, found_inf.device):
+                moved = {path: choose(found_inf, named[path], param) for path, param in moved.items()}
+                entries = keep_if(found_inf, before, entries)
+            elif is_found(found_inf, f"{name} changes the form of what it keeps"):
+                return lambda: state
 
         @torch.no_grad()
         def commit() -> OptState:

@@ -37,8 +37,9 @@ class Transform(NamedTuple):
         in_place: the same on a flat dict of parameters, overwriting it:
             `in_place(grads, state, params, *, step=None) -> commit` finds whatever is wrong and changes nothing;
             `commit() -> state` then overwrites the parameters and the state's tensors by torch's fused kernels.
-            None where there is no such form. With a loss scale it is given `found_inf` too, a 0-d float32 tensor: if
-            that is 1, a commit leaves every bit as it was.
+            None where there is no such form. Where steps are skipped (by a loss scale, or `on_nonfinite`) it is given
+            `found_inf` too, a 0-d float32 tensor: if that is 1, a commit leaves every bit as it was. Of one that does
+            not take it the pure form is used.
         bind: `bind(leaves) -> Transform`, for transforms that choose by selector: the same transform with its
             selectors resolved against these leaves, whose ties and module types a bare pytree cannot tell. None
             where there is nothing to choose.
