@@ -149,7 +149,8 @@ def test_in_inductors_code(mode):
 
 
 def test_verify():
-    step = ff.Step(network(), losses, ROUTES, optimizer=OPTIMIZERS["adamw"], compile=GRAPH, on_nonfinite="skip")
+    model = nn.ModuleDict({"encoder": nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)), "head": nn.Linear(6, 2)})
+    step = ff.Step(model, losses, ROUTES, optimizer=OPTIMIZERS["adamw"], compile=GRAPH, on_nonfinite="skip")
     report = ff.verify(step, step.init(), torch.randn(5, 4), steps=2)
     assert report.ok, str(report)
 
