@@ -18,11 +18,11 @@ from funcfreeze.computation.half import Half
 from funcfreeze.computation.loss_scale import LossScale
 from funcfreeze.computation.running import Running
 from funcfreeze.computation.specification import Specification, check_fits
-from funcfreeze.computation.state import Lease, State, lease_of, make_state
+from funcfreeze.computation.state import Lease, State, known_count, lease_of, make_state
 from funcfreeze.computation.updating import Updating, apart_from, borrowed_in
 from funcfreeze.declare.plan import Plan, chosen, resolve_plan
 from funcfreeze.declare.routes import Selection
-from funcfreeze.gradients import Routing, find_engine
+from funcfreeze.gradients import Timetable, find_engine
 from funcfreeze.gradients.modes import grad_mode
 from funcfreeze.model.acceptance import as_module, refuse_unusable
 from funcfreeze.model.attributes import attributes_kept, flags_kept
@@ -46,8 +46,8 @@ class Step:
         routes: loss name -> which parameters it may update (see `Route`), or a `Plan`.
         optimizer: a `Transform` such as `optim.adamw(1e-3)`.
         differentiable: a selector, or a list of them: parameters that no loss may update and that `losses` itself
-            differentiates at, as with `torch.autograd.grad` for an adaptive weight. Others without a route are
-            constants in the forward, for which nothing is kept.
+            differentiates at, as with `torch.autograd.grad` for an adaptive weight. Others without a route, or without
+            one that is active at a count, are constants in the forward, for which nothing is kept.
         engine: "routed" (the fast one), "reference" (`torch.func`) or "toggle" (the eager recipe).
         compile: whether the whole step is one compiled graph: None (compiled on CUDA, eager elsewhere), True, False, or
             a mapping of `torch.compile`'s `backend`, `mode`, `options` and `dynamic`. The routed engine only.
@@ -62,7 +62,8 @@ class Step:
 
     Raises:
         RouteError: everything that is wrong with the routes, at once.
-        TypeError, ValueError: a model whose parameters cannot be exchanged, and why.
+        TypeError, ValueError: a model whose parameters cannot be exchanged, and why; or a route with `reset` under an
+            optimizer whose state is not kept by parameter.
 
     >>> import torch
     >>> from torch import nn
@@ -127,13 +128,13 @@ class Step:
         transform = optimizer if optimizer.bind is None else optimizer.bind(leaves)
         if loss_scale is not None:
             transform = loss_scale.around(transform)
-        routing = Routing.of(plan, chosen(differentiable, leaves, "differentiable"))
+        timetable = Timetable(plan, chosen(differentiable, leaves, "differentiable"))
         functional = FunctionalModule.of(module)
         functional.refuse_accumulation_hooks()
         options = resolve(compile if engine == "routed" or compile is not None else False, module.parameters())
         if options is not None and engine != "routed":
             raise ValueError(f"only the routed engine is compiled; use compile=False with engine={engine!r}")
-        computation = Computation(Evaluation(functional, losses, plan), routing, computing, transform, loss_scale)
+        computation = Computation(Evaluation(functional, losses, plan), timetable, computing, transform, loss_scale)
         specification = Specification.of(functional, plan, transform)
         updating = Updating(computation, specification, donate)
         values = {
@@ -198,7 +199,7 @@ class Step:
                 initial = running.taken(initial, step, copy)
             count = torch.full((), step or 0, dtype=torch.int64, device=params[routed[0]].device)
             fields = self.specification.named((params, buffers, apart_from(params, initial), count))
-            return make_state(fields, Lease(borrowed=borrowed), self.specification)
+            return make_state(fields, Lease(borrowed=borrowed), self.specification, count=step or 0)
 
     def __call__(self, state: State, batch: Any) -> tuple[State, dict[str, Any]]:
         """Take one step.
@@ -226,7 +227,7 @@ class Step:
         lease_of(state).gradients = ()
         if self.compiled is not None:
             return self.compiled.step(state, batch)
-        half = self.computation.gradients(*state.fields, batch)
+        half = self.computation.at(state).gradients(*state.fields, batch)
         with grad_mode(False):
             metrics = {**half.losses, **self._updating.metrics(state, half)}
             return self._updating.update(state, half), metrics
@@ -256,10 +257,10 @@ class Step:
         state = check_fits(state, self.specification)
         lease_of(state).gradients = ()
         if per_loss:
-            return self._updating.apart(state, self.computation.separately(*state.fields, batch))
+            return self._updating.apart(state, self.computation.at(state).separately(*state.fields, batch))
         if self.compiled is not None:
             return self._updating.apart(state, self.compiled.compute(state, batch))
-        return self._updating.apart(state, self.computation.gradients(*state.fields, batch))
+        return self._updating.apart(state, self.computation.at(state).gradients(*state.fields, batch))
 
     def apply_gradients(self, state: State, half: Half) -> tuple[State, dict[str, Any]]:
         """The second half of a step: the update by a half's gradients, with its buffers and metrics.
@@ -291,14 +292,14 @@ class Step:
         """
         state = check_fits(state, self.specification)
         with self.functional.alone, attributes_kept(self.module):
-            gradients = self.computation.gradients(*state.fields, batch).gradients
+            gradients = self.computation.at(state).gradients(*state.fields, batch).gradients
         return tied(dict(gradients), self.specification.tied_params)
 
     def per_loss_gradients(self, state: State, batch: Any) -> dict[str, dict[str, Tensor]]:
         """Each loss's gradients by path, weights applied; summed over the losses they are `gradients`."""
         state = check_fits(state, self.specification)
         with self.functional.alone, attributes_kept(self.module):
-            apart = self.computation.separately(*state.fields, batch).per_loss
+            apart = self.computation.at(state).separately(*state.fields, batch).per_loss
         return {loss: tied(dict(row), self.specification.tied_params) for loss, row in apart.items()}
 
     def call(self, state: State, f: Callable[..., Any], *args: Any) -> Any:
@@ -366,7 +367,8 @@ class Step:
             raise ValueError(f"no parameter of this State is one of the Step's, by path and shape:\n{adoption}")
         lease = lease_of(state)
         lease.borrowed |= borrowed_in(fields[0], (state, fresh))  # the two may know a tied tensor by different names
-        return make_state(self.specification.named(fields), lease, self.specification), adoption
+        named = self.specification.named(fields)
+        return make_state(named, lease, self.specification, count=known_count(state)), adoption
 
     def _beside(self, optimizer: torch.optim.Optimizer) -> Running:
         return Running.of(optimizer, self.transform, self.plan, self.functional.present_parameters())
@@ -375,11 +377,6 @@ class Step:
     def functional(self) -> FunctionalModule:
         """The model as a pure function."""
         return self.computation.evaluation.functional
-
-    @property
-    def routing(self) -> Routing:
-        """The plan in the engines' terms."""
-        return self.computation.routing
 
     @property
     def transform(self) -> Transform:

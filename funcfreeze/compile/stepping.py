@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import optree
 from torch import Tensor
 
 from funcfreeze.compile.compiled import Compilation, Run
@@ -14,7 +16,7 @@ from funcfreeze.compile.layout import Listed
 from funcfreeze.compile.options import Options
 from funcfreeze.compile.updated import CompiledUpdate, refuse_sparse
 from funcfreeze.computation.half import Half
-from funcfreeze.computation.state import Fields, Lease, State, lease_of, listing_of, make_state
+from funcfreeze.computation.state import Fields, Lease, State, known_count, lease_of, listing_of, make_state
 from funcfreeze.computation.updating import Updating
 from funcfreeze.gradients.modes import grad_mode
 from funcfreeze.model.ties import tied
@@ -47,24 +49,24 @@ class CompiledStep:
 
     def step(self, state: State, batch: Any) -> tuple[State, dict[str, Any]]:
         """Take a step, which overwrites the tensors of the state or copies of them."""
-        with grad_mode(False):
-            fields, listed = self._taken(state)
-            metrics, run = self._whole(listed, batch)
+        routing = self._updating.computation.at(state).routing
+        with grad_mode(False), self._taken(state) as (fields, listed):
+            metrics, run = self._whole(routing, listed, batch)
             return self._after(state, fields, listed, run), metrics
 
     def compute(self, state: State, batch: Any) -> Half:
         """The first half of a step."""
+        routing = self._updating.computation.at(state).routing
         with grad_mode(False):
             params, buffers, optimizer, step = state.fields
             apart = {path: buffer.clone() for path, buffer in buffers.items()}
             own = {path: param.detach() for path, param in params.items()}
-            metrics, run = self._gradients(Listed.of(own, apart, optimizer, step), batch)
+            metrics, run = self._gradients(routing, Listed.of(own, apart, optimizer, step), batch)
         specification, given_back = self._updating.specification, run.optimizer
         assert isinstance(given_back, _GivenBack)
-        declared = self._updating.computation.routing.losses
         return Half(
             tied(given_back.gradients, specification.tied_params),
-            {name: metrics.pop(name) for name in declared if name in metrics},
+            {name: metrics.pop(name) for name in routing.losses if name in metrics},
             metrics,
             tied({**apart, **run.buffers}, specification.tied_buffers),
             dict(run.params),
@@ -72,19 +74,39 @@ class CompiledStep:
 
     def apply(self, state: State, half: Half) -> State:
         """The second half of a step."""
-        with grad_mode(False):
-            fields, listed = self._taken(state)
+        with grad_mode(False), self._taken(state) as (fields, listed):
             optimizer = self._update(listed, half.gradients)
             run = Run([], listed.overwritten(half.buffers), half.written, optimizer, [])
             return self._after(state, fields, listed, run)
 
-    def _taken(self, state: State) -> tuple[Fields, Listed]:
-        """A state's fields, whose tensors may be overwritten."""
+    @contextmanager
+    def _taken(self, state: State) -> Iterator[tuple[Fields, Listed]]:
+        """A state's fields, whose tensors may be overwritten, with the optimizer's state fresh where it is to be.
+
+        That is written in place where it fits, for the sake of graphs that count on addresses, and undone by an error.
+        """
         listed = listing_of(state)
         if isinstance(listed, Listed) and self._updating.donate and self._updating.owns(lease_of(state)):
-            return state.fields, listed
-        fields = self._updating.owned(state)
-        return fields, Listed.of(*fields)
+            fields = state.fields
+        else:
+            fields = self._updating.owned(state)
+            listed = Listed.of(*fields)
+        params, buffers, optimizer, step = fields
+        fresh = self._updating.renewed(optimizer, params, state)
+        if fresh is optimizer:
+            yield fields, listed
+            return
+        kept = [tensor.clone() for tensor in _tensors(optimizer)]
+        renewed = listed.layout.written(optimizer, fresh)
+        try:
+            if renewed is None:
+                yield fields, listed
+            else:
+                yield (fields := (params, buffers, renewed, step)), Listed.of(*fields)
+        except BaseException:
+            for tensor, before in zip(_tensors(optimizer), kept, strict=True):
+                tensor.copy_(before)
+            raise
 
     def _after(self, state: State, fields: Fields, listed: Listed, run: Run) -> State:
         """The state after a run that overwrote these fields as far as they could be."""
@@ -109,7 +131,12 @@ class CompiledStep:
                 step,
             )
         )
-        return make_state(named, renewed, updating.specification, listed if is_in_place else None)
+        listing = listed if is_in_place else None
+        return make_state(named, renewed, updating.specification, listing, known_count(state, 1))
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in optree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 class _GivenBack(NamedTuple):

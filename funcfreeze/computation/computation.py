@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -19,8 +19,9 @@ from funcfreeze.computation.back_door import (
 from funcfreeze.computation.evaluation import NOTHING, Beside, Evaluation
 from funcfreeze.computation.half import Half
 from funcfreeze.computation.loss_scale import LossScale, scale_in, unscale
+from funcfreeze.computation.state import State, count_of
 from funcfreeze.declare.selectors import RouteError
-from funcfreeze.gradients import Engine, Routing
+from funcfreeze.gradients import Engine, Routing, Timetable
 from funcfreeze.gradients.law import Evaluate, OtherLeaf, Outcome, SeparateOutcome
 from funcfreeze.gradients.returned import exchanged
 from funcfreeze.gradients.sums import plus
@@ -41,13 +42,32 @@ class Differentiated(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Computation:
-    """The user's losses over a model, differentiated by an engine and handed to an optimizer."""
+    """The user's losses over a model, differentiated by an engine and handed to an optimizer.
+
+    Attributes:
+        evaluation: the losses over the model.
+        timetable: which loss may update which parameters, at every count.
+        engine: what differentiates.
+        transform: the optimizer.
+        loss_scale: a factor on every loss's backward pass.
+        now: which loss may update which parameters at the count that this is for; None where routes are not timed.
+    """
 
     evaluation: Evaluation
-    routing: Routing
+    timetable: Timetable
     engine: Engine
     transform: Transform
     loss_scale: LossScale | None
+    now: Routing | None = None
+
+    def at(self, state: State) -> Computation:
+        """What it computes at the count of a state, with the routes that are active then."""
+        return replace(self, now=self.timetable.at(count_of(state))) if self.timetable.is_timed else self
+
+    @property
+    def routing(self) -> Routing:
+        """Which loss may update which parameters."""
+        return self.now or self.timetable.at(None)
 
     def gradients(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Any, step: Tensor, batch: Any

@@ -67,11 +67,12 @@ class State:
     AttributeError: a State is frozen; make another with state.replace(step=...)
     """
 
-    __slots__ = ("_fields", "_fits", "_lease", "_listed")
+    __slots__ = ("_count", "_fields", "_fits", "_lease", "_listed")
     _fields: Fields
     _lease: Lease
     _fits: object
     _listed: object
+    _count: int | None
 
     def __init__(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Any, step: Tensor
@@ -133,7 +134,8 @@ class State:
         if "params" in changes:
             self._lease.borrowed |= set(changes["params"])
         self._lease.borrowed_optimizer |= "optimizer" in changes
-        return make_state(tuple(fields[name] for name in FIELDS), self._lease)
+        count = None if "step" in changes else self._count
+        return make_state(tuple(fields[name] for name in FIELDS), self._lease, count=count)
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"a State is frozen; make another with state.replace({name}=...)")
@@ -148,7 +150,9 @@ class State:
         return _restored, ((dict(params), dict(buffers), optimizer, step), names)
 
     def __copy__(self) -> State:
-        return make_state(self._live, self._lease, self._fits)  # a shallow copy holds the same tensors
+        return make_state(
+            self._live, self._lease, self._fits, count=self._count
+        )  # a shallow copy holds the same tensors
 
     def __repr__(self) -> str:
         if self._lease.spent:
@@ -161,14 +165,19 @@ def _restored(fields: tuple[Any, ...], names: tuple[Mapping[str, str], Mapping[s
     return State(tied(params, names[0]), tied(buffers, names[1]), optimizer, step)
 
 
-def _fill(state: State, fields: tuple[Any, ...], lease: Lease, fits: object, listed: object = None) -> None:
+def _fill(
+    state: State, fields: tuple[Any, ...], lease: Lease, fits: object, listed: object = None, count: int | None = None
+) -> None:
     object.__setattr__(state, "_fields", fields)
     object.__setattr__(state, "_lease", lease)
     object.__setattr__(state, "_fits", fits)
     object.__setattr__(state, "_listed", listed)
+    object.__setattr__(state, "_count", count)
 
 
-def make_state(fields: tuple[Any, ...], lease: Lease, fits: object = None, listed: object = None) -> State:
+def make_state(
+    fields: tuple[Any, ...], lease: Lease, fits: object = None, listed: object = None, count: int | None = None
+) -> State:
     """A state under a lease that it may share, known to fit a specification.
 
     Args:
@@ -176,10 +185,25 @@ def make_state(fields: tuple[Any, ...], lease: Lease, fits: object = None, liste
         lease: who may write to the tensors.
         fits: what `known_to_fit` answers with.
         listed: what `listing_of` answers with.
+        count: the number of steps, if it is known without asking the device.
     """
     state = State.__new__(State)
-    _fill(state, fields, lease, fits, listed)
+    _fill(state, fields, lease, fits, listed, count)
     return state
+
+
+def count_of(state: State) -> int:
+    """The number of steps, which schedules of Python's follow; of a state that no step made it is read once."""
+    if state._count is None:
+        object.__setattr__(state, "_count", int(state.step))
+    count = state._count
+    assert count is not None
+    return count
+
+
+def known_count(state: State, more: int = 0) -> int | None:
+    """The number of steps and some more, if it is known without asking the device."""
+    return None if state._count is None else state._count + more
 
 
 def lease_of(state: State) -> Lease:

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from funcfreeze.declare.plan import Plan
+from funcfreeze.declare.plan import Plan, raise_problems
 from funcfreeze.declare.routes import UNIT, Weight, weight_value
+from funcfreeze.declare.timed_routes import timed_routes
 from funcfreeze.gradients.weights import LossWeights
 
 Evaluate = Callable[[list[Tensor]], tuple[Any, Any]]
@@ -26,7 +27,7 @@ Evaluate = Callable[[list[Tensor]], tuple[Any, Any]]
 
 @dataclass(frozen=True)
 class Routing:
-    """A plan in index space.
+    """A plan in index space, at one count (see `timetable`).
 
     Attributes:
         losses: the names of the losses.
@@ -34,6 +35,8 @@ class Routing:
         weights: for each loss, (leaf index, weight index) of every parameter it may update.
         terms: what each weight index stands for: weights that are added up. Index 0 is the weight 1.
         differentiable: leaves that no loss may update and that require grad in the forward all the same.
+        active: of the plan's timings, in their order, which are active.
+        resting: the losses of which some route is not active. They may hang on constants alone now.
     """
 
     losses: tuple[str, ...]
@@ -41,10 +44,18 @@ class Routing:
     weights: tuple[LossWeights, ...]
     terms: tuple[tuple[Weight, ...], ...]
     differentiable: frozenset[int] = frozenset()
+    active: tuple[bool, ...] = ()
+    resting: frozenset[str] = frozenset()
 
     @staticmethod
     def of(plan: Plan, differentiable: Set[int] = frozenset()) -> Routing:
-        """Number a plan's leaves and distinct weights."""
+        """Number a plan's leaves and distinct weights.
+
+        Raises:
+            RouteError: a route is timed, so that it depends on a count what is active (see `timetable`).
+        """
+        if plan.timings:
+            raise_problems([f"loss {route}: {_NO_COUNT}" for route in timed_routes(plan.losses, plan.rows)])
         terms: list[tuple[Weight, ...]] = [UNIT]
         weights = []
         for loss in plan.losses:
@@ -73,6 +84,11 @@ class Routing:
         """The same at any step, where all weights are numbers."""
         changing = any(isinstance(weight, Tensor) or callable(weight) for terms in self.terms for weight in terms)
         return None if changing else [weight_value(terms, None) for terms in self.terms]
+
+
+_NO_COUNT = (
+    "the route is timed, and there is no count of steps here; give ff.combine or ff.backward step=, or use ff.Step"
+)
 
 
 def _number(terms: list[tuple[Weight, ...]], given: tuple[Weight, ...]) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from funcfreeze.computation.loss_scale import scale_in, unscale
+from funcfreeze.computation.renewal import renewed
 from funcfreeze.computation.state import State
 from funcfreeze.gradients.returned import check_losses
 from funcfreeze.gradients.toggle import accumulate
@@ -27,7 +28,7 @@ class Recipe:
     def __init__(self, step: Step, module: nn.Module, state: State) -> None:
         self.module = module
         self.losses = step.losses
-        self.routing = step.routing
+        self.timetable = step.computation.timetable
         self.transform = step.transform
         self.routed = step.plan.routed
         self.functional = FunctionalModule.of(module)
@@ -36,8 +37,16 @@ class Recipe:
         self.scaled = step.loss_scale is not None
 
     def gradients(self, batch: Any, number: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Losses and gradients by name, from one forward; parameters that no loss touches have none."""
+        """Losses and gradients by name, from one forward; parameters that no loss touches have none.
+
+        Where routes are timed, parameters of which none is active have `requires_grad` False, as people toggle it.
+        """
+        routing = self.timetable.at(int(number))
         parameters, since = self.functional.present_parameters(), nodes_made()
+        if self.timetable.is_timed:
+            for path, required in zip(routing.paths, routing.requires_grad, strict=True):
+                if path in self.routed:
+                    parameters[path].requires_grad_(required)
         with torch.enable_grad():
             returned = self.losses(self.module, batch)
             for parameter in parameters.values():
@@ -45,9 +54,9 @@ class Recipe:
             left = self.functional.present_buffers()
             self.functional.hold_copies(left)  # activation checkpointing would update them again, once for every loss
             losses = returned[0] if isinstance(returned, tuple) else returned
-            ordered = check_losses(losses, self.routing)
+            ordered = check_losses(losses, routing)
             seed = scale_in(self.optimizer) if self.scaled else None
-            accumulate(ordered, list(parameters.values()), self.routing, self.routing.weight_values(number), seed)
+            accumulate(ordered, list(parameters.values()), routing, routing.weight_values(number), seed)
         found = {path: p.grad.detach() for path, p in parameters.items() if p.grad is not None}
         if seed is not None:
             found = unscale(found, seed)
@@ -61,7 +70,10 @@ class Recipe:
         """One optimizer step."""
         parameters = {path: p.detach() for path, p in self.functional.present_parameters().items()}
         own = {path: parameters[path] for path in self.routed}
+        thawing = {path: own[path] for path in self.timetable.thawing(int(number))}
         with torch.no_grad():
+            if thawing:
+                self.optimizer = renewed(self.transform, self.optimizer, thawing, is_scaled=self.scaled)
             updates, self.optimizer = self.transform.update(gradients, self.optimizer, own, step=number)
             for path, update in updates.items():
                 if update is not None:

@@ -35,6 +35,9 @@ def verify(step: Step, state: State, batch: Any, *, steps: int = 5) -> Report:
     outside of the model (a counter, a generator of your own) is one for both sides, and may make them differ. `losses`
     that does not use the model it is given cannot be verified, and the report says so.
 
+    Timed routes are those of the state's count and the ones after it: `state.replace(step=torch.tensor(998))` proves
+    the steps around a route that starts at 1000.
+
     Args:
         step: the step to verify.
         state: a state of it; the comparison starts there.
@@ -106,7 +109,8 @@ def _compare(
         seen.compare(mine, turn, (losses, gradients), (metrics, own))
         if turn == 0:
             seen.compare_buffers(now.buffers, recipe.functional.present_buffers())
-            seen.compare_model(own.keys(), touched)
+            expected = mine.computation.timetable.at(int(number)).routed
+            seen.compare_model(own.keys(), touched, bool(expected))
             seen.note_reads(original.seen, start, recipe.functional)
         recipe.update(gradients, number)
         seen.compare_written(mine.plan, start.params, now.params, recipe.functional.present_parameters())
