@@ -37,9 +37,9 @@ def refuse_constants(error: RuntimeError, params: Mapping[str, Tensor], routed: 
     chosen = repr(named[0]) if len(named) == 1 else repr(named[:3])
     when = " at this count, where its routes are not active" if any(path in routed for path in named) else ""
     raise RuntimeError(
-        f"{error}{MARK}`losses` takes a gradient itself, at {shown}, which no loss may update{when}: that is a constant "
-        f"in a Step's forward, so that freezing it costs nothing. Build the Step with differentiable={chosen} (any "
-        "selector), which lets it require grad, or route a loss to it"
+        f"{error}{MARK}`losses` takes a gradient itself, at {shown}, which no loss may update{when}: that is a "
+        f"constant in a Step's forward, so that freezing it costs nothing. Build the Step with differentiable={chosen} "
+        "(any selector), which lets it require grad, or route a loss to it"
     ) from error
 
 

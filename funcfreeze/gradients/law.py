@@ -35,7 +35,7 @@ class Routing:
         weights: for each loss, (leaf index, weight index) of every parameter it may update.
         terms: what each weight index stands for: weights that are added up. Index 0 is the weight 1.
         differentiable: leaves that no loss may update and that require grad in the forward all the same.
-        active: of the plan's timings, in their order, which are active.
+        active: of the plan's timings, in their order, which are active; stands for the routing beside others of a plan.
         resting: the losses of which some route is not active. They may hang on constants alone now.
     """
 
@@ -63,6 +63,11 @@ class Routing:
             weights.append(tuple((leaf, _number(terms, given)) for leaf, given in routed))
         routing = Routing(plan.losses, plan.paths, tuple(weights), tuple(terms))
         return replace(routing, differentiable=frozenset(differentiable) - routing.routed)
+
+    def says_as(self, other: Routing) -> bool:
+        """Whether it says the same as another of the same plan."""
+        mine, theirs = ((one.weights, one.resting, len(one.terms)) for one in (self, other))
+        return mine == theirs and all(map(_alike, self.terms, other.terms))
 
     @cached_property
     def routed(self) -> frozenset[int]:
@@ -94,10 +99,14 @@ _NO_COUNT = (
 def _number(terms: list[tuple[Weight, ...]], given: tuple[Weight, ...]) -> int:
     """The index of a weight: equal numbers and schedules share one, tensors only with themselves."""
     for index, known in enumerate(terms):
-        if len(known) == len(given) and all(map(_same, known, given)):
+        if _alike(known, given):
             return index
     terms.append(given)
     return len(terms) - 1
+
+
+def _alike(one: tuple[Weight, ...], other: tuple[Weight, ...]) -> bool:
+    return len(one) == len(other) and all(map(_same, one, other))
 
 
 def _same(one: Weight, other: Weight) -> bool:

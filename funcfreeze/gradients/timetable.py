@@ -10,7 +10,7 @@ from funcfreeze.gradients.law import Routing
 
 
 class Timetable:
-    """The routings of a plan: one for every set of routes that are active together, made when it is first asked for.
+    """The routings of a plan: one for every set of active routes that is not the same, made when it is first asked for.
 
     Args:
         plan: which loss may update which parameters, and when.
@@ -48,7 +48,8 @@ class Timetable:
             for loss, terms in row.weights.items()
             if len(now.weights.get(loss, ())) < len(terms)
         )
-        return replace(Routing.of(plan, self._differentiable), active=active, resting=resting)
+        made = replace(Routing.of(plan, self._differentiable), active=active, resting=resting)
+        return next((known for known in self._known.values() if known.says_as(made)), made)
 
     def thawing(self, count: int) -> list[str]:
         """The paths of parameters whose optimizer state is fresh at a count: a route with `reset` thaws them there."""
