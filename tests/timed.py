@@ -71,7 +71,9 @@ def adversarial(model, batch):
 class Four(nn.Module):
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.c = (nn.Sequential(nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4), nn.Tanh()) for _ in range(3))
+        self.a, self.b, self.c = (
+            nn.Sequential(nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4), nn.Tanh()) for _ in range(3)
+        )
         self.head = nn.Linear(4, 2)
 
 

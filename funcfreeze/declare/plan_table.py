@@ -52,7 +52,7 @@ def format_plan(losses: Sequence[str], rows: Sequence[_Row]) -> str:
     table = ["  ".join(_aligned(row, widths)).rstrip() for row in cells]
     table += [f"{short} = {_shortened(weight)}" for weight, short in legend.items()]
     table += [f"tied: {' = '.join(row.names)}" for line in lines if len(line.rows) > 1 for row in _tied(line.rows)]
-    timed = (f"timed  {route}" for route in timed_routes(losses, rows))
+    timed = (f"timed  {loss}: {route}" for loss, route in timed_routes(losses, rows))
     return "\n".join([*table, *_summary(losses, rows), *timed])
 
 

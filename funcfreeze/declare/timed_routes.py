@@ -23,8 +23,8 @@ class _Row(Protocol):
     def timings(self) -> Mapping[str, tuple[Timing, ...]]: ...
 
 
-def timed_routes(losses: Sequence[str], rows: Sequence[_Row]) -> Iterator[str]:
-    """`loss: parameters when`, in the order of the losses, with the weight where a loss has several routes to one.
+def timed_routes(losses: Sequence[str], rows: Sequence[_Row]) -> Iterator[tuple[str, str]]:
+    """The loss, and which parameters and when, with the weight where a loss has several routes to one of them.
 
     The parameters are told by the largest modules of which the route takes everything that can be trained.
     """
@@ -37,7 +37,7 @@ def timed_routes(losses: Sequence[str], rows: Sequence[_Row]) -> Iterator[str]:
                 if timing != ALWAYS:
                     found.setdefault((timing, shown), set()).add(row.path)
         for (timing, shown), paths in found.items():
-            yield f"{loss}: {_named(paths, rows)}{shown} {timing}"
+            yield loss, f"{_named(paths, rows)}{shown} {timing}"
 
 
 def _number(weight: Weight) -> str:

@@ -55,7 +55,9 @@ class Routing:
             RouteError: a route is timed, so that it depends on a count what is active (see `timetable`).
         """
         if plan.timings:
-            raise_problems([f"loss {route}: {_NO_COUNT}" for route in timed_routes(plan.losses, plan.rows)])
+            raise_problems(
+                [f"loss {loss!r}: {route}: {_NO_COUNT}" for loss, route in timed_routes(plan.losses, plan.rows)]
+            )
         terms: list[tuple[Weight, ...]] = [UNIT]
         weights = []
         for loss in plan.losses:

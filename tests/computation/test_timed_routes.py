@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 
 import pytest
-import timed
 import torch
-from timed import OPTIMIZERS, PROGRAMS
 from torch import nn
 
 import funcfreeze as ff
+import timed
+from timed import OPTIMIZERS, PROGRAMS
+
+SLOW = pytest.mark.skipif("FUNCFREEZE_ALL_PROGRAMS" not in os.environ, reason="half a minute; .ci/versions runs it")
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -42,12 +45,15 @@ def test_the_program_shows_what_it_says():
         assert len(active) == program.active_sets
 
 
-@pytest.mark.parametrize("options", [{}, {"compile": timed.COMPILED}], ids=str)
+@pytest.mark.parametrize("options", [{}, pytest.param({"compile": timed.COMPILED}, marks=SLOW)], ids=str)
 def test_a_restored_state_goes_on_at_its_count(options):
     program, (ours, theirs) = PROGRAMS["all at once"], OPTIMIZERS["adamw"]
     model, given = program.model(), timed.batches(8)
     wanted, _, _ = timed.by_hand(program, model, given, theirs)
-    make = lambda: ff.Step(copy.deepcopy(model), program.losses, program.routes, optimizer=ours, **options)
+
+    def make():
+        return ff.Step(copy.deepcopy(model), program.losses, program.routes, optimizer=ours, **options)
+
     step = make()
     state, _ = timed.run(step, step.init(), given[:3])
     state, _ = timed.run(make(), pickle.loads(pickle.dumps(state)), given[3:5], first=3)
@@ -185,14 +191,17 @@ def test_an_absent_loss_does_not_put_a_reset_off():
 
 def test_a_state_of_another_step_starts_afresh_where_a_route_says_so():
     model = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
-    losses = lambda model, x: {"a": model["head"](model["body"](x)).square().mean()}
+
+    def losses(model, x):
+        return {"a": model["head"](model["body"](x)).square().mean()}
+
     adam = ff.optim.adam(0.1)
     trained = ff.Step(model, losses, {"a": "*"}, optimizer=adam)
     state = trained.init()
     for _ in range(3):
         state, _ = trained(state, torch.ones(3, 2))
     step = ff.Step(model, losses, {"a": [ff.Route("head"), ff.Route("body", start=4, reset=True)]}, optimizer=adam)
-    state, adoption = step.adopt(state)
+    state, _adoption = step.adopt(state)
     for counted in (3, 1, 2):
         state, _ = step(state, torch.ones(3, 2))
         assert state.optimizer["body.weight"]["step"] == counted
@@ -272,8 +281,8 @@ def test_losses_that_differentiate_at_what_rests():
     step = ff.Step(timed.network(), adaptive, routes, optimizer=ff.optim.sgd(0.1))
     with pytest.raises(
         RuntimeError,
-        match=r"at encoder.0.weight, which no loss may update at this count, where its routes are not active: that is a "
-        r"constant in a Step's forward.*differentiable='encoder.0.weight'",
+        match=r"at encoder.0.weight, which no loss may update at this count, where its routes are not active: that is "
+        r"a constant in a Step's forward.*differentiable='encoder.0.weight'",
     ):
         step(step.init(), torch.randn(6, 4))
     step = ff.Step(timed.network(), adaptive, routes, optimizer=ff.optim.sgd(0.1), differentiable="encoder.0.weight")
@@ -285,7 +294,9 @@ def test_losses_that_differentiate_at_what_rests():
 
 
 def test_a_loss_that_was_detached_is_found_where_its_routes_are_active():
-    losses = lambda model, x: {"a": model["head"](x).square().mean().detach()}
+    def losses(model, x):
+        return {"a": model["head"](x).square().mean().detach()}
+
     routes = {"a": ff.Route("head", start=1)}
     step = ff.Step({"head": nn.Linear(2, 1)}, losses, routes, optimizer=ff.optim.sgd(0.1))
     state, _ = step(step.init(), torch.ones(3, 2))
@@ -307,7 +318,10 @@ def test_writing_to_what_rests_is_an_error_all_the_same():
 
 def test_a_schedule_of_the_weight_reads_the_same_count():
     routes = {"a": ff.Route("head", weight=ff.schedules.linear(0.0, 1.0, 10), start=2, every=2)}
-    losses = lambda model, x: {"a": model["head"](x).mean()}
+
+    def losses(model, x):
+        return {"a": model["head"](x).mean()}
+
     step = ff.Step({"head": nn.Linear(2, 1)}, losses, routes, optimizer=ff.optim.sgd(0.0))
     state, found = step.init(), []
     for _ in range(6):
