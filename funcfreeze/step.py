@@ -28,7 +28,7 @@ from funcfreeze.computation.updating import Updating
 from funcfreeze.declare.names import own_name_problems
 from funcfreeze.declare.plan import Plan, chosen, raise_problems, resolve_plan
 from funcfreeze.declare.routes import Selection
-from funcfreeze.gradients import Routing, find_engine
+from funcfreeze.gradients import Timetable, find_engine
 from funcfreeze.gradients.modes import grad_mode
 from funcfreeze.model.acceptance import as_module, refuse_unusable
 from funcfreeze.model.attributes import attributes_kept, flags_kept
@@ -53,8 +53,8 @@ class Step:
         routes: loss name -> which parameters it may update (see `Route`), or a `Plan`.
         optimizer: a `Transform` such as `optim.adamw(1e-3)`.
         differentiable: a selector, or a list of them: parameters that no loss may update and that `losses` itself
-            differentiates at, as with `torch.autograd.grad` for an adaptive weight. Others without a route are
-            constants in the forward, for which nothing is kept.
+            differentiates at, as with `torch.autograd.grad` for an adaptive weight. Others without a route, or without
+            one that is active at a count, are constants in the forward, for which nothing is kept.
         engine: "routed" (the fast one), "reference" (`torch.func`) or "toggle" (the eager recipe).
         compile: whether the whole step is one compiled graph: None (compiled on CUDA, eager elsewhere), True, False, or
             a mapping of `torch.compile`'s `backend`, `mode`, `options` and `dynamic`. The routed engine only.
@@ -80,7 +80,8 @@ class Step:
 
     Raises:
         RouteError: everything that is wrong with the routes, at once.
-        TypeError, ValueError: a model whose parameters cannot be exchanged, and why.
+        TypeError, ValueError: a model whose parameters cannot be exchanged, and why; or a route with `reset` under an
+            optimizer whose state is not kept by parameter.
 
     >>> import torch
     >>> from torch import nn
@@ -149,14 +150,14 @@ class Step:
         if finite is not None or loss_scale is not None:
             transform = skippable(transform)
         transform = scaled(transform, loss_scale)
-        routing = Routing.of(plan, chosen(differentiable, leaves, "differentiable"))
+        timetable = Timetable(plan, chosen(differentiable, leaves, "differentiable"))
         functional = FunctionalModule.of(module)
         functional.refuse_accumulation_hooks()
         options = resolve(compile if engine == "routed" or compile is not None else False, module.parameters())
         if options is not None and engine != "routed":
             raise ValueError(f"only the routed engine is compiled; use compile=False with engine={engine!r}")
         evaluation = Evaluation(functional, losses, plan, norms)
-        computation = Computation(evaluation, routing, computing, transform, loss_scale, finite)
+        computation = Computation(evaluation, timetable, computing, transform, loss_scale, finite)
         specification = Specification.of(functional, plan, transform)
         updating = Updating(computation, specification, donate)
         device = functional.present_parameters()[plan.routed[0]].device
@@ -186,8 +187,8 @@ class Step:
 
     def remade(self, **changes: Any) -> Step:
         """The same step with some of its arguments exchanged."""
-        given = {name: getattr(self, name) for name in _OPTIONS} | changes
-        return Step(given.pop("model", self.model), self.losses, self.plan, **given)
+        given = {name: getattr(self, name) for name in ("model", "optimizer", *_OPTIONS)} | changes
+        return Step(losses=self.losses, routes=self.plan, **given)
 
     def __repr__(self) -> str:
         return f"Step({', '.join(self.plan.losses)}; engine={self.engine!r}, donate={self.donate})"
@@ -377,11 +378,6 @@ class Step:
         return self.computation.evaluation.functional
 
     @property
-    def routing(self) -> Routing:
-        """The plan in the engines' terms."""
-        return self.computation.routing
-
-    @property
     def transform(self) -> Transform:
         """The optimizer, bound to the model's parameters."""
         return self.computation.transform
@@ -397,15 +393,5 @@ class Step:
         return self.functional.module
 
 
-_OPTIONS = [
-    "optimizer",
-    "engine",
-    "compile",
-    "donate",
-    "loss_scale",
-    "differentiable",
-    "microbatches",
-    "counts",
-    "on_nonfinite",
-]
-"""What a step takes by keyword, but for what its plan says."""
+_OPTIONS = "engine compile donate loss_scale differentiable microbatches counts on_nonfinite".split()  # noqa: SIM905
+"""What a step takes by keyword, but for its optimizer and what its plan says."""

@@ -248,7 +248,8 @@ def test_arguments_of_step():
 
 def test_schedules_outside_a_step():
     with pytest.raises(
-        TypeError, match="is a schedule of the step, and there is no step here: give ff.combine step=, use"
+        TypeError,
+        match="is a schedule of the step, and there is no step here: give ff.combine or ff.backward step=, use",
     ):
         ff.grad(lambda p: {"a": p["w"] * 1.0}, {"a": {"w": ff.optim.dann_schedule(3)}})({"w": torch.ones(())})
     s = step(routes={"cls": "*", "adv": {"encoder": lambda number: "much"}})

@@ -20,6 +20,8 @@ from funcfreeze.computation.state import (
     Lease,
     State,
     Whole,
+    count_of,
+    known_count,
     known_to_fit,
     lease_of,
     listing_of,
@@ -36,11 +38,11 @@ class Noted(NamedTuple):
     """What an alternation notes of a state that it makes.
 
     Attributes:
-        calls: the number of calls, which nobody has to read from the device then.
+        counts: member -> the number of its steps, where nobody has to ask the device for it.
         listings: member -> its tensors as its compiled step knows them; empty where they are to be listed anew.
     """
 
-    calls: int
+    counts: Mapping[str, int | None]
     listings: Mapping[str, Listed]
 
 
@@ -50,6 +52,7 @@ class Progress:
 
     Attributes:
         calls: the number of calls before this one.
+        counts: member -> the number of its steps, where it is known.
         params: path -> tensor.
         buffers: path -> tensor.
         optimizers: member -> its optimizer's state.
@@ -61,6 +64,7 @@ class Progress:
     """
 
     calls: int
+    counts: Mapping[str, int | None]
     params: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]
     optimizers: Mapping[str, Any]
@@ -79,6 +83,7 @@ class Progress:
             buffers=state.buffers,
             optimizers={**self.optimizers, name: state.optimizer},
             clocks={**self.clocks, name: state.step},
+            counts={**self.counts, name: known_count(state)},
             lease=lease_of(state),
             listings=self.listings if is_in_place else {},
             ran=(*self.ran, name),
@@ -124,7 +129,9 @@ class Members:
         optimizers = {name: apart_from(params, state.optimizer) for name, state in states.items()}
         clocks = {name: state.step for name, state in states.items()}
         fields = self._first.specification.named((params, base.buffers, optimizers, base.step))
-        return make_state((*fields, {}, clocks), Lease(borrowed=params.keys() - routed if copy else set()), self)
+        lease = Lease(borrowed=params.keys() - routed if copy else set())
+        noted = Noted({name: known_count(state) for name, state in states.items()}, {})
+        return make_state((*fields, {}, clocks), lease, self, noted, known_count(base))
 
     def start(self, state: State) -> Progress:
         """What a call begins with. Nothing of the state is changed.
@@ -134,11 +141,11 @@ class Members:
         """
         state = self._checked(state)
         noted, lease = listing_of(state), lease_of(state)
-        calls, listings = noted if isinstance(noted, Noted) else (int(state.step), {})
+        counts, listings = noted if isinstance(noted, Noted) else ({}, {})
         lease.gradients = ()
         private = Lease(borrowed=set(lease.borrowed), borrowed_optimizer=lease.borrowed_optimizer)
         params, buffers, optimizers, step = state.fields
-        return Progress(calls, params, buffers, optimizers, step, state.clocks, private, listings)
+        return Progress(count_of(state), counts, params, buffers, optimizers, step, state.clocks, private, listings)
 
     def owned(self, progress: Progress) -> Progress:
         """With what members are going to overwrite owned; for compiled ones listed, the same tensors for each."""
@@ -167,7 +174,8 @@ class Members:
     def seen_by(self, name: str, progress: Progress) -> State:
         """What a member sees of the state."""
         fields = progress.params, progress.buffers, progress.optimizers[name], progress.clocks[name]
-        return make_state(fields, progress.lease, self.steps[name].specification, progress.listings.get(name))
+        listed, count = progress.listings.get(name), progress.counts.get(name)
+        return make_state(fields, progress.lease, self.steps[name].specification, listed, count)
 
     @contextmanager
     def telling(self, name: str, state: State, progress: Progress) -> Iterator[None]:
@@ -178,7 +186,7 @@ class Members:
             made = ""
             if self.donate and progress.ran:
                 lease_of(state).spent = True  # for all who share its tensors
-                renew(state, progress.fields(progress.step), progress.lease, self)
+                renew(state, progress.fields(progress.step), progress.lease, self, progress.calls)
                 made = f"; the state that was passed in holds what {', '.join(progress.ran)} made, and is not spent"
             error.add_note(f"raised by the member {name!r} of an alternation{made}")
             raise
@@ -206,7 +214,7 @@ class Members:
             for one in (lease_of(state), lease):
                 one.borrowed |= progress.params.keys() - updated
                 one.borrowed_optimizer |= shares_optimizer
-        return make_state(progress.fields(step), lease, self, Noted(calls, progress.listings))
+        return make_state(progress.fields(step), lease, self, Noted(progress.counts, progress.listings), calls)
 
     def adopted(self, state: State) -> tuple[State, Adoption]:
         """Another state taken over, member by member."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from funcfreeze.compile.layout import Listed
 from funcfreeze.compile.options import Options
 from funcfreeze.computation.computation import Computation
 from funcfreeze.computation.finite import Found
+from funcfreeze.gradients import Routing
 
 if TYPE_CHECKING:
     from funcfreeze.compile.capturing import Capturing
@@ -68,28 +70,31 @@ class Compilation:
         self.options = options
         self._computation = computation
         self._donate = donate
-        self._capturing: Capturing | None = None
+        self._capturings: dict[tuple[bool, ...], Capturing] = {}
 
     @property
     def traces(self) -> int:
         """How many times it has been traced and compiled so far."""
-        return 0 if self._capturing is None else self._capturing.traces
+        return sum(capturing.traces for capturing in self._capturings.values())
 
-    def __call__(self, state: Listed, batch: Any) -> tuple[dict[str, Any], Run]:
-        """Take a step that overwrites the state's tensors; returns the metrics, losses among them, and the rest."""
+    def __call__(self, routing: Routing, state: Listed, batch: Any) -> tuple[dict[str, Any], Run]:
+        """Take a step that overwrites the state's tensors; returns the metrics, losses among them, and the rest.
+
+        What requires grad in the forward depends on the routes that are active: each set of them has its own graphs.
+        """
         with self._computation.evaluation.functional.alone:
-            if self._capturing is None:
-                self._capturing = self._first(state)
-            return self._capturing(state, batch)
+            if routing.active not in self._capturings:
+                self._capturings[routing.active] = self._first(routing, state)
+            return self._capturings[routing.active](state, batch)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Compilation:
         own = copy.deepcopy(self._computation, memo)
         return Compilation(own, self.options, self._donate)  # compiled anew when it is called
 
-    def _first(self, state: Listed) -> Capturing:
+    def _first(self, routing: Routing, state: Listed) -> Capturing:
         try:
             from funcfreeze.compile.capturing import Capturing
         except (ImportError, AttributeError) as error:
             note_on_torch(error)
             raise
-        return Capturing(self._computation, self.options, self._donate, state)
+        return Capturing(replace(self._computation, now=routing), self.options, self._donate, state)

@@ -44,14 +44,15 @@ class Halves:
         parts = self.splitting.parts(batch)
         if parts is not None:
             return self.splitting.accumulated(parts, partial(self._part, state, per_loss=per_loss))
-        run = self.computation.separately if per_loss else self.computation.gradients
+        computation = self.computation.at(state)
+        run = computation.separately if per_loss else computation.gradients
         return run(*state.fields, batch)
 
     def _part(
         self, state: State, part: Any, shares: Shares, *moved: Mapping[str, Tensor], per_loss: bool = False
     ) -> Half:
         """A part of a batch, after what the parts before it have left in buffers and parameters."""
-        computation = replace(self.computation, shares=shares)
+        computation = replace(self.computation.at(state), shares=shares)
         run = computation.separately if per_loss else computation.gradients
         return run(*gone_on(state, *moved).fields, part)
 

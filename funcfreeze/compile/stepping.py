@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import optree
 from torch import Tensor
 
 from funcfreeze.compile.compiled import Compilation, Run
@@ -15,7 +17,7 @@ from funcfreeze.compile.options import Options
 from funcfreeze.compile.updated import CompiledUpdate, refuse_sparse
 from funcfreeze.computation.half import Half
 from funcfreeze.computation.microbatches import Shares
-from funcfreeze.computation.state import Fields, Lease, State, lease_of, listing_of, make_state
+from funcfreeze.computation.state import Fields, Lease, State, known_count, lease_of, listing_of, make_state
 from funcfreeze.computation.updating import Updating
 from funcfreeze.gradients.modes import grad_mode
 from funcfreeze.model.ties import tied
@@ -50,10 +52,10 @@ class CompiledStep:
 
     def step(self, state: State, batch: Any) -> tuple[State, dict[str, Any]]:
         """Take a step, which overwrites the tensors of the state or copies of them."""
-        with grad_mode(False):
-            fields, listed = self._taken(state)
-            metrics, run = self._whole(listed, batch)
-            losses = {name: metrics[name] for name in self._updating.computation.routing.losses if name in metrics}
+        routing = self._updating.computation.at(state).routing
+        with grad_mode(False), self._taken(state) as (fields, listed):
+            metrics, run = self._whole(routing, listed, batch)
+            losses = {name: metrics[name] for name in routing.losses if name in metrics}
             after, own = self._after(state, fields, listed, run, losses)
             return after, {**metrics, **own}
 
@@ -69,17 +71,17 @@ class CompiledStep:
         return self._half(self._parts, state, part)
 
     def _half(self, compilation: Compilation, state: State, batch: Any) -> Half:
+        routing = self._updating.computation.at(state).routing
         with grad_mode(False):
             params, buffers, optimizer, step = state.fields
             apart = {path: buffer.clone() for path, buffer in buffers.items()}
             own = {path: param.detach() for path, param in params.items()}
-            metrics, run = compilation(Listed.of(own, apart, optimizer, step), batch)
+            metrics, run = compilation(routing, Listed.of(own, apart, optimizer, step), batch)
         specification, given_back = self._updating.specification, run.optimizer
         assert isinstance(given_back, _GivenBack)
-        declared = self._updating.computation.routing.losses
         return Half(
             tied(given_back.gradients, specification.tied_params),
-            {name: metrics.pop(name) for name in declared if name in metrics},
+            {name: metrics.pop(name) for name in routing.losses if name in metrics},
             metrics,
             tied({**apart, **run.buffers}, specification.tied_buffers),
             dict(run.params),
@@ -87,9 +89,8 @@ class CompiledStep:
 
     def apply(self, state: State, half: Half) -> tuple[State, dict[str, Any]]:
         """The second half of a step: the new state, and all metrics."""
-        with grad_mode(False):
+        with grad_mode(False), self._taken(state) as (fields, listed):
             metrics = {**half.losses, **self._updating.metrics(state, half)}
-            fields, listed = self._taken(state)
             optimizer, measured, found = self._update(listed, half.gradients, half.losses)
             buffers = listed.overwritten(listed.unless_skipped(half.buffers, found))
             written = half.written if found is None else found.kept("parameter", state.params, half.written)
@@ -97,13 +98,34 @@ class CompiledStep:
             after, own = self._after(state, fields, listed, run, half.losses)
             return after, {**metrics, **measured, **own}
 
-    def _taken(self, state: State) -> tuple[Fields, Listed]:
-        """A state's fields, whose tensors may be overwritten."""
+    @contextmanager
+    def _taken(self, state: State) -> Iterator[tuple[Fields, Listed]]:
+        """A state's fields, whose tensors may be overwritten, with the optimizer's state fresh where it is to be.
+
+        That is written in place where it fits, for the sake of graphs that count on addresses, and undone by an error.
+        """
         listed = listing_of(state)
         if isinstance(listed, Listed) and self._updating.donate and self._updating.owns(lease_of(state)):
-            return state.fields, listed
-        fields = self._updating.owned(state)
-        return fields, Listed.of(*fields)
+            fields = state.fields
+        else:
+            fields = self._updating.owned(state)
+            listed = Listed.of(*fields)
+        params, buffers, optimizer, step = fields
+        fresh = self._updating.renewed(optimizer, params, state)
+        if fresh is optimizer:
+            yield fields, listed
+            return
+        kept = [tensor.clone() for tensor in _tensors(optimizer)]
+        renewed = listed.layout.written(optimizer, fresh)
+        try:
+            if renewed is None:
+                yield fields, listed
+            else:
+                yield (fields := (params, buffers, renewed, step)), Listed.of(*fields)
+        except BaseException:
+            for tensor, before in zip(_tensors(optimizer), kept, strict=True):
+                tensor.copy_(before)
+            raise
 
     def _after(
         self, state: State, fields: Fields, listed: Listed, run: Run, losses: Mapping[str, Tensor]
@@ -133,8 +155,13 @@ class CompiledStep:
                 step,
             )
         )
-        after = make_state(named, renewed, updating.specification, listed if is_in_place else None)
+        listing = listed if is_in_place else None
+        after = make_state(named, renewed, updating.specification, listing, known_count(state, 1))
         return after, {} if found is None else found.metrics
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in optree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 class _GivenBack(NamedTuple):

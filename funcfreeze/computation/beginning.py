@@ -8,7 +8,7 @@ from funcfreeze.computation.adoption import Adoption, adopted, begun_state
 from funcfreeze.computation.computation import Computation
 from funcfreeze.computation.running import Running
 from funcfreeze.computation.specification import Specification
-from funcfreeze.computation.state import Lease, State, lease_of, make_state
+from funcfreeze.computation.state import Lease, State, known_count, lease_of, make_state
 from funcfreeze.computation.updating import apart_from, borrowed_in
 
 
@@ -51,7 +51,7 @@ def begin(
             initial = running.taken(initial, step, copy)
         count = torch.full((), step or 0, dtype=torch.int64, device=params[routed[0]].device)
         fields = specification.named((params, buffers, apart_from(params, initial), count))
-        return make_state(fields, Lease(borrowed=borrowed), specification)
+        return make_state(fields, Lease(borrowed=borrowed), specification, count=step or 0)
 
 
 def beside(optimizer: torch.optim.Optimizer, computation: Computation) -> Running:
@@ -76,4 +76,4 @@ def take_over(
         raise ValueError(f"no parameter of this State is one of the Step's, by path and shape:\n{adoption}")
     lease = lease_of(state)
     lease.borrowed |= borrowed_in(fields[0], (state, fresh))  # the two may know a tied tensor by different names
-    return make_state(specification.named(fields), lease, specification), adoption
+    return make_state(specification.named(fields), lease, specification, count=known_count(state)), adoption

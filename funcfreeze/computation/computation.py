@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -21,9 +21,10 @@ from funcfreeze.computation.finite import Finite, Found
 from funcfreeze.computation.half import Half
 from funcfreeze.computation.loss_scale import LossScale, scale_in, unscale
 from funcfreeze.computation.microbatches import Shares, times
+from funcfreeze.computation.state import State, count_of
 from funcfreeze.declare.names import OWN, own_name_problems
 from funcfreeze.declare.plan import raise_problems
-from funcfreeze.gradients import Engine, Routing
+from funcfreeze.gradients import Engine, Routing, Timetable
 from funcfreeze.gradients.law import Evaluate, OtherLeaf, Outcome, SeparateOutcome
 from funcfreeze.gradients.returned import check_losses, exchanged
 from funcfreeze.gradients.sums import plus
@@ -64,21 +65,32 @@ class Computation:
 
     Attributes:
         evaluation: the losses over the model.
-        routing: the plan in the engines' terms.
+        timetable: which loss may update which parameters, at every count.
         engine: what differentiates.
         transform: the optimizer, with the loss scale around it.
         loss_scale: what every loss starts its backward with, if anything but 1.
         finite: what has to be finite, if anything has to.
         shares: what losses are multiplied with for their gradients, where a batch comes in parts.
+        now: which loss may update which parameters at the count that this is for; None where routes are not timed.
     """
 
     evaluation: Evaluation
-    routing: Routing
+    timetable: Timetable
     engine: Engine
     transform: Transform
     loss_scale: LossScale | None
     finite: Finite | None = None
     shares: Shares | None = None
+    now: Routing | None = None
+
+    def at(self, state: State) -> Computation:
+        """What it computes at the count of a state, with the routes that are active then."""
+        return replace(self, now=self.timetable.at(count_of(state))) if self.timetable.is_timed else self
+
+    @property
+    def routing(self) -> Routing:
+        """Which loss may update which parameters."""
+        return self.now or self.timetable.at(None)
 
     def gradients(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Any, step: Tensor, batch: Any

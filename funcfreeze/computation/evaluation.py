@@ -168,7 +168,7 @@ class Evaluation:
             with watch:
                 return self.losses(self.functional.module, batch)
         except RuntimeError as error:
-            refuse_constants(error, given)
+            refuse_constants(error, given, self.plan.routed)
             raise
 
     def _misuse(self, watch: Watch, losses: Any, buffers: Mapping[str, Tensor]) -> Iterator[str]:

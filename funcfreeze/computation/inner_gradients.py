@@ -6,7 +6,7 @@ differentiates at one, as adaptive weights do, gets torch's error, which does no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import CodeType, TracebackType
 from typing import Any
 
@@ -18,12 +18,13 @@ from funcfreeze.gradients.explained import MARK
 _TAKERS: tuple[CodeType, ...] = (torch.autograd.grad.__code__, torch.autograd.backward.__code__)
 
 
-def refuse_constants(error: RuntimeError, params: Mapping[str, Tensor]) -> None:
+def refuse_constants(error: RuntimeError, params: Mapping[str, Tensor], routed: Collection[str]) -> None:
     """Name the parameters that do not require grad, if what failed was to differentiate at one.
 
     Args:
         error: what was raised.
         params: what stands for the parameters in the forward, by path.
+        routed: those that some loss may update, if not at this count.
 
     Raises:
         RuntimeError: torch's, with a line that names parameters and cure.
@@ -34,10 +35,11 @@ def refuse_constants(error: RuntimeError, params: Mapping[str, Tensor]) -> None:
         return
     shown = ", ".join(named[:3]) + (", ..." if len(named) > 3 else "")
     chosen = repr(named[0]) if len(named) == 1 else repr(named[:3])
+    when = " at this count, where its routes are not active" if any(path in routed for path in named) else ""
     raise RuntimeError(
-        f"{error}{MARK}`losses` takes a gradient itself, at {shown}, which no loss may update: that is a constant in a "
-        f"Step's forward, so that freezing it costs nothing. Build the Step with differentiable={chosen} (any "
-        "selector), which lets it require grad, or route a loss to it"
+        f"{error}{MARK}`losses` takes a gradient itself, at {shown}, which no loss may update{when}: that is a "
+        f"constant in a Step's forward, so that freezing it costs nothing. Build the Step with differentiable={chosen} "
+        "(any selector), which lets it require grad, or route a loss to it"
     ) from error
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcfreeze.computation.state import State, known_to_fit, lease_of, make_state
+from funcfreeze.computation.state import State, known_count, known_to_fit, lease_of, make_state
 from funcfreeze.computation.structure import looks_like
 from funcfreeze.declare.plan import Plan
 from funcfreeze.model.functional import FunctionalModule
@@ -103,7 +103,8 @@ def check_fits(state: object, wanted: Specification) -> State:
         raise ValueError("\n".join([head, *shown, *more, *hint]))
     if optimizer is state.optimizer:
         return state
-    return make_state((params, state.buffers, optimizer, state.step), lease_of(state), wanted)
+    fields = (params, state.buffers, optimizer, state.step)
+    return make_state(fields, lease_of(state), wanted, count=known_count(state))
 
 
 def _about_optimizers(wanted: Any, given: Any, paths: Any) -> Iterator[str]:

@@ -77,11 +77,12 @@ class State:
     AttributeError: a State is frozen; make another with state.replace(step=...)
     """
 
-    __slots__ = ("_fields", "_fits", "_lease", "_listed")
+    __slots__ = ("_count", "_fields", "_fits", "_lease", "_listed")
     _fields: Whole
     _lease: Lease
     _fits: object
     _listed: object
+    _count: int | None
 
     def __init__(
         self,
@@ -160,7 +161,8 @@ class State:
         if "params" in changes:
             self._lease.borrowed |= set(changes["params"])
         self._lease.borrowed_optimizer |= "optimizer" in changes
-        return make_state(tuple(fields[name] for name in FIELDS), self._lease)
+        count = None if "step" in changes else self._count
+        return make_state(tuple(fields[name] for name in FIELDS), self._lease, count=count)
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"a State is frozen; make another with state.replace({name}=...)")
@@ -173,7 +175,9 @@ class State:
         return _restored, (FORMAT, dict(zip(FIELDS, (dict(params), dict(buffers), *rest), strict=True)), names)
 
     def __copy__(self) -> State:
-        return make_state(self._live, self._lease, self._fits)  # a shallow copy holds the same tensors
+        return make_state(
+            self._live, self._lease, self._fits, count=self._count
+        )  # a shallow copy holds the same tensors
 
     def __repr__(self) -> str:
         if self._lease.spent:
@@ -190,14 +194,19 @@ def _restored(format: int, fields: dict[str, Any], names: tuple[Mapping[str, str
     return State(**{**fields, **named})
 
 
-def _fill(state: State, fields: Whole, lease: Lease, fits: object, listed: object = None) -> None:
+def _fill(
+    state: State, fields: Whole, lease: Lease, fits: object, listed: object = None, count: int | None = None
+) -> None:
     object.__setattr__(state, "_fields", fields)
     object.__setattr__(state, "_lease", lease)
     object.__setattr__(state, "_fits", fits)
     object.__setattr__(state, "_listed", listed)
+    object.__setattr__(state, "_count", count)
 
 
-def make_state(fields: tuple[Any, ...], lease: Lease, fits: object = None, listed: object = None) -> State:
+def make_state(
+    fields: tuple[Any, ...], lease: Lease, fits: object = None, listed: object = None, count: int | None = None
+) -> State:
     """A state under a lease that it may share, known to fit a specification.
 
     Args:
@@ -205,23 +214,39 @@ def make_state(fields: tuple[Any, ...], lease: Lease, fits: object = None, liste
         lease: who may write to the tensors.
         fits: what `known_to_fit` answers with.
         listed: what `listing_of` answers with.
+        count: the number of steps, if it is known without asking the device.
     """
     state = State.__new__(State)
     params, buffers, optimizer, step, *beside = fields
     targets, clocks = beside or ({}, {})
-    _fill(state, (params, buffers, optimizer, step, targets, clocks), lease, fits, listed)
+    _fill(state, (params, buffers, optimizer, step, targets, clocks), lease, fits, listed, count)
     return state
 
 
-def renew(state: State, fields: Whole, lease: Lease, fits: object) -> None:
+def renew(state: State, fields: Whole, lease: Lease, fits: object, count: int) -> None:
     """Let a state go on with other values: after an error, in the place of tensors that were overwritten."""
-    _fill(state, fields, lease, fits)
+    _fill(state, fields, lease, fits, None, count)
 
 
 def gone_on(state: State, buffers: Mapping[str, Tensor], written: Mapping[str, Tensor]) -> State:
     """The state in the middle of a step: with what a forward left in buffers, and in parameters that it wrote to."""
     params = {**state.params, **written} if written else state.params
-    return make_state((params, buffers or state.buffers, *state.fields[2:]), lease_of(state))
+    fields = params, buffers or state.buffers, *state.fields[2:]
+    return make_state(fields, lease_of(state), count=known_count(state))
+
+
+def count_of(state: State) -> int:
+    """The number of steps, which schedules of Python's follow; of a state that no step made it is read once."""
+    if state._count is None:
+        object.__setattr__(state, "_count", int(state.step))
+    count = state._count
+    assert count is not None
+    return count
+
+
+def known_count(state: State, more: int = 0) -> int | None:
+    """The number of steps and some more, if it is known without asking the device."""
+    return None if state._count is None else state._count + more
 
 
 def lease_of(state: State) -> Lease:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,9 @@ from funcfreeze.computation.back_door import form_of, form_problem, refuse_late_
 from funcfreeze.computation.computation import Computation, not_sharing
 from funcfreeze.computation.finite import lost
 from funcfreeze.computation.half import Half
+from funcfreeze.computation.renewal import refuse_other_state, renewed
 from funcfreeze.computation.specification import Specification
-from funcfreeze.computation.state import Fields, Lease, State, lease_of, make_state
+from funcfreeze.computation.state import Fields, Lease, State, count_of, known_count, lease_of, make_state
 from funcfreeze.declare.names import is_own
 from funcfreeze.declare.selectors import closest
 from funcfreeze.gradients.modes import grad_mode
@@ -38,6 +39,11 @@ class Updating:
     specification: Specification
     donate: bool
 
+    def __post_init__(self) -> None:
+        computation, initial = self.computation, self.specification.optimizer
+        own = initial if computation.loss_scale is None else initial["optimizer"]
+        refuse_other_state(own, computation.timetable.resets, computation.evaluation.plan.routed)
+
     def update(self, state: State, half: Half) -> tuple[State, dict[str, Any]]:
         """The new state, and all metrics. Everything that can fail comes before the first write.
 
@@ -55,6 +61,7 @@ class Updating:
         } | dict(half.written)
         owned = self.donate and not lease.borrowed_optimizer
         optimizer = state.optimizer if owned else optree.tree_map(_copy, state.optimizer)
+        optimizer = self.renewed(optimizer, params, state)
         step = state.step + 1
         finite, buffers = computation.finite, dict(half.buffers)
         metrics = {**half.losses, **self.metrics(state, half)}
@@ -71,9 +78,18 @@ class Updating:
         else:
             lease.borrowed |= params.keys() - routed  # both states hold these now: neither may write to them
         kept = [gradient for gradient in gradients.values() if gradient.is_cpu]
-        renewed = Lease(borrowed=lease.borrowed - copied - half.written.keys(), gradients=kept)
+        held = Lease(borrowed=lease.borrowed - copied - half.written.keys(), gradients=kept)
         fields = self.specification.named((params, buffers, optimizer, step))
-        return make_state(fields, renewed, self.specification), metrics
+        return make_state(fields, held, self.specification, count=known_count(state, 1)), metrics
+
+    def renewed(self, optimizer: Any, params: Mapping[str, Tensor], state: State) -> Any:
+        """The optimizer's state, with what is fresh at the count of a state; the very same if nothing is."""
+        computation, timetable = self.computation, self.computation.timetable
+        paths = timetable.thawing(count_of(state)) if timetable.resets else []
+        if not paths:
+            return optimizer
+        thawing = {path: params[path] for path in paths}
+        return renewed(computation.transform, optimizer, thawing, is_scaled=computation.loss_scale is not None)
 
     def metrics(self, state: State, half: Half) -> dict[str, Any]:
         """What `losses` returned beside the losses, apart from what the next update overwrites."""
@@ -139,12 +155,18 @@ class Updating:
 
     def _problems(self, given: Mapping[str, Any], state: State) -> Iterator[str]:
         """What is wrong with gradients."""
-        plan = self.computation.evaluation.plan
+        plan, timetable = self.computation.evaluation.plan, self.computation.timetable
+        resting: Set[str] = frozenset()
+        if timetable.is_timed:
+            now = plan.at(count_of(state))
+            resting = frozenset(plan.routed) - frozenset(now.routed)
         for path, gradient in given.items():
             if path not in state.params:
                 yield f"gradients[{path!r}]: there is no such parameter{closest(str(path), plan.paths)}"
             elif gradient is not None and path not in plan.routed:
                 yield f"gradients[{path!r}]: no loss may update this parameter; leave it out, or give it a route"
+            elif gradient is not None and path in resting:
+                yield f"gradients[{path!r}]: none of its routes is active at count {count_of(state)}; leave it out"
             elif gradient is not None and not isinstance(gradient, Tensor):
                 yield f"gradients[{path!r}] is a tensor, or None where it is untouched; got {type(gradient).__name__}"
             elif gradient is not None:

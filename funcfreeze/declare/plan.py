@@ -8,16 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from funcfreeze.declare.plan_data import routes_from_data, routes_to_data
 from funcfreeze.declare.plan_table import format_plan
 from funcfreeze.declare.routes import Declaration, Route, Selection, Weight, declare
 from funcfreeze.declare.selectors import Leaf, RouteError, label, resolve, to_selector
-from funcfreeze.schedules.schedule import Schedule
+from funcfreeze.declare.timing import ALWAYS, Timing
 
 
 @dataclass(frozen=True)
@@ -28,13 +27,16 @@ class Row:
         names: every path of the parameter, the one it is known by first.
         shape: its shape.
         trainable: False if `requires_grad` was False: frozen for good.
-        weights: loss name -> the active weights, in the order the losses were declared.
+        weights: loss name -> the weights of its routes, in the order the losses were declared; those of the routes that
+            are active add up.
+        timings: loss name -> when each of these routes is active. Only losses of which one is timed.
     """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
     trainable: bool
     weights: Mapping[str, tuple[Weight, ...]]
+    timings: Mapping[str, tuple[Timing, ...]] = field(default_factory=dict)
 
     @property
     def path(self) -> str:
@@ -45,6 +47,23 @@ class Row:
     def elements(self) -> int:
         """How many numbers the parameter holds."""
         return int(torch.Size(self.shape).numel())
+
+    def __hash__(self) -> int:
+        return hash((self.names, self.shape, self.trainable, frozenset(self.weights), frozenset(self.timings.items())))
+
+    def at(self, count: int) -> Row:
+        """The row of one count: what is active then, at any time."""
+        if not self.timings:
+            return self
+        active = {
+            loss: tuple(
+                weight for weight, timing in zip(terms, self.timings[loss], strict=True) if count in timing.counts
+            )
+            if loss in self.timings
+            else terms
+            for loss, terms in self.weights.items()
+        }
+        return replace(self, weights={loss: terms for loss, terms in active.items() if terms}, timings={})
 
 
 @dataclass(frozen=True)
@@ -107,6 +126,16 @@ class Plan:
         """The paths of the parameters that some loss may update."""
         return tuple(row.path for row in self.rows if row.weights)
 
+    @cached_property
+    def timings(self) -> tuple[Timing, ...]:
+        """The different timings of routes; none if every route is always active."""
+        timed = (timing for row in self.rows for timings in row.timings.values() for timing in timings)
+        return tuple(dict.fromkeys(timing for timing in timed if timing != ALWAYS))
+
+    def at(self, count: int) -> Plan:
+        """The plan of one count: the routes that are active then, at any time."""
+        return Plan(self.losses, tuple(row.at(count) for row in self.rows)) if self.timings else self
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data (strings, numbers, lists, dicts), ready for JSON. See `from_dict`."""
         return {
@@ -116,7 +145,7 @@ class Plan:
                     "names": list(row.names),
                     "shape": list(row.shape),
                     "trainable": row.trainable,
-                    "weights": {loss: list(map(_weight_to_data, terms)) for loss, terms in row.weights.items()},
+                    **routes_to_data(row.weights, row.timings),
                 }
                 for row in self.rows
             ],
@@ -132,12 +161,7 @@ class Plan:
         """
         try:
             rows = tuple(
-                Row(
-                    names=tuple(row["names"]),
-                    shape=tuple(row["shape"]),
-                    trainable=bool(row["trainable"]),
-                    weights={loss: tuple(map(_weight_from_data, terms)) for loss, terms in row["weights"].items()},
-                )
+                Row(tuple(row["names"]), tuple(row["shape"]), bool(row["trainable"]), *routes_from_data(row))
                 for row in data["parameters"]
             )
             frozen = data.get("frozen_statistics")
@@ -163,7 +187,7 @@ def resolve_plan(routes: object, leaves: Sequence[Leaf]) -> Plan:
         shown = "an empty one" if isinstance(routes, Mapping) else f"{type(routes).__name__}: {routes!r}"
         raise RouteError(f'routes are a mapping such as {{"cls": "*", "adv": "encoder"}}, got {shown}')
     problems: list[str] = []
-    weights: list[dict[str, tuple[Weight, ...]]] = [{} for _ in leaves]
+    claimed_by: list[dict[str, list[Route]]] = [{} for _ in leaves]
     for loss, given in routes.items():
         if not isinstance(loss, str):
             problems.append(f"a loss is named by a string, got {type(loss).__name__}: {loss!r}")
@@ -176,13 +200,17 @@ def resolve_plan(routes: object, leaves: Sequence[Leaf]) -> Plan:
         claims, found = _claims(declaration, leaves)
         problems += [f"loss {loss!r}: {problem}" for problem in found]
         for index, claimed in claims.items():
-            weights[index][loss] = tuple(route.weight for route in claimed)
+            claimed_by[index][loss] = claimed
     raise_problems(problems)
-    rows = (
-        Row(leaf.names, tuple(leaf.tensor.shape), leaf.trainable, row)
-        for leaf, row in zip(leaves, weights, strict=True)
-    )
-    return Plan(tuple(routes), tuple(rows))
+    return Plan(tuple(routes), tuple(_row(leaf, claimed) for leaf, claimed in zip(leaves, claimed_by, strict=True)))
+
+
+def _row(leaf: Leaf, claimed: Mapping[str, Sequence[Route]]) -> Row:
+    """A parameter's row, given each loss's routes to it."""
+    weights = {loss: tuple(route.weight for route in routes) for loss, routes in claimed.items()}
+    timings = {loss: tuple(route.timing for route in routes) for loss, routes in claimed.items()}
+    timed = {loss: given for loss, given in timings.items() if any(timing != ALWAYS for timing in given)}
+    return Row(leaf.names, tuple(leaf.tensor.shape), leaf.trainable, weights, timed)
 
 
 def refuse_frozen_statistics(routes: object) -> None:
@@ -210,7 +238,8 @@ def raise_problems(problems: Sequence[str]) -> None:
 def _claims(declaration: Declaration, leaves: Sequence[Leaf]) -> tuple[dict[int, list[Route]], list[str]]:
     """Which of one loss's routes claim each leaf, and what is wrong with them."""
     claims: dict[int, list[Route]] = {}
-    problems: list[str] = []
+    mistimed = [route.timing_problem for route in declaration.routes if route.timing_problem is not None]
+    problems = mistimed[:]
     for route in declaration.routes:
         chosen: set[int] = set()
         for selector in route.selectors:
@@ -220,7 +249,7 @@ def _claims(declaration: Declaration, leaves: Sequence[Leaf]) -> tuple[dict[int,
         for index in sorted(chosen):
             claims.setdefault(index, []).append(route)
     for index, claimed in claims.items():
-        if len(claimed) > 1:
+        if len(claimed) > 1 and not mistimed:
             problems += _conflicts(leaves[index], claimed, declaration.exclusive)
     return claims, problems
 
@@ -236,7 +265,7 @@ def _conflicts(leaf: Leaf, claimed: Sequence[Route], exclusive: bool) -> list[st
         ]
     names = [frozenset(name for name in leaf.names if _claims_name(route, leaf, name)) for route in claimed]
     contradict = any(
-        one.weight != other.weight and not (names[i] & names[j])
+        (one.weight != other.weight or one.timing != other.timing) and not (names[i] & names[j])
         for i, one in enumerate(claimed)
         for j, other in enumerate(claimed[:i])
     )
@@ -252,7 +281,8 @@ def _claims_name(route: Route, leaf: Leaf, name: str) -> bool:
 
 
 def _shown(route: Route) -> str:
-    return f"{' | '.join(label(selector) for selector in route.selectors)!r}: {route.weight!r}"
+    when = "" if route.timing == ALWAYS else f" {route.timing}"
+    return f"{' | '.join(label(selector) for selector in route.selectors)!r}: {route.weight!r}{when}"
 
 
 def _of_these_parameters(plan: Plan, leaves: Sequence[Leaf]) -> Plan:
@@ -271,29 +301,6 @@ def _of_these_parameters(plan: Plan, leaves: Sequence[Leaf]) -> Plan:
             problems.append(f"{path} is routed in the plan and frozen in the model (requires_grad is False)")
     raise_problems(problems)
     return replace(plan, rows=tuple(planned[leaf.path] for leaf in leaves))
-
-
-def _weight_to_data(weight: Weight) -> Any:
-    if isinstance(weight, Real):
-        return float(weight)
-    if isinstance(weight, Schedule):
-        return {"schedule": weight.to_dict()}
-    if isinstance(weight, Tensor):
-        return {"tensor": float(weight), "dtype": str(weight.dtype).removeprefix("torch.")}
-    return {"function": repr(weight)}
-
-
-def _weight_from_data(data: Any) -> Weight:
-    if isinstance(data, Real):
-        return float(data)
-    if "schedule" in data:
-        return Schedule.from_dict(data["schedule"])
-    if "tensor" in data:
-        return torch.tensor(data["tensor"], dtype=getattr(torch, data["dtype"]))
-    raise RouteError(
-        f"the weight {data['function']} was a function, which plain data cannot hold; use a schedule of "
-        "funcfreeze.schedules, or resolve the plan anew"
-    )
 
 
 def chosen(selection: Selection | None, leaves: Sequence[Leaf], noun: str) -> frozenset[int]:

@@ -8,6 +8,8 @@ from numbers import Real
 from typing import Protocol
 
 from funcfreeze.declare.routes import Weight
+from funcfreeze.declare.timed_routes import timed_routes
+from funcfreeze.declare.timing import Timing
 
 MOST_ROWS = 16
 """A plan with more parameters than this is shown by modules."""
@@ -20,6 +22,8 @@ class _Row(Protocol):
     def trainable(self) -> bool: ...
     @property
     def weights(self) -> Mapping[str, tuple[Weight, ...]]: ...
+    @property
+    def timings(self) -> Mapping[str, tuple[Timing, ...]]: ...
     @property
     def path(self) -> str: ...
     @property
@@ -35,7 +39,7 @@ class Group:
 
 
 def format_plan(losses: Sequence[str], rows: Sequence[_Row], members: Sequence[tuple[str, int]] = ()) -> str:
-    """The table, a legend for weights that are not plain numbers, ties, and what each loss updates.
+    """The table, a legend for weights that are not plain numbers, ties, and what each loss updates and when.
 
     Args:
         losses: the columns.
@@ -57,7 +61,8 @@ def format_plan(losses: Sequence[str], rows: Sequence[_Row], members: Sequence[t
     table += ["  ".join(_aligned(row, widths)).rstrip() for row in cells]
     table += [f"{short} = {_shortened(weight)}" for weight, short in legend.items()]
     table += [f"tied: {' = '.join(row.names)}" for line in lines if len(line.rows) > 1 for row in _tied(line.rows)]
-    return "\n".join([*table, *_summary(losses, rows)])
+    timed = (f"timed  {loss}: {route}" for loss, route in timed_routes(losses, rows))
+    return "\n".join([*table, *_summary(losses, rows), *timed])
 
 
 def _over(members: Sequence[tuple[str, int]], widths: list[int]) -> str:
@@ -93,7 +98,7 @@ def _frozen(row: _Row) -> str:
 
 
 def _treatment(row: _Row) -> tuple[object, ...]:
-    return row.trainable, sorted((loss, repr(terms)) for loss, terms in row.weights.items())
+    return row.trainable, sorted((loss, repr(terms), row.timings.get(loss, ())) for loss, terms in row.weights.items())
 
 
 def group_rows(rows: Sequence[_Row], prefix: str = "") -> Iterator[Group]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from funcfreeze.gradients.law import Engine, Evaluate, Outcome, Routing, SeparateOutcome
 from funcfreeze.gradients.reference import Reference
 from funcfreeze.gradients.routed import Routed
+from funcfreeze.gradients.timetable import Timetable
 from funcfreeze.gradients.toggle import Toggle
 
 ENGINES: Mapping[str, Engine] = {"routed": Routed(), "reference": Reference(), "toggle": Toggle()}
@@ -19,4 +20,4 @@ def find_engine(name: str) -> Engine:
     return ENGINES[name]
 
 
-__all__ = ["ENGINES", "Engine", "Evaluate", "Outcome", "Routing", "SeparateOutcome", "find_engine"]
+__all__ = ["ENGINES", "Engine", "Evaluate", "Outcome", "Routing", "SeparateOutcome", "Timetable", "find_engine"]

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from funcfreeze.declare.plan import Plan
+from funcfreeze.declare.plan import Plan, raise_problems
 from funcfreeze.declare.routes import UNIT, Weight, weight_value
+from funcfreeze.declare.timed_routes import timed_routes
 from funcfreeze.gradients.weights import LossWeights
 
 Evaluate = Callable[[list[Tensor]], tuple[Any, Any]]
@@ -26,7 +27,7 @@ Evaluate = Callable[[list[Tensor]], tuple[Any, Any]]
 
 @dataclass(frozen=True)
 class Routing:
-    """A plan in index space.
+    """A plan in index space, at one count (see `timetable`).
 
     Attributes:
         losses: the names of the losses.
@@ -34,6 +35,8 @@ class Routing:
         weights: for each loss, (leaf index, weight index) of every parameter it may update.
         terms: what each weight index stands for: weights that are added up. Index 0 is the weight 1.
         differentiable: leaves that no loss may update and that require grad in the forward all the same.
+        active: of the plan's timings, in their order, which are active; stands for the routing beside others of a plan.
+        resting: the losses of which some route is not active. They may hang on constants alone now.
     """
 
     losses: tuple[str, ...]
@@ -41,10 +44,20 @@ class Routing:
     weights: tuple[LossWeights, ...]
     terms: tuple[tuple[Weight, ...], ...]
     differentiable: frozenset[int] = frozenset()
+    active: tuple[bool, ...] = ()
+    resting: frozenset[str] = frozenset()
 
     @staticmethod
     def of(plan: Plan, differentiable: Set[int] = frozenset()) -> Routing:
-        """Number a plan's leaves and distinct weights."""
+        """Number a plan's leaves and distinct weights.
+
+        Raises:
+            RouteError: a route is timed, so that it depends on a count what is active (see `timetable`).
+        """
+        if plan.timings:
+            raise_problems(
+                [f"loss {loss!r}: {route}: {_NO_COUNT}" for loss, route in timed_routes(plan.losses, plan.rows)]
+            )
         terms: list[tuple[Weight, ...]] = [UNIT]
         weights = []
         for loss in plan.losses:
@@ -52,6 +65,11 @@ class Routing:
             weights.append(tuple((leaf, _number(terms, given)) for leaf, given in routed))
         routing = Routing(plan.losses, plan.paths, tuple(weights), tuple(terms))
         return replace(routing, differentiable=frozenset(differentiable) - routing.routed)
+
+    def says_as(self, other: Routing) -> bool:
+        """Whether it says the same as another of the same plan."""
+        mine, theirs = ((one.weights, one.resting, len(one.terms)) for one in (self, other))
+        return mine == theirs and all(map(_alike, self.terms, other.terms))
 
     @cached_property
     def routed(self) -> frozenset[int]:
@@ -75,13 +93,22 @@ class Routing:
         return None if changing else [weight_value(terms, None) for terms in self.terms]
 
 
+_NO_COUNT = (
+    "the route is timed, and there is no count of steps here; give ff.combine or ff.backward step=, or use ff.Step"
+)
+
+
 def _number(terms: list[tuple[Weight, ...]], given: tuple[Weight, ...]) -> int:
     """The index of a weight: equal numbers and schedules share one, tensors only with themselves."""
     for index, known in enumerate(terms):
-        if len(known) == len(given) and all(map(_same, known, given)):
+        if _alike(known, given):
             return index
     terms.append(given)
     return len(terms) - 1
+
+
+def _alike(one: tuple[Weight, ...], other: tuple[Weight, ...]) -> bool:
+    return len(one) == len(other) and all(map(_same, one, other))
 
 
 def _same(one: Weight, other: Weight) -> bool:

@@ -81,7 +81,11 @@ class Reference:
             )
         present = {name: found.losses[index] for index, name in enumerate(routing.losses) if index in found.losses}
         refuse_constants(
-            [name for name, loss in present.items() if name not in levels.differentiable and not loss.requires_grad]
+            [
+                name
+                for name, loss in present.items()
+                if not (name in levels.differentiable or loss.requires_grad or name in routing.resting)
+            ]
         )
         # clones: a loss that is a parameter, or a view of one, would change when a step overwrites that
         losses = {name: (loss if levels.kept else loss.detach()).clone() for name, loss in present.items()}
@@ -117,6 +121,9 @@ class _Levels:
         if level == len(self.routing.losses):
             return self._forward(params)
         name, row = self.routing.losses[level], self.routing.weights[level]
+        if not row:  # none of its routes is active
+            inner = self.differentiate(level + 1, params)
+            return inner._replace(gradients={**inner.gradients, level: {}})
         touched: set[int] = set()
 
         def alone(own: dict[int, Tensor]) -> tuple[Tensor, _Found]:

@@ -21,7 +21,8 @@ def check_losses(
 
     Absent is None, and nothing else: a number says that somebody wanted to say so, and so may a tensor that does not
     require grad. Such a tensor may also be a loss that hangs on frozen parameters alone; it is refused too, as
-    `loss.backward()` refuses it in plain torch, since nobody can tell it from one that was detached by mistake.
+    `loss.backward()` refuses it in plain torch, since nobody can tell it from one that was detached by mistake. But for
+    losses of which a route is not active now: what they hang on may be frozen for this count.
 
     Args:
         returned: what `losses` returned.
@@ -47,7 +48,7 @@ def check_losses(
     raise_problems(
         [
             *_name_problems(returned, routing.losses),
-            *_value_problems(returned, routing.losses, inside_func, takes_vectors),
+            *_value_problems(returned, routing, inside_func, takes_vectors),
         ]
     )
     return [returned[name] for name in routing.losses]
@@ -97,8 +98,9 @@ def _name_problems(returned: Mapping[Any, Any], declared: Sequence[str]) -> Iter
 
 
 def _value_problems(
-    returned: Mapping[Any, Any], declared: Sequence[str], inside_func: bool, takes_vectors: bool
+    returned: Mapping[Any, Any], routing: Routing, inside_func: bool, takes_vectors: bool
 ) -> Iterator[str]:
+    must_require_grad = frozenset(routing.losses) - routing.resting
     for name, loss in returned.items():
         if loss is None:
             continue
@@ -110,7 +112,7 @@ def _value_problems(
             yield f"loss {name!r} is not a scalar: its shape is {shape}; reduce it, for example by .mean(){hint}"
         elif not loss.is_floating_point():
             yield f"loss {name!r} is not a floating point number: its dtype is {loss.dtype}; {_ABSENT}"
-        elif not loss.requires_grad and name in declared and not inside_func:
+        elif not loss.requires_grad and name in must_require_grad and not inside_func:
             yield _constant(name)
 
 

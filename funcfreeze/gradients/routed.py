@@ -96,7 +96,7 @@ def _alone(
     seed: Tensor | None,
 ) -> list[Tensor | None]:
     found: list[Tensor | None] = [None] * len(leaves)
-    if loss is None or not loss.requires_grad:
+    if loss is None or not loss.requires_grad or not row:
         return found
     inputs = [leaves[index] for index in row]
     with explained(walking, [name]):

@@ -40,7 +40,7 @@ def accumulate(
         seed: the cotangent that every loss starts with; None is one.
     """
     for name, loss, row in zip(routing.losses, losses, routing.weights, strict=True):
-        if loss is not None and loss.requires_grad:
+        if loss is not None and loss.requires_grad and row:
             weighted = {index: weights[weight] for index, weight in row if weight != UNIT_WEIGHT}
             held = {index: leaves[index].grad for index in weighted}
             for index in weighted:

@@ -12,7 +12,7 @@ from funcfreeze.gradients.routed import planned_backward
 from funcfreeze.gradients.sums import plus
 from funcfreeze.loops.external import with_gradients
 from funcfreeze.loops.freedom import note_call, without_hooks_where_free
-from funcfreeze.loops.live import parameters_and_routing, read_live
+from funcfreeze.loops.live import as_count, parameters_and_routing, read_live
 from funcfreeze.loops.replicas import is_averaging, wrappers
 from funcfreeze.loops.uncompiled import uncompiled
 from funcfreeze.model.mapping import Model
@@ -24,6 +24,7 @@ def backward(
     routes: object,
     model: Model,
     *,
+    step: int | Tensor | None = None,
     gradient: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Accumulate every loss's gradient into `.grad` of the parameters it may update, as toggling `requires_grad` would.
@@ -39,12 +40,14 @@ def backward(
         routes: loss name -> which parameters it may update (see `Route`). A `Plan` (`step.plan`) is not resolved anew
             at every call, which small networks notice.
         model: the module whose parameters the losses were computed from, or a mapping of modules and parameters.
+        step: the number of steps taken so far, for routes that are timed and weights that are schedules.
         gradient: for losses that are no scalars, by name, what `loss.backward(gradient=...)` would be given: constants.
 
     Raises:
-        RouteError: everything that is wrong with the routes or the losses, at once.
-        TypeError: the model is sharded by `fully_shard`, a ScriptModule, or wrapped by `DistributedDataParallel`,
-            outside of its `no_sync()`.
+        RouteError: everything that is wrong with the routes or the losses, at once; or a route is timed and there is no
+            `step`.
+        TypeError: a weight is a schedule and there is no `step`; or the model is sharded by `fully_shard`, a
+            ScriptModule, or wrapped by `DistributedDataParallel`, outside of its `no_sync()`.
 
         Whatever is raised, no `.grad` has changed.
 
@@ -57,14 +60,15 @@ def backward(
     (tensor([[0., 0.],
             [0., 0.]]), tensor([1.]))
     """
-    parameters, routing = parameters_and_routing(model, routes)
+    count = as_count(step)
+    parameters, routing = parameters_and_routing(model, routes, count)
     if any(map(is_averaging, wrappers(model))):
         raise TypeError(
             "DistributedDataParallel is around the model, and averages gradients in loss.backward() alone: every rank "
             "would go on with its own. Use ff.combine(losses, routes, model).backward(), or ff.backward inside of "
             "no_sync() and average what it leaves in .grad"
         )
-    weights = routing.weight_values(None)
+    weights = routing.weight_values(count)
     with torch.enable_grad():
         losses = with_gradients(losses, gradient)
     graph = read_live(check_losses(losses, routing, takes_vectors=True), parameters)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from funcfreeze.gradients.walk import at_end_of_backward, is_kept
 from funcfreeze.gradients.weights import UNIT_WEIGHT
 from funcfreeze.loops.external import with_gradients
 from funcfreeze.loops.freedom import Moment, hooked_anywhere, note_call, without_hooks_where_free
-from funcfreeze.loops.live import leaves_of, parameters_and_routing, read_live
+from funcfreeze.loops.live import as_count, leaves_of, parameters_and_routing, read_live
 from funcfreeze.loops.replicas import averaged, begin_backward, unknown_to, waits_for_all, walks_other_outputs, wrappers
 from funcfreeze.loops.uncompiled import uncompiled
 from funcfreeze.model.mapping import Model
@@ -89,7 +88,8 @@ def combine(
             quicker.
         model: the module whose parameters the losses were computed from, or a mapping of modules and parameters;
             `DistributedDataParallel` around them does not matter.
-        step: the count of steps, for weights that are schedules.
+        step: the number of steps taken so far, for routes that are timed and weights that are schedules. Reading it off
+            a device waits for that.
         gradient: for losses that are no scalars, by name, what `loss.backward(gradient=...)` would be given: constants.
             Such a loss's value is the sum of its products with that.
 
@@ -98,7 +98,8 @@ def combine(
 
     Raises:
         RouteError: everything that is wrong with the routes or the losses, at once; or a loss touches a parameter that
-            `DistributedDataParallel`, around other parts of the model, does not know.
+            `DistributedDataParallel`, around other parts of the model, does not know; or a route is timed and there is
+            no `step`.
         TypeError: the model is sharded by `fully_shard`, or a ScriptModule; or a weight is a schedule and there is no
             `step`.
 
@@ -111,8 +112,9 @@ def combine(
     (0.0, tensor([[0., 0.],
             [0., 0.]]), tensor([1.]))
     """
-    parameters, routing = parameters_and_routing(model, routes)
-    weights = routing.weight_values(None if step is None else _count(step))
+    count = as_count(step)
+    parameters, routing = parameters_and_routing(model, routes, count)
+    weights = routing.weight_values(count)
     losses = with_gradients(losses, gradient)
     present = check_losses(losses, routing, inside_func=not torch.is_grad_enabled(), takes_vectors=True)
     value = _sum(present, parameters[0].device)
@@ -131,17 +133,6 @@ def combine(
     inputs = [parameters[index] for index in wanted] or [torch.zeros((), requires_grad=True)]
     combined: Tensor = _Combined.apply(call, value, *inputs)  # type: ignore[no-untyped-call]  # torch's
     return combined
-
-
-def _count(step: int | Tensor) -> Tensor:
-    """The count of steps, as schedules want it."""
-    if isinstance(step, Tensor):
-        is_count = step.ndim == 0 and step.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-    else:
-        is_count = isinstance(step, Integral) and not isinstance(step, bool) and step >= 0
-    if not is_count:
-        raise TypeError(f"step= is the number of steps taken so far, an int or a 0-d integer tensor; got {step!r}")
-    return torch.as_tensor(step)
 
 
 def _refuse_unknown(around: Sequence[DistributedDataParallel], named: Sequence[tuple[str, Tensor]]) -> None:

@@ -28,7 +28,7 @@ def grad_and_value(
         losses: `losses(params, *args)` returns a mapping name -> 0-d floating tensor (None, and nothing else: absent
             this time); with `has_aux` a pair of that and a pytree.
         routes: loss name -> which parameters it may update (see `Route`), or a `Plan`. The paths of a pytree are its
-            keys joined by dots: `{"enc": [w]}` has `enc.0`.
+            keys joined by dots: `{"enc": [w]}` has `enc.0`. Timed routes are refused: there is no count of steps here.
         engine: "routed", "reference" or "toggle".
         has_aux: whether `losses` returns something beside the losses. Its tensors follow the rule below, in containers
             of the same types (dataclasses and mappings of any kind among them).

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
+import torch
 from torch import Tensor
 
 from funcfreeze.declare.plan import refuse_frozen_statistics, resolve_plan
 from funcfreeze.declare.selectors import Leaf, RouteError
-from funcfreeze.gradients import Routing
+from funcfreeze.gradients import Routing, Timetable
 from funcfreeze.gradients.graph import NO_LEAF
 from funcfreeze.gradients.routed import LiveGraph, read_losses
 from funcfreeze.loops.replicas import unwrapped
@@ -24,11 +26,30 @@ def leaves_of(model: Model) -> list[Leaf]:
     return module_leaves(module)
 
 
-def parameters_and_routing(model: Model, routes: object) -> tuple[list[Tensor], Routing]:
-    """The parameters, and which loss may update which."""
+def parameters_and_routing(model: Model, routes: object, count: Tensor | None) -> tuple[list[Tensor], Routing]:
+    """The parameters, and which loss may update which at a count of steps.
+
+    Raises:
+        RouteError: everything that is wrong with the routes; or a route is timed, and there is no count.
+    """
     refuse_frozen_statistics(routes)
     leaves = leaves_of(model)
-    return [leaf.tensor for leaf in leaves], Routing.of(resolve_plan(routes, leaves))
+    plan = resolve_plan(routes, leaves)
+    number = int(count) if count is not None and plan.timings else None
+    return [leaf.tensor for leaf in leaves], Timetable(plan).at(number)
+
+
+def as_count(step: int | Tensor | None) -> Tensor | None:
+    """The count of steps, as schedules want it; `TypeError` says what is none."""
+    if step is None:
+        return None
+    if isinstance(step, Tensor):
+        is_count = step.ndim == 0 and step.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    else:
+        is_count = isinstance(step, Integral) and not isinstance(step, bool) and step >= 0
+    if not is_count:
+        raise TypeError(f"step= is the number of steps taken so far, an int or a 0-d integer tensor; got {step!r}")
+    return torch.as_tensor(step)
 
 
 def read_live(losses: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> LiveGraph:

@@ -56,14 +56,20 @@ class Seen:
         floating = [path for path, tensor in theirs.items() if not _counts(tensor)]
         self.buffers = _larger(0.0, *(_apart(mine[path], theirs[path]) for path in floating))
 
-    def compare_model(self, copied: AbstractSet[str], original: AbstractSet[str]) -> None:
-        """Take in what the step touches on a copy of the model and on the model itself, which should be the same."""
+    def compare_model(self, copied: AbstractSet[str], original: AbstractSet[str], is_any_active: bool) -> None:
+        """Take in what the step touches on a copy of the model and on the model itself, which should be the same.
+
+        Args:
+            copied: what is touched on a copy.
+            original: what is touched on the model itself.
+            is_any_active: whether some route is active at the count of this.
+        """
         for path in sorted(copied ^ original):
             self.touched.append(
                 f"{path} is touched on {'a copy of the model' if path in copied else 'the model itself'} only; does "
                 "`losses` use the model it is given?"
             )
-        if not original:
+        if not original and is_any_active:
             self.touched.append("no loss touches any parameter, so nothing was compared")
 
     def note_reads(self, read: Iterable[str], start: State, recipe: FunctionalModule) -> None:

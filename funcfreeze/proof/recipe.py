@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from funcfreeze.computation.loss_scale import scale_in, unscale
 from funcfreeze.computation.microbatches import Shares, times
+from funcfreeze.computation.renewal import renewed
 from funcfreeze.computation.state import State
 from funcfreeze.computation.statistics import FrozenNorms
 from funcfreeze.gradients.returned import check_losses
@@ -29,7 +30,7 @@ class Recipe:
     def __init__(self, step: Step, module: nn.Module, state: State) -> None:
         self.module = module
         self.losses = step.losses
-        self.routing = step.routing
+        self.timetable = step.computation.timetable
         self.transform = step.transform
         self.routed = step.plan.routed
         self.functional = FunctionalModule.of(module)
@@ -64,8 +65,16 @@ class Recipe:
     def _of_part(
         self, batch: Any, number: Tensor, shares: Shares | None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """One forward, and the gradients of its losses, times their shares where it is a part of a batch."""
+        """One forward, and the gradients of its losses, times their shares where it is a part of a batch.
+
+        Where routes are timed, parameters of which none is active have `requires_grad` False, as people toggle it.
+        """
+        routing = self.timetable.at(int(number))
         parameters, since = self.functional.present_parameters(), nodes_made()
+        if self.timetable.is_timed:
+            for path, required in zip(routing.paths, routing.requires_grad, strict=True):
+                if path in self.routed:
+                    parameters[path].requires_grad_(required)
         with torch.enable_grad(), self.frozen_norms.holding():
             returned = self.losses(self.module, batch)
             for parameter in parameters.values():
@@ -73,17 +82,19 @@ class Recipe:
             left = self.functional.present_buffers()
             self.functional.hold_copies(left)  # activation checkpointing would update them again, once for every loss
             losses = returned[0] if isinstance(returned, tuple) else returned
-            ordered = check_losses(losses, self.routing)
+            ordered = check_losses(losses, routing)
             if shares is not None:
-                named = zip(self.routing.losses, ordered, strict=True)
+                named = zip(routing.losses, ordered, strict=True)
                 ordered = [times(loss, shares[name]) for name, loss in named]
             seed = scale_in(self.optimizer) if self.scaled else None
-            accumulate(ordered, list(parameters.values()), self.routing, self.routing.weight_values(number), seed)
+            accumulate(ordered, list(parameters.values()), routing, routing.weight_values(number), seed)
         found = {path: p.grad.detach() for path, p in parameters.items() if p.grad is not None}
         if seed is not None:
             found = unscale(found, seed)
-        for parameter in parameters.values():
+        for path, parameter in parameters.items():
             parameter.grad = None
+            if path in self.routed:
+                parameter.requires_grad_()  # another's routes may have another timetable
         self.functional.put_buffers(left)
         let_go_of_graphs(self.module.modules(), since)
         return {name: loss.detach() for name, loss in losses.items() if loss is not None}, found
@@ -92,7 +103,10 @@ class Recipe:
         """One optimizer step."""
         parameters = {path: p.detach() for path, p in self.functional.present_parameters().items()}
         own = {path: parameters[path] for path in self.routed}
+        thawing = {path: own[path] for path in self.timetable.thawing(int(number))}
         with torch.no_grad():
+            if thawing:
+                self.optimizer = renewed(self.transform, self.optimizer, thawing, is_scaled=self.scaled)
             updates, self.optimizer = self.transform.update(gradients, self.optimizer, own, step=number)
             for path, update in updates.items():
                 if update is not None:

@@ -39,6 +39,8 @@ def verify(step: Step | Alternation, state: State, batch: Any, *, steps: int = 5
 
     Of an alternation each member is verified so, and then the calls: against one module on which the members' recipes
     take their turns.
+    Timed routes are those of the state's count and the ones after it: `state.replace(step=torch.tensor(998))` proves
+    the steps around a route that starts at 1000.
 
     Args:
         step: the step, or the alternation, to verify.
@@ -104,7 +106,8 @@ def _compare(
         seen.compare(mine, turn, (losses, gradients), (metrics, own))
         if turn == 0:
             seen.compare_buffers(now.buffers, recipe.functional.present_buffers())
-            seen.compare_model(own.keys(), touched)
+            expected = mine.computation.timetable.at(int(number)).routed
+            seen.compare_model(own.keys(), touched, bool(expected))
             seen.note_reads(original.seen, start, recipe.functional)
         recipe.update(gradients, number)
         seen.compare_written(mine.plan, start.params, now.params, recipe.functional.present_parameters())
