@@ -8,7 +8,7 @@ from typing import Any
 from funcfreeze.alternating.alternation import Alternation, Compile
 from funcfreeze.alternating.members import Members
 from funcfreeze.declare.plans import Plans
-from funcfreeze.declare.turns import Turns
+from funcfreeze.declare.timing import ALWAYS, Timing, as_count, timing_problems
 from funcfreeze.model.mapping import Model
 from funcfreeze.optim.transform import lines
 from funcfreeze.step import Step
@@ -76,7 +76,7 @@ def alternate(
     return Alternation(own, plans, engine, compile, donate, Members(own, turns, donate))
 
 
-def _turns(members: object, **given: object) -> dict[str, Turns]:
+def _turns(members: object, **given: object) -> dict[str, Timing]:
     """When each member runs."""
     if not isinstance(members, Mapping) or not members:
         raise TypeError(f"members is a mapping name -> Step, got {members!r}")
@@ -96,13 +96,15 @@ def _turns(members: object, **given: object) -> dict[str, Turns]:
     if problems:
         raise TypeError(lines("these cannot alternate:", problems))
     named: dict[str, Any] = {option: values or {} for option, values in given.items()}
-    turns = {
-        name: Turns(**{option: values[name] for option, values in named.items() if name in values}) for name in members
+    usual = ALWAYS.to_dict()
+    given_to = {
+        name: {**usual, **{option: as_count(values[name]) for option, values in named.items() if name in values}}
+        for name in members
     }
-    wrong = [f"{name}: {problem}" for name, turn in turns.items() for problem in turn.problems()]
+    wrong = [f"{name}: {problem}" for name, numbers in given_to.items() for problem in timing_problems(**numbers)]
     if wrong:
         raise ValueError(lines("the members' turns:", wrong))
-    return turns
+    return {name: Timing(**numbers) for name, numbers in given_to.items()}
 
 
 def _is_name(name: object) -> bool:

@@ -29,7 +29,7 @@ from funcfreeze.computation.state import (
     renew,
 )
 from funcfreeze.computation.updating import apart_from, owned
-from funcfreeze.declare.turns import Turns
+from funcfreeze.declare.timing import Timing
 from funcfreeze.optim.transform import lines
 from funcfreeze.step import Step
 
@@ -105,12 +105,12 @@ class Members:
     """
 
     steps: Mapping[str, Step]
-    turns: Mapping[str, Turns]
+    turns: Mapping[str, Timing]
     donate: bool
 
     def on_turn(self, calls: int) -> Iterator[str]:
         """The members whose turn it is."""
-        return (name for name, turns in self.turns.items() if turns.at(calls))
+        return (name for name, turns in self.turns.items() if calls in turns.counts)
 
     def begun(self, base: State, states: Mapping[str, State], copy: bool) -> State:
         """The first state: parameters and buffers of one, optimizers and clocks of all.

@@ -8,7 +8,7 @@ from typing import Any
 
 from funcfreeze.declare.plan import Plan, Row
 from funcfreeze.declare.plan_table import format_plan
-from funcfreeze.declare.turns import Turns
+from funcfreeze.declare.timing import ALWAYS, Timing
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Plans(Mapping[str, Plan]):
     >>> from funcfreeze.model.sites import module_leaves
     >>> leaves = module_leaves(nn.ModuleDict({"q": nn.Linear(2, 1), "pi": nn.Linear(2, 1)}))
     >>> q, pi = resolve_plan({"td": "q"}, leaves), resolve_plan({"gain": "pi", "entropy": "pi"}, leaves)
-    >>> print(Plans({"critic": q, "actor": pi}, {"critic": Turns(), "actor": Turns(every=2)}))
+    >>> print(Plans({"critic": q, "actor": pi}, {"critic": Timing(), "actor": Timing(every=2)}))
                          critic  actor (every 2)
     parameter  elements      td    gain  entropy
     q.weight          2       1       ·        ·
@@ -37,7 +37,7 @@ class Plans(Mapping[str, Plan]):
     """
 
     plans: Mapping[str, Plan]
-    turns: Mapping[str, Turns]
+    turns: Mapping[str, Timing]
 
     def __getitem__(self, member: str) -> Plan:
         return self.plans[member]
@@ -61,7 +61,7 @@ class Plans(Mapping[str, Plan]):
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON: each member's plan and turns."""
         return {
-            member: {"plan": plan.to_dict(), "turns": vars(self.turns[member]).copy()}
+            member: {"plan": plan.to_dict(), "turns": self.turns[member].to_dict()}
             for member, plan in self.plans.items()
         }
 
@@ -70,7 +70,7 @@ class Plans(Mapping[str, Plan]):
         """The plans that `to_dict` wrote down."""
         return Plans(
             {member: Plan.from_dict(part["plan"]) for member, part in data.items()},
-            {member: Turns(**part["turns"]) for member, part in data.items()},
+            {member: Timing.from_dict(part["turns"]) for member, part in data.items()},
         )
 
     @property
@@ -84,10 +84,15 @@ class Plans(Mapping[str, Plan]):
                     for member, row in zip(self.plans, rows, strict=True)
                     for loss, terms in row.weights.items()
                 },
+                timings={
+                    f"{member}.{loss}": timings
+                    for member, row in zip(self.plans, rows, strict=True)
+                    for loss, timings in row.timings.items()
+                },
             )
             for rows in zip(*(plan.rows for plan in self.plans.values()), strict=True)
         ]
 
 
-def _title(member: str, turns: Turns) -> str:
-    return f"{member} ({turns})" if str(turns) else member
+def _title(member: str, turns: Timing) -> str:
+    return member if turns == ALWAYS else f"{member} ({turns})"

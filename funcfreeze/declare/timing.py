@@ -1,4 +1,4 @@
-"""When a route is active: at the counts in `range(start, stop, every)` of its owner's clock."""
+"""When a route is active, or a member of an alternation runs: at the counts in `range(start, stop, every)`."""
 
 from __future__ import annotations
 
@@ -46,6 +46,10 @@ class Timing:
         """The counts at which the route is active."""
         return range(self.start, sys.maxsize if self.stop is None else self.stop, self.every)
 
+    def before(self, count: int) -> int:
+        """How many of the counts come before this one."""
+        return len(range(self.start, min(count, self.counts.stop), self.every))
+
     def resets_at(self, count: int) -> bool:
         """Whether it asks for fresh optimizer state at a count, where nothing was active at the one before."""
         return self.reset and count in self.counts
@@ -75,7 +79,7 @@ def timing_problems(every: object, start: object, stop: object, reset: object) -
     if stop is not None and not _is_count(stop, 0):
         yield f"stop is an int above start, or None for no end; got {_shown(stop)}"
     elif isinstance(stop, int) and _is_count(start, 0) and stop <= start:  # type: ignore[operator]  # start is a count
-        yield f"stop is an int above start, got stop={stop} and start={start}: the route would never be active"
+        yield f"stop is an int above start, got stop={stop} and start={start}: it would never be its turn"
     if not isinstance(reset, bool):
         yield f"reset is True or False, got {_shown(reset)}"
 

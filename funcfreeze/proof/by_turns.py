@@ -51,7 +51,7 @@ def _checks(step: Alternation, state: State, batch: Any, steps: int, dtype: torc
     for call in range(int(now.step), int(now.step) + steps):
         theirs: dict[str, Mapping[str, Tensor]] = {}
         with random_numbers(call):
-            for name in (name for name, turns in step.plan.turns.items() if turns.at(call)):
+            for name in (name for name, turns in step.plan.turns.items() if call in turns.counts):
                 theirs[name], gradients = recipes[name].gradients(batch, clocks[name])
                 recipes[name].update(gradients, clocks[name])
                 clocks[name] += 1

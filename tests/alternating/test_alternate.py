@@ -367,7 +367,7 @@ def test_what_cannot_alternate_is_told_at_once():
         ff.alternate({"a.b": critic, "x": 3}, every={"q": 2})
     with pytest.raises(TypeError, match="every goes by member, as in {'critic': 2}; got 5"):
         ff.alternate(both, every=5)
-    text = r"(?s)critic: every is an int of at least 1, got 0.*actor: stop=2 is not after start=2"
+    text = r"(?s)critic: every is an int of at least 1, got 0.*actor: stop is an int above start, got stop=2"
     with pytest.raises(ValueError, match=text):
         ff.alternate(both, every={"critic": 0}, start={"actor": 2}, stop={"actor": 2})
     with pytest.raises(ValueError, match="every is an int of at least 1, got True"):
@@ -462,3 +462,61 @@ def test_members_keep_statistics_and_split_batches_of_their_own(run):
             plain["critic"].requires_grad_(True)
             sgd.step()
     assert_moved_alike(start, {**state.params, **state.buffers}, tensors(plain))
+
+
+@pytest.mark.parametrize("run", [{}, {"compile": GRAPH}], ids=["eager", "compiled"])
+def test_timed_routes_go_by_their_members_clock(run):
+    """The encoder is the actor's from its third step on: at the calls 0, 2, 4, 6 and so on, from 4."""
+    model, given = nets(), batches(9)
+    start, plain = tensors(model), copy.deepcopy(model)
+    routes = {"pi": ["actor", ff.Route("encoder", start=2)], "alpha": "log_alpha"}
+    critic = ff.Step(model, critic_losses, ROUTES["critic"], optimizer=optimizers("critic"))
+    actor = ff.Step(model, actor_losses, routes, optimizer=optimizers("actor"))
+    step = ff.alternate({"critic": critic, "actor": actor}, every={"actor": 2}, **run)
+    assert "timed  actor.pi: encoder from 2" in str(step.plan)
+    state = step.init()
+    torch.manual_seed(0)
+    for batch in given:
+        state, _ = step(state, batch)
+    assert step.traces == (3 if run else 0)
+    torch.manual_seed(0)
+    sgd = torch.optim.SGD(
+        [*plain["encoder"].parameters(), *plain["actor"].parameters(), plain["log_alpha"]],
+        0.05,
+        momentum=0.9,
+        weight_decay=0.1,
+    )
+    adam = torch.optim.Adam([*plain["encoder"].parameters(), *plain["critic"].parameters()], 1e-2)
+    for number, batch in enumerate(given):
+        adam.zero_grad()
+        critic_losses(plain, batch)["q"].backward()
+        adam.step()
+        if number % 2 == 0:
+            sgd.zero_grad()
+            plain["critic"].requires_grad_(False)
+            plain["encoder"].requires_grad_(number >= 4)
+            sum(actor_losses(plain, batch)[0].values()).backward()
+            plain["critic"].requires_grad_(True)
+            plain["encoder"].requires_grad_(True)
+            sgd.step()
+    assert_moved_alike(start, {**state.params, **state.buffers}, tensors(plain))
+    report = ff.verify(step, step.init(), given[0], steps=6)
+    assert report.ok, report
+
+
+def test_a_member_that_raises_on_what_is_not_finite_leaves_the_state_usable():
+    model, (good, _) = nets(), batches(2)
+    critic = ff.Step(model, critic_losses, ROUTES["critic"], optimizer=optimizers("critic"))
+    actor = ff.Step(model, actor_losses, ROUTES["actor"], optimizer=optimizers("actor"), on_nonfinite="raise")
+    step = ff.alternate({"critic": critic, "actor": actor})
+    state = step.init()
+    bad = {path: value.clone() for path, value in state.params.items()}
+    bad["actor.bias"] = torch.full_like(bad["actor.bias"], float("nan"))
+    state = state.replace(params=bad)
+    with pytest.raises(FloatingPointError, match="pi is nan") as caught:
+        step(state, good)
+    assert "the member 'actor'" in caught.value.__notes__[-1]
+    assert (int(state.step), int(state.clocks["critic"]), int(state.clocks["actor"])) == (0, 1, 0)
+    mended = state.replace(params={**state.params, "actor.bias": torch.zeros(3)})
+    after, _ = step(mended, good)
+    assert int(after.clocks["actor"]) == 1
