@@ -13,6 +13,7 @@ from torch import nn
 import funcfreeze as ff
 
 GRAPH = {"backend": "aot_eager"}
+SLOW = pytest.mark.slow
 RUNS = {
     "eager": {},
     "kept": {"donate": False},
@@ -21,6 +22,8 @@ RUNS = {
     "compiled": {"compile": GRAPH},
     "compiled, kept": {"compile": GRAPH, "donate": False},
 }
+SOME_RUNS = [pytest.param(run, marks=SLOW if "compile" in run else ()) for run in RUNS.values()]
+EAGER_AND_SLOWLY_COMPILED = [{}, pytest.param({"compile": GRAPH}, marks=SLOW)]
 
 
 def nets():
@@ -137,7 +140,7 @@ def test_the_loop_with_two_optimizers(run):
     assert_moved_alike(start, tensors(model), tensors(plain))
 
 
-@pytest.mark.parametrize("run", [{}, {"compile": GRAPH}], ids=["eager", "compiled"])
+@pytest.mark.parametrize("run", EAGER_AND_SLOWLY_COMPILED, ids=["eager", "compiled"])
 def test_turns_are_those_of_range(run):
     model, given = nets(), batches(11)
     start, plain = tensors(model), copy.deepcopy(model)
@@ -153,7 +156,7 @@ def test_turns_are_those_of_range(run):
     assert_moved_alike(start, {**state.params, **state.buffers}, tensors(plain))
 
 
-@pytest.mark.parametrize("run", [{}, {"compile": GRAPH}], ids=["eager", "compiled"])
+@pytest.mark.parametrize("run", EAGER_AND_SLOWLY_COMPILED, ids=["eager", "compiled"])
 def test_a_state_that_was_pickled_changed_or_copied_goes_on(run):
     """Also in the middle of an alternation, with the turns where they were."""
     model, given = nets(), batches(8)
@@ -178,7 +181,7 @@ def test_a_state_that_was_pickled_changed_or_copied_goes_on(run):
     assert_moved_alike(start, {**state.params, **state.buffers}, tensors(plain))
 
 
-@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize("run", SOME_RUNS, ids=RUNS)
 def test_what_is_passed_in_is_spent_or_left_alone(run):
     step = alternation(nets(), None, **run)
     state = step.init()
@@ -193,7 +196,7 @@ def test_what_is_passed_in_is_spent_or_left_alone(run):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("run", [{}, {"compile": GRAPH}], ids=["eager", "compiled"])
+@pytest.mark.parametrize("run", EAGER_AND_SLOWLY_COMPILED, ids=["eager", "compiled"])
 def test_where_nobody_has_a_turn_the_states_are_one(run):
     step = ff.alternate(alternation(nets(), None).members, start={"critic": 1, "actor": 1}, **run)
     first = step.init()
@@ -205,7 +208,7 @@ def test_where_nobody_has_a_turn_the_states_are_one(run):
         _ = first.params
 
 
-@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize("run", SOME_RUNS, ids=RUNS)
 def test_an_error_in_a_member(run):
     """What the members before it made stays, in a state that goes on; without donation nothing changed."""
     model, given = nets(), batches(3)
@@ -396,7 +399,7 @@ def test_states_that_do_not_fit_are_told_by_member():
         step((state, {}), batches(1)[0])
 
 
-@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize("run", SOME_RUNS, ids=RUNS)
 def test_verify_takes_it(run):
     model = nets()
     step = alternation(model, {"actor": 2}, **run)
@@ -419,7 +422,7 @@ def test_verify_sees_members_that_do_not_run_in_turn(monkeypatch):
     assert "call 1: critic, actor ran, and critic should" in str(report)
 
 
-@pytest.mark.parametrize("run", [{}, {"compile": GRAPH}], ids=["eager", "compiled"])
+@pytest.mark.parametrize("run", EAGER_AND_SLOWLY_COMPILED, ids=["eager", "compiled"])
 def test_members_keep_statistics_and_split_batches_of_their_own(run):
     model, given = nets(), batches(4)
     start, plain = tensors(model), copy.deepcopy(model)
@@ -464,12 +467,12 @@ def test_members_keep_statistics_and_split_batches_of_their_own(run):
     assert_moved_alike(start, {**state.params, **state.buffers}, tensors(plain))
 
 
-@pytest.mark.parametrize("run", [{}, {"compile": GRAPH}], ids=["eager", "compiled"])
+@pytest.mark.parametrize("run", EAGER_AND_SLOWLY_COMPILED, ids=["eager", "compiled"])
 def test_timed_routes_go_by_their_members_clock(run):
     """The encoder is the actor's from its third step on: at the calls 0, 2, 4, 6 and so on, from 4."""
     model, given = nets(), batches(9)
     start, plain = tensors(model), copy.deepcopy(model)
-    routes = {"pi": ["actor", ff.Route("encoder", start=2)], "alpha": "log_alpha"}
+    routes = {"pi": [ff.Route("actor"), ff.Route("encoder", start=2)], "alpha": "log_alpha"}
     critic = ff.Step(model, critic_losses, ROUTES["critic"], optimizer=optimizers("critic"))
     actor = ff.Step(model, actor_losses, routes, optimizer=optimizers("actor"))
     step = ff.alternate({"critic": critic, "actor": actor}, every={"actor": 2}, **run)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 
 import optree
 import pytest
@@ -118,7 +117,8 @@ def test_it_is_the_eager_step(kind, mode, options, has_halves):
             others = metrics
             if has_halves:
                 halved, others = compiled.apply_gradients(halved, compiled.compute(halved, batch))
-            assert metrics.keys() == wanted.keys() == others.keys() == {"task", "small", "mean", "ff/skipped"}
+            assert metrics.keys() == wanted.keys() == others.keys()
+            assert metrics.keys() - {"ff/grad_norm"} == {"task", "small", "mean", "ff/skipped"}
             close(metrics, wanted)
             assert bool(others["ff/skipped"]) == bool(metrics["ff/skipped"]) == (turn in (1, 4))
             assert metrics["ff/skipped"].shape == ()
@@ -132,7 +132,7 @@ def test_it_is_the_eager_step(kind, mode, options, has_halves):
     assert compiled.traces == (3 if has_halves else 1)
 
 
-@pytest.mark.skipif("FUNCFREEZE_ALL_PROGRAMS" not in os.environ, reason="slow")
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["skip", "raise"])
 def test_in_inductors_code(mode):
     step = ff.Step(network(), losses, ROUTES, optimizer=OPTIMIZERS["adamw"], compile=True, on_nonfinite=mode)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 
 import optree
 import pytest
@@ -13,7 +12,7 @@ import funcfreeze as ff
 import timed
 from timed import OPTIMIZERS, PROGRAMS
 
-SLOW = pytest.mark.skipif("FUNCFREEZE_ALL_PROGRAMS" not in os.environ, reason="half a minute; .ci/versions runs it")
+SLOW = pytest.mark.slow
 QUICK = ("a body that rests and starts afresh", "a discriminator that starts late")
 
 

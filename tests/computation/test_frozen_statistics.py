@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from contextlib import nullcontext
 
 import pytest
@@ -25,7 +24,7 @@ RUNS = {
     "compiled": {"compile": AOT},
 }
 EAGER_AND_COMPILED = [False, AOT]
-SLOW = pytest.mark.skipif("FUNCFREEZE_ALL_PROGRAMS" not in os.environ, reason="slow: FUNCFREEZE_ALL_PROGRAMS=1 runs it")
+SLOW = pytest.mark.slow
 EAGER_AND_SLOWLY_COMPILED = [False, pytest.param(AOT, marks=SLOW)]
 MODES = [True, True, False, True, False]
 """`train(mode)` before each of five steps."""
@@ -464,6 +463,9 @@ def test_in_a_module_that_is_compiled():
     model = Net()
     eager = copy.deepcopy(model)
     model.backbone = torch.compile(model.backbone, backend="aot_eager")
+    # compiled before the step: hooks that Dynamo makes meanwhile keep losses apart, and its code allows one walk only
+    model.backbone(batch_of(0)[0])
+    model.backbone._orig_mod.load_state_dict(eager.backbone.state_dict())
     step = step_of(model, compile=False)
     assert step.plan == step_of(eager).plan
     state, plain = step.init(), step_of(eager, compile=False)

@@ -277,7 +277,9 @@ def test_memory_is_that_of_one_part_and_one_gradient_more():
     assert peak(8) < peak(1) / 4
 
 
-@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize(
+    "run", [pytest.param(run, marks=pytest.mark.slow if "compile" in run else ()) for run in RUNS.values()], ids=RUNS
+)
 def test_verify(run):
     step = ff.Step(
         network(),

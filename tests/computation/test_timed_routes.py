@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 
 import pytest
@@ -14,7 +13,7 @@ import funcfreeze as ff
 import timed
 from timed import OPTIMIZERS, PROGRAMS
 
-SLOW = pytest.mark.skipif("FUNCFREEZE_ALL_PROGRAMS" not in os.environ, reason="half a minute; .ci/versions runs it")
+SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

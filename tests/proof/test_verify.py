@@ -221,9 +221,9 @@ def test_planted_faults_of_the_plan(fault, monkeypatch):
 
 def test_a_frozen_parameter_that_moves_is_seen(monkeypatch):
     def update(self, state, computed):
-        after = original(self, state, computed)
+        after, metrics = original(self, state, computed)
         moved = {path: p + 1e-9 if path == "still.bias" else p for path, p in after.params.items()}
-        return after.replace(params=moved)
+        return after.replace(params=moved), metrics
 
     original = Updating.update
     monkeypatch.setattr(Updating, "update", update)
