@@ -8,7 +8,7 @@ from torch import Tensor
 
 from funcfreeze.declare.selectors import Leaf
 from funcfreeze.optim.algorithm import Algorithms
-from funcfreeze.optim.skip import keep_if
+from funcfreeze.optim.skip import as_its_parts, keep_if
 from funcfreeze.optim.transform import Note, OptState, PyTree, Transform, in_place_options
 
 
@@ -75,7 +75,7 @@ def chain(*transforms: Transform) -> Transform:
     return Transform(
         init,
         update,
-        None if finish is None else in_place,
+        None if finish is None else as_its_parts(in_place, [finish]),
         bind if choosing else None,
         _algorithms(transforms),
         measuring if any(given.measuring is not None for given in transforms) else None,

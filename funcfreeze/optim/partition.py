@@ -9,6 +9,7 @@ from torch import Tensor
 from funcfreeze.declare.selectors import Leaf, RouteError, label
 from funcfreeze.optim.algorithm import Algorithm
 from funcfreeze.optim.choice import BySelector, Choice, Found, by_label
+from funcfreeze.optim.skip import as_its_parts
 from funcfreeze.optim.transform import (
     Named,
     Note,
@@ -155,7 +156,7 @@ def _build(members: Mapping[str, Transform], choice: Choice) -> Transform:
     return Transform(
         init,
         update,
-        in_place if len(forms) == len(members) else None,
+        as_its_parts(in_place, forms.values()) if len(forms) == len(members) else None,
         bind,
         algorithms if choice.bound is not None else None,
         measuring if any(member.measuring is not None for member in members.values()) else None,

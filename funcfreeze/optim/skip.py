@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import optree
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from funcfreeze.optim.opaque import is_traced
 from funcfreeze.optim.transform import OptState, PyTree, Transform, by_path
+
+InPlace = Callable[..., Callable[[], OptState]]
 
 
 def find_non_finite(gradients: Iterable[Tensor], device: torch.device) -> Tensor:
@@ -169,11 +171,31 @@ def skippable(transform: Transform) -> Transform:
     """The transform, without an in-place form that takes no `found_inf`: by its pure form any step can be skipped."""
     if transform.in_place is None:
         return transform
-    taken: Mapping[str, inspect.Parameter] = inspect.signature(transform.in_place).parameters
-    takes = "found_inf" in taken or any(each.kind is each.VAR_KEYWORD for each in taken.values())
+    if takes_found_inf(transform.in_place):
+        return transform
     measure = transform.measuring
-    pure = transform._replace(measuring=None if measure is None else lambda note: skippable(measure(note)))
-    return transform if takes else pure._replace(in_place=None)
+    return transform._replace(
+        in_place=None, measuring=None if measure is None else lambda note: skippable(measure(note))
+    )
+
+
+def takes_found_inf(in_place: Callable[..., Any]) -> bool:
+    """Whether an in-place form can skip."""
+    taken: Mapping[str, inspect.Parameter] = inspect.signature(in_place).parameters
+    return "found_inf" in taken or any(each.kind is each.VAR_KEYWORD for each in taken.values())
+
+
+def as_its_parts(in_place: InPlace, parts: Iterable[InPlace]) -> InPlace:
+    """An in-place form made of others, which takes `found_inf` if all of those do."""
+    if all(map(takes_found_inf, parts)):
+        return in_place
+
+    def never_skipped(
+        grads: PyTree, state: OptState, params: PyTree, *, step: int | Tensor | None = None
+    ) -> Callable[[], OptState]:
+        return in_place(grads, state, params, step=step)
+
+    return never_skipped
 
 
 def _differ_as_numbers(before: Any, after: Any) -> bool:

@@ -313,9 +313,7 @@ def test_names_that_are_kept_for_our_own(options):
     step = ff.Step(two_layers(), named, {"fit": "*", "small": "a"}, optimizer=optimizer, **options)
     state = step.init()
     before = {path: p.clone() for path, p in state.params.items()}
-    with pytest.raises(
-        ff.RouteError, match="metric 'ff/grad_norm': names that begin with 'ff/' .* rename it"
-    ):
+    with pytest.raises(ff.RouteError, match="metric 'ff/grad_norm': names that begin with 'ff/' .* rename it"):
         step(state, torch.ones(2, 3))
     assert all(torch.equal(p, before[path]) for path, p in state.params.items())
     fine = ff.Step(two_layers(), two_losses, {"fit": "*", "small": "a"}, optimizer=optimizer, **options)

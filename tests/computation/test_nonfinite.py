@@ -527,3 +527,42 @@ def test_a_transform_whose_in_place_form_knows_nothing_of_it():
         before = bits(state)
         state, metrics = step(state, batch)
         assert bool(metrics["ff/skipped"]) == (turn == 1) == (changed(before, bits(state)) == STEP)
+
+
+def own_in_place():
+    """A transform of a user's, whose in-place form knows nothing of skipping."""
+    plain = ff.optim.sgd(0.1)
+
+    def in_place(grads, state, params, *, step=None):
+        def commit():
+            for path, gradient in grads.items():
+                params[path].sub_(0.1 * gradient)
+            return state
+
+        return commit
+
+    return ff.optim.Transform(plain.init, plain.update, in_place)
+
+
+@pytest.mark.parametrize("options", [{"on_nonfinite": "skip"}, {"loss_scale": ff.LossScale()}, {}], ids=str)
+@pytest.mark.parametrize(
+    "made",
+    [
+        own_in_place,
+        lambda: ff.optim.chain(ff.optim.clip_by_global_norm(1e6), own_in_place()),
+        lambda: ff.optim.partition({"weight": own_in_place(), "bias": ff.optim.sgd(0.1)}),
+    ],
+    ids=["alone", "chain", "partition"],
+)
+def test_an_in_place_form_that_cannot_skip_makes_place_for_the_pure_one(made, options):
+    model = nn.Linear(2, 1)
+    step = ff.Step(model, lambda model, x: {"fit": model(x).square().mean()}, {"fit": "*"}, optimizer=made(), **options)
+    x = torch.randn(3, 2)
+    gradients = step.gradients(state := step.init(), x)
+    state, _ = step(state, x)
+    for path, parameter in model.named_parameters():
+        torch.testing.assert_close(state.params[path], parameter.detach() - 0.1 * gradients[path])
+    if options:
+        before = {path: value.clone() for path, value in state.params.items()}
+        state, _ = step(state, torch.full((3, 2), float("nan")))
+        assert all(torch.equal(state.params[path], value) for path, value in before.items())
