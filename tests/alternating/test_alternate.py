@@ -9,6 +9,7 @@ import optree
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import funcfreeze as ff
 
@@ -523,3 +524,46 @@ def test_a_member_that_raises_on_what_is_not_finite_leaves_the_state_usable():
     mended = state.replace(params={**state.params, "actor.bias": torch.zeros(3)})
     after, _ = step(mended, good)
     assert int(after.clocks["actor"]) == 1
+
+
+class Reads(TorchDispatchMode):
+    """Counts values that are read from tensors, for which a GPU would be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_whose_turn_it_is_is_not_asked_of_the_device():
+    step = alternation(nets(), {"actor": 2})
+    state = step.init()
+    for batch in batches(2):
+        state, _ = step(state, batch)
+    with Reads() as reads:
+        for batch in batches(4):
+            state, _ = step(state, batch)
+        assert reads.count == 0
+        moved = state.replace(step=torch.tensor(6))
+        moved, _ = step(moved, batches(1)[0])
+        assert reads.count == 1  # the number of calls, of a state that no call made
+
+
+def test_compiled_members_overwrite_the_same_memory():
+    """What CUDA graphs count on."""
+    step = alternation(nets(), {"actor": 2}, compile=GRAPH)
+    state = step.init()
+    for batch in batches(2):
+        state, _ = step(state, batch)
+
+    def places(state):
+        kept = (state.params, state.buffers, state.optimizer, state.clocks)
+        return [leaf.data_ptr() for leaf in optree.tree_leaves(kept)]
+
+    before = places(state)
+    for batch in batches(3):
+        state, _ = step(state, batch)
+    assert places(state) == before
