@@ -169,10 +169,11 @@ CASES = {
 """What is not installed, and what is typed."""
 
 WITHOUT = """
-import json, os, sys
+import gc, json, os, sys
 import funcfreeze
 
 os.chdir(sys.argv[2])
+gc.freeze()  # else every child copies what its end looks through
 for name, (blocked, arguments) in json.loads(sys.argv[1]).items():
     child = os.fork()  # what a case imports is its own; that torch is, is shared
     if not child:

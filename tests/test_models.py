@@ -11,18 +11,12 @@ import funcfreeze as ff
 from laws import assert_step_law
 from vision import make_importable, torchvision
 
-CONVOLUTIONAL = ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5"]
-
 
 @pytest.mark.parametrize(
-    ("engine", "name"),
-    [
-        *(("routed", name) for name in CONVOLUTIONAL),
-        *(("toggle", name) for name in CONVOLUTIONAL[1:]),
-        pytest.param("toggle", CONVOLUTIONAL[0], marks=pytest.mark.slow),
-    ],
+    "name", ["mobilenet_v3_small", "shufflenet_v2_x0_5", pytest.param("resnet18", marks=pytest.mark.slow)]
 )
-def test_convolutional_networks(engine, name):
+@pytest.mark.parametrize("engine", ["routed", "toggle"])
+def test_convolutional_networks(name, engine):
     models = torchvision().models
     model = nn.ModuleDict(
         {"encoder": getattr(models, name)(num_classes=16), "cls": nn.Linear(16, 5), "domain": nn.Linear(16, 2)}

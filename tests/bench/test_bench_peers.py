@@ -67,6 +67,7 @@ def test_a_peer_makes_the_same_update(peer, name):
     assert_same_update(contender, workload)
 
 
+@pytest.mark.slow
 def test_a_convolutional_network_with_batch_statistics():
     workload = resnet(image=32, size=2)
     assert_same_update(PEERS["by-hand"].build(workload, CPU), workload, 1e-5)
@@ -80,7 +81,7 @@ def test_our_resnet_is_torchvisions():
     torch.testing.assert_close(ours(x), theirs(x))
 
 
-@pytest.mark.parametrize("name", ["gan", "actor-critic"])
+@pytest.mark.parametrize("name", ["actor-critic", pytest.param("gan", marks=pytest.mark.slow)])
 def test_hand_written_code_survives_compilation(name):
     workload = TINY[name]()
     assert_same_update(by_hand.build(workload, CPU, compile={"backend": "aot_eager"}), workload)

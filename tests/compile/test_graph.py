@@ -88,7 +88,7 @@ def test_the_designs_example_has_57():
     assert in_our_graph(dataclasses.replace(workload, routes=routes)) == 57
 
 
-LONG = {"resnet", "vit-4", "gpt"}
+LONG = {"resnet", "vit-4", "gpt", "adversarial"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in WORKLOADS])
@@ -119,7 +119,14 @@ def test_a_hook_keeps_no_more_apart_than_eagerly(hooked):
     assert counts == [23]  # 8 forward, 8 for weights, 7 for activations; with the losses apart 34
 
 
-@pytest.mark.parametrize("make", [ff.optim.adam, partial(ff.optim.sgd, momentum=0.9), ff.optim.rmsprop])
+@pytest.mark.parametrize(
+    "make",
+    [
+        ff.optim.adam,
+        pytest.param(partial(ff.optim.sgd, momentum=0.9), marks=pytest.mark.slow),
+        pytest.param(ff.optim.rmsprop, marks=pytest.mark.slow),
+    ],
+)
 def test_optimizers_kernels_run_after_the_graph(make, monkeypatch):
     calls, graphs = [], []
     for operator, kernel in KERNELS.items():

@@ -98,8 +98,16 @@ def params():
     return {"body": torch.randn(3, 3), "head": torch.randn(3), "unused": torch.randn(2)}
 
 
-@pytest.mark.parametrize("engine", ["routed", "reference"])
-@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [
+        *((name, "routed") for name in TRANSFORMS),
+        *(
+            pytest.param(name, "reference", marks=[pytest.mark.slow] * (name == "linearize"))  # traces for seconds
+            for name in TRANSFORMS
+        ),
+    ],
+)
 def test_transforms(name, engine, params):
     tangents = {path: torch.randn_like(tensor) for path, tensor in params.items()}
     xs = torch.randn(5, 3)
