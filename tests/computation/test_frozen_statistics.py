@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._functorch import config as functorch
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
@@ -459,7 +460,7 @@ def test_a_parametrized_norm(compile):
         same_as_by_hand(step, f, lambda model: model[1].eval(), rows_of)
 
 
-@torch._functorch.config.patch(donated_buffer=False)
+@functorch.patch(donated_buffer=False)
 def test_in_a_module_that_is_compiled():
     """torch refuses to walk compiled code with donated buffers twice, which losses that are kept apart want."""
     model = Net()
