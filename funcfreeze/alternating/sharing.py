@@ -39,10 +39,12 @@ class Sharing:
     """A function that members share.
 
     Attributes:
+        function: the user's.
         steps: the members by name.
         evaluation: the function over the model.
     """
 
+    function: Function
     steps: Mapping[str, Step]
     evaluation: Evaluation
 
@@ -60,7 +62,7 @@ class Sharing:
             some.targets,
             Asked.by(function),
         )
-        return Sharing(steps, evaluation)
+        return Sharing(function, steps, evaluation)
 
     def asks(self, member: str) -> bool:
         """Whether a member's losses name it."""
@@ -215,6 +217,11 @@ def _conflicts(reach: Reach, routed: Mapping[str, AbstractSet[str]], asking: Seq
             if both := sorted(met & routed[before]):
                 more = f" and {len(both) - 4} more" if len(both) > 4 else ""
                 yield f"member {name!r}, after {before!r} has updated {', '.join(both[:4])}{more}"
+
+
+def name_of(function: Function) -> str:
+    """What it is called, as far as it has a name."""
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def _routed(step: Step, state: State) -> frozenset[str]:
