@@ -88,7 +88,7 @@ def _checks(step: Alternation, state: State, batch: Any, steps: int, dtype: torc
 def _given(
     step: Alternation, module: torch.nn.Module, twins: TwinsByHand, names: Sequence[str], batch: Any
 ) -> Callable[[str], Any]:
-    """What each member's recipe is given as its batch: what is shared was computed on the real module, with its graph."""
+    """What each member's recipe is given as its batch: what is shared is computed on the real module, with a graph."""
     sharing = step.sharing
     if sharing is None or not any(map(sharing.asks, names)):
         return lambda name: batch
