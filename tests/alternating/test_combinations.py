@@ -15,7 +15,7 @@ import funcfreeze as ff
 
 GRAPH = {"backend": "aot_eager"}
 SLOW = pytest.mark.slow
-ROWS = 6
+ROWS = 12
 
 
 def nets():
@@ -95,7 +95,7 @@ def built(model, options, **run):
             model,
             asking if options["targets"] else lambda model, batch: function(model, batch, None),
             routes_of(name, options["timed"]),
-            optimizer=ff.optim.adam(1e-2) if name == "critic" else ff.optim.sgd(0.05, momentum=0.9),
+            optimizer=ff.optim.adam(1e-2, eps=1e-3) if name == "critic" else ff.optim.sgd(0.05, momentum=0.9),
             microbatches=options["microbatches"][name],
             frozen_statistics=options["frozen"][name],
             on_nonfinite=options["on_nonfinite"][name],
@@ -130,7 +130,7 @@ class PlainLoop:
         own = [*model["encoder"].parameters(), *model["q"].parameters()]
         self.groups = {"critic": own, "actor": [*model["encoder"].parameters(), *model["pi"].parameters()]}
         self.optimizers = {
-            "critic": torch.optim.Adam(own, 1e-2),
+            "critic": torch.optim.Adam(own, 1e-2, eps=1e-3),
             "actor": torch.optim.SGD(self.groups["actor"], 0.05, momentum=0.9),
         }
         self.twins = {"q": copy.deepcopy(model["q"]), "slow": copy.deepcopy(model["encoder"])}
