@@ -33,8 +33,10 @@ class Halves:
 
     def half(self, state: State, batch: Any) -> Half:
         """As the step is: compiled, or eager."""
-        if self.compiled is None or is_live(batch):
+        if self.compiled is None:
             return self.eager(state, batch)
+        if is_live(batch):
+            return self.compiled.compute_through(state, batch) or self.eager(state, batch)
         parts = self.splitting.parts(batch)
         if parts is None:
             return self.compiled.compute(state, batch)
