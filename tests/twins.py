@@ -91,7 +91,9 @@ def assert_is_the_loop(program: Program, run: Mapping[str, Any], number: int = 5
     assert state.targets.keys() == twins.keys()
     for name, twin in twins.items():
         assert_moved_alike(begun[name], state.targets[name], tensors(twin))
-    assert any(not torch.equal(tensor, begun[name][path]) for name in begun for path, tensor in state.targets[name].items())
+    assert any(
+        not torch.equal(tensor, begun[name][path]) for name in begun for path, tensor in state.targets[name].items()
+    )
 
 
 def twin_of(module: nn.Module) -> nn.Module:
