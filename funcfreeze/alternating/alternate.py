@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from funcfreeze.alternating.alternation import Alternation, Compile
 from funcfreeze.alternating.members import Members
+from funcfreeze.computation.targets import Target
 from funcfreeze.declare.plans import Plans
 from funcfreeze.declare.timing import ALWAYS, Timing, as_count, timing_problems
 from funcfreeze.model.mapping import Model
@@ -71,7 +73,10 @@ def alternate(
     _refuse_other_models(members)
     if not isinstance(donate, bool):
         raise TypeError(f"donate is True or False, got {donate!r}")
-    own = {name: member.remade(engine=engine, compile=compile, donate=donate) for name, member in members.items()}
+    run = {"engine": engine, "compile": compile, "donate": donate}
+    twins = _targets(members)
+    own = {name: member.remade(targets=_seen_by(name, twins), **run) for name, member in members.items()}
+    _refuse_unmet(own)
     plans = Plans({name: member.plan for name, member in own.items()}, turns)
     return Alternation(own, plans, engine, compile, donate, Members(own, turns, donate))
 
@@ -105,6 +110,34 @@ def _turns(members: object, **given: object) -> dict[str, Timing]:
     if wrong:
         raise ValueError(lines("the members' turns:", wrong))
     return {name: Timing(**numbers) for name, numbers in given_to.items()}
+
+
+def _targets(members: Mapping[str, Step]) -> dict[str, tuple[str, Target]]:
+    """Target -> the member that moves it, and the target."""
+    found: dict[str, tuple[str, Target]] = {}
+    problems = []
+    for member, step in members.items():
+        own = step.computation.evaluation.targets.by_name
+        for name, target in ((name, target) for name, target in own.items() if target.moves):
+            if name in found:
+                problems.append(
+                    f"target {name!r}: {found[name][0]} and {member} both declare it; all members see what one declares"
+                )
+            found[name] = member, target
+    if problems:
+        raise ValueError(lines("a target moves after the update of one member:", problems))
+    return found
+
+
+def _seen_by(member: str, twins: Mapping[str, tuple[str, Target]]) -> dict[str, Target]:
+    """All targets, as one member has them."""
+    return {name: replace(target, moves=owner == member) for name, (owner, target) in twins.items()}
+
+
+def _refuse_unmet(members: Mapping[str, Step]) -> None:
+    problems = [f"member {name!r}: {what}" for name, step in members.items() for what in step.specification.unmet]
+    if problems:
+        raise ValueError(lines("the members' losses ask for what nobody gives them:", problems))
 
 
 def _is_name(name: object) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from funcfreeze.alternating.members import Members
+from funcfreeze.computation.acting import Names
 from funcfreeze.computation.adoption import Adoption
 from funcfreeze.computation.half import Half
 from funcfreeze.computation.state import State
@@ -114,24 +115,31 @@ class Alternation:
         """A member's gradients by loss; see `Step.per_loss_gradients`."""
         return self._one(member).per_loss_gradients(self.seen_by(member, state), batch)
 
-    def call(self, state: State, f: Callable[..., Any], *args: Any) -> Any:
+    def call(self, state: State, f: Callable[..., Any], *args: Any, targets: Names = None) -> Any:
         """`f(model, *args)` with the state's tensors in the model; see `Step.call`."""
         first, member = next(iter(self.members.items()))
-        return member.call(self.seen_by(first, state), f, *args)
+        return member.call(self.seen_by(first, state), f, *args, targets=targets)
 
-    def export(self, state: State, *, optimizer: Mapping[str, torch.optim.Optimizer] | None = None) -> Model:
+    def export(
+        self,
+        state: State,
+        *,
+        optimizer: Mapping[str, torch.optim.Optimizer] | None = None,
+        targets: Names = None,
+    ) -> Model:
         """Write the state's parameters and buffers into the model, and return it. The state stays usable.
 
         Args:
             state: what is written; read, and not kept.
             optimizer: member -> an optimizer of torch.optim over its parameters, which takes over the member's state.
+            targets: as in `Step.export`.
         """
         running = optimizer or {}
         self._known(running)
         for name, taking in running.items():
             self.members[name].export(self.seen_by(name, state), optimizer=taking)
         first, member = next(iter(self.members.items()))
-        return member.export(self.seen_by(first, state))
+        return member.export(self.seen_by(first, state), targets=targets)
 
     def adopt(self, state: State) -> tuple[State, Adoption]:
         """Another alternation's or a lone Step's state, as far as it fits; see `Step.adopt`.

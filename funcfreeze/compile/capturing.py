@@ -93,7 +93,7 @@ class Capturing:
         """What Dynamo gives, and the buffers that the forward put in the place of others."""
         evaluation = self._computation.evaluation
         module, losses, declared = evaluation.functional.module, evaluation.losses, evaluation.plan.losses
-        norms = evaluation.frozen_norms
+        norms, targets = evaluation.frozen_norms, evaluation.targets
         stores = self._stand_ins.stores
         moved: Hashable = None
         while True:
@@ -101,10 +101,11 @@ class Capturing:
             stores.look()
             around, self._call = self._call, call
             give_back_flags = norms.hold()
+            targets.set_modes()
             try:
                 stores.put()
                 traces = self.traces
-                found = self._captured(losses, module, batch, declared, norms.norms, key)
+                found = self._captured(losses, module, batch, evaluation.named, declared, norms.norms, key)
                 if self.traces != traces:  # raised now, it would come after the state was overwritten
                     self._problems[traces] = self._stand_ins.problems()
                 return found, self._stand_ins.reassigned(_run_of(call).buffers)
@@ -120,7 +121,7 @@ class Capturing:
         if call.is_running:
             raise error
         if is_the_users(error):
-            with attributes_kept(self._computation.evaluation.functional.module):
+            with attributes_kept(self._computation.evaluation.functional.modules):
                 self._computation.gradients(*call.state.layout.fields(call.state.tensors), batch)
         found = explained(error)
         if isinstance(error, AttributeError | ImportError | TypeError | AssertionError):

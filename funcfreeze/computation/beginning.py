@@ -7,7 +7,7 @@ import torch
 from funcfreeze.computation.adoption import Adoption, adopted, begun_state
 from funcfreeze.computation.computation import Computation
 from funcfreeze.computation.running import Running
-from funcfreeze.computation.specification import Specification
+from funcfreeze.computation.specification import Specification, refuse_unmet
 from funcfreeze.computation.state import Lease, State, known_count, lease_of, make_state
 from funcfreeze.computation.updating import apart_from, borrowed_in
 
@@ -35,15 +35,18 @@ def begin(
         raise TypeError(f"init(copy=...) is True or False, got {type(copy).__name__}; a batch is for the step itself")
     if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
         raise TypeError(f"init(step=...) is the number of steps taken so far, an int of at least 0; got {step!r}")
+    refuse_unmet(specification)
     with torch.inference_mode(False):
         functional, plan = computation.evaluation.functional, computation.evaluation.plan
         params = {path: tensor.detach() for path, tensor in functional.present_parameters().items()}
-        buffers = {path: tensor.detach() for path, tensor in functional.present_buffers().items()}
+        own = functional.present_buffers()
+        buffers = {path: own[path].detach() for path in specification.buffers}
         routed = plan.routed
         if copy:
             params |= {path: params[path].clone() for path in routed}
             buffers = {path: tensor.clone() for path, tensor in buffers.items()}
         borrowed = params.keys() - set(routed) if copy else set()
+        buffers |= computation.evaluation.targets.begun({**params, **buffers})
         initial = computation.transform.init({path: params[path] for path in routed})
         if optimizer is not None:
             running = beside(optimizer, computation)
@@ -66,12 +69,16 @@ def take_over(
     """Another step's state, as far as it fits, and the rest from a fresh one of our own.
 
     Raises:
+        TypeError: not a `State`.
         ValueError: it has nothing in common with ours.
     """
+    if not isinstance(state, State):
+        raise TypeError(f"adopt(state) takes another Step's State, got {type(state).__name__}")
     with torch.inference_mode(False), torch.no_grad():
         own = {path: fresh.params[path] for path in computation.evaluation.plan.routed}
         begun = begun_state(computation.transform, fresh.optimizer, own, state.step)
-        fields, adoption = adopted(state, fresh.fields, begun, specification)
+        follows = computation.evaluation.targets.follows
+        fields, adoption = adopted(state, fresh, begun, specification, follows)
     if not any(name.startswith("params.") for name in adoption.kept):
         raise ValueError(f"no parameter of this State is one of the Step's, by path and shape:\n{adoption}")
     lease = lease_of(state)

@@ -102,7 +102,7 @@ class Computation:
             RuntimeError: `losses` uses the model's tensors as it must not.
         """
         watched = not (self.evaluation.seen.watched and self.engine.finds_other_leaves)
-        watch = self.evaluation.watch(params) if watched else None
+        watch = self.evaluation.watch(params, buffers) if watched else None
         outcome, losses = self._run(self.engine.merged, params, buffers, optimizer, step, batch, watch)
         beside: Beside = outcome.rest or NOTHING
         self._refuse_other_leaves(outcome.other_leaves, params)
@@ -124,7 +124,7 @@ class Computation:
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Any, step: Tensor, batch: Any
     ) -> Half:
         """The same with each loss's weighted gradients apart, and their sums as the merged ones."""
-        watch = self.evaluation.watch(params)
+        watch = self.evaluation.watch(params, buffers)
         outcome, losses = self._run(self.engine.separate, params, buffers, optimizer, step, batch, watch)
         beside: Beside = outcome.rest or NOTHING
         _check_beside(losses, beside, params)
