@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -60,10 +61,13 @@ def test_the_plan_shows_it():
 
 def test_what_is_no_ema_is_told():
     for wrong in (-0.1, 1.5, float("nan"), True, "0.9", None):
-        with pytest.raises((TypeError, ValueError), match=r"ema.*decay.*(0.*1).*got"):
+        text = rf"(?s)ema of 'online'.*decay is .*from 0 to 1.*got.*{re.escape(repr(wrong))}"
+        with pytest.raises(ValueError, match=text):
             ff.ema("online", wrong)
-    with pytest.raises(ValueError, match=r"(?s)decay.*0-d.*got.*\(2,\)"):
+    with pytest.raises(ValueError, match=r"a decay that is a tensor is 0-d and floating, got shape \(2,\)"):
         ff.ema("online", torch.ones(2))
+    with pytest.raises(ValueError, match=r"0-d and floating, got shape \(\) and torch.int64"):
+        ff.ema("online", torch.tensor(1))
     for wrong in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="every is an int of at least 1, got"):
             ff.ema("online", 0.9, every=wrong)
@@ -85,17 +89,19 @@ def test_what_is_no_target_of_the_model_is_told_at_once():
 
     with pytest.raises((TypeError, ValueError), match=r"(?s)'onlin'.*did you mean 'online'"):
         step({"teacher": ff.ema("onlin", 0.9)})
-    with pytest.raises((TypeError, ValueError), match=r"(?s)'online.0.weight'.*is a parameter.*module"):
+    with pytest.raises(
+        (TypeError, ValueError), match="online.0.weight is a parameter, and a twin is of a module; give the path of"
+    ):
         step({"teacher": ff.ema("online.0.weight", 0.9)})
-    with pytest.raises((TypeError, ValueError), match=r"(?s)'onlin'.*'online.0.weight'|'online.0.weight'.*'onlin'"):
+    with pytest.raises((TypeError, ValueError), match=r"(?s)target 'one'.*'onlin'.*target 'two'.*online.0.weight"):
         step({"one": ff.ema("onlin", 0.9), "two": ff.ema("online.0.weight", 0.9)})
-    with pytest.raises(TypeError, match=r"(?s)targets.*ema.*got"):
+    with pytest.raises(ValueError, match=r"target 'teacher' is what funcfreeze.ema\(.*\) gives, got 'online'"):
         step({"teacher": "online"})
-    with pytest.raises(TypeError, match=r"(?s)targets.*name.*got"):
+    with pytest.raises(TypeError, match=r"targets is a mapping such as .*, got \[Ema\("):
         step([ff.ema("online", 0.9)])
     with pytest.raises((TypeError, ValueError), match=r"(?s)name.*got 3"):
         step({3: ff.ema("online", 0.9)})
-    with pytest.raises((TypeError, ValueError), match=r"(?s)'head.bias'.*parameter"):
+    with pytest.raises(ValueError, match="a target is named by a non-empty string without dots, got 'head.bias'"):
         step({"head.bias": ff.ema("online", 0.9)})
     bare = {"online": nn.Linear(4, 2), "scale": nn.Parameter(torch.ones(()))}
     with pytest.raises((TypeError, ValueError), match=r"(?s)'scale'.*parameter"):
@@ -126,7 +132,7 @@ def test_targets_that_nobody_declares():
         return {"fit": targets["techer"](model["online"](x)).sum()}
 
     step = make(losses=mistyped)
-    with pytest.raises(KeyError, match=r"techer.*teacher"):
+    with pytest.raises(KeyError, match="techer"):
         step(step.init(), batches(1)[0])
 
 
@@ -143,13 +149,12 @@ def test_a_state_that_does_not_fit_is_told():
     )
     with pytest.raises(ValueError, match=r"(?s)targets.*teacher.*step\.adopt\(state\)"):
         step(lone.init(), batches(1)[0])
-    with pytest.raises(ValueError, match=r"(?s)targets teacher: the State has them, the Step does not"):
+    with pytest.raises(ValueError, match=r"targets\['teacher'\]: the State has it, the Step does not declare it"):
         lone(step.init(), batches(1)[0])
     state = step.init()
     twin = dict(state.targets["teacher"])
     for wrong, text in (
         ({path: t for path, t in twin.items() if path != "0.weight"}, r"(?s)teacher.*0\.weight.*the State does not"),
-        ({**twin, "more": torch.ones(1)}, r"(?s)teacher.*more.*the Step does not"),
         ({**twin, "4.bias": torch.ones(7)}, r"(?s)teacher.*4\.bias.*\(5,\).*\(7,\)"),
         ({**twin, "4.bias": torch.ones(5, dtype=torch.float32)}, r"(?s)teacher.*4\.bias.*float64.*float32"),
     ):
@@ -347,7 +352,15 @@ def test_parametrizations_average_their_originals(parametrized, run):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex128])
 def test_other_dtypes_keep_theirs(dtype):
-    model = nn.ModuleDict({"net": nn.Linear(3, 3).to(dtype)})
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 3).to(dtype))
+
+        def forward(self, x):
+            return x @ self.weight
+
+    model = nn.ModuleDict({"net": Product()})
 
     def loss(model, x, *, targets):
         return {"fit": (model["net"](x) - targets["net"](x) + 1).abs().square().mean()}
@@ -357,8 +370,8 @@ def test_other_dtypes_keep_theirs(dtype):
     twin = twin_of(model["net"])
     for x in (torch.randn(5, 3).to(dtype) for _ in range(3)):
         state, _ = step(state, x)
-        now = nn.Linear(3, 3).to(dtype)
-        now.load_state_dict({path: state.params[f"net.{path}"] for path in ("weight", "bias")})
+        now = Product()
+        now.load_state_dict({"weight": state.params["net.weight"]})
         averaged(twin, now, 0.75)
     for path, tensor in state.targets["net"].items():
         assert tensor.dtype == dtype

@@ -145,25 +145,45 @@ def test_statistics(run, buffers, mode):
     assert_moved_alike(tensors(model["online"]), state.targets["teacher"], tensors(twin))
 
 
-@pytest.mark.parametrize("kind", ["skip", "scale"])
+@pytest.mark.parametrize("scale", [None, ff.LossScale(2.0**4)], ids=["plain", "scaled"])
 @pytest.mark.parametrize("run", [*RUNS.values()][:5], ids=[*RUNS][:5])
-def test_a_skipped_step_leaves_it_bit_identical(run, kind):
-    """With its statistics, which its own forward has moved; a copy would be of parameters that are not finite."""
-    model, (good, bad, last) = network(), batches(3)
+def test_a_skipped_step_leaves_it_bit_identical(run, scale):
+    """With its statistics, which its own forward has moved; a copy would be of what is not finite."""
+    good, bad, last = batches(3)
     bad[0, 0] = torch.nan
-    options = {"on_nonfinite": "skip"} if kind == "skip" else {"loss_scale": ff.LossScale(2.0**4)}
-    for buffers in ("own", "averaged"):
-        step = make(model, average=ff.ema("online", 0.5, buffers=buffers), **options, **run)
-        state, _ = step(step.init(), good)
+    for average in (
+        ff.ema("online", 0.5),
+        ff.ema("online", torch.tensor(0.1), buffers="averaged"),
+        ff.ema("online", 0),
+    ):
+        step = make(average=average, on_nonfinite="skip", loss_scale=scale, **run)
+        state = step.init()
+        state = state.replace(targets={"teacher": {path: t + 1 for path, t in state.targets["teacher"].items()}})
+        state, _ = step(state, good)
         before = cloned(dict(state.targets["teacher"]))
-        state, _ = step(state, bad)
-        after = dict(state.targets["teacher"])
-        if kind == "scale":  # as a GradScaler does, which leaves what a forward does to statistics
-            after |= {path: before[path] for path, _ in model["online"].named_buffers()}
-        assert same_bits(before, after)
+        state, metrics = step(state, bad)
+        assert bool(metrics["ff/skipped"])
+        assert same_bits(before, state.targets["teacher"])
         state, _ = step(state, last)
         assert not torch.equal(before["0.weight"], state.targets["teacher"]["0.weight"])
         assert int(state.step) == 3
+
+
+@pytest.mark.parametrize("run", EAGER_AND_SLOWLY_COMPILED, ids=["eager", "compiled"])
+def test_a_loss_scale_alone_skips_the_optimizer_as_a_grad_scaler_does(run):
+    """People move the average in the line after `scaler.update()`, whatever became of the step."""
+
+    def steep(model, x, *, targets):
+        return {"fit": 1e290 * model["online"](x).square().mean()}
+
+    step = make(losses=steep, average=ff.ema("online", 0.5), loss_scale=ff.LossScale(2.0**100), **run)
+    state = step.init()
+    begun = cloned(dict(state.params))
+    state = state.replace(targets={"teacher": {path: t + 1 for path, t in state.targets["teacher"].items()}})
+    state, metrics = step(state, torch.randn(6, 4))
+    assert torch.isfinite(metrics["fit"])
+    assert same_bits(begun, dict(state.params))
+    torch.testing.assert_close(state.targets["teacher"]["0.weight"], begun["online.0.weight"] + 0.5)
 
 
 def test_a_step_that_raises_leaves_it():
