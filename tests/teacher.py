@@ -19,10 +19,10 @@ def losses(model, x, *, targets):
     return {"fit": (h - targets["teacher"](x)).square().mean() + model["head"](h).square().mean()}
 
 
-def make(model=None, average=None, losses=losses, **options):
+def make(model=None, average=None, losses=losses, routes=None, **options):
     options = {"optimizer": ff.optim.sgd(0.1, momentum=0.9), **options}
     targets = {"teacher": average or ff.ema("online", 0.8)}
-    return ff.Step(model or network(), losses, {"fit": "*"}, targets=targets, **options)
+    return ff.Step(model or network(), losses, routes or {"fit": "*"}, targets=targets, **options)
 
 
 def by_hand(model, given, decay=lambda number: 0.8, moves=lambda number: True, parts=1):
