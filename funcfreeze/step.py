@@ -22,6 +22,7 @@ from funcfreeze.computation.half import Half
 from funcfreeze.computation.loss_scale import LossScale, scaled
 from funcfreeze.computation.microbatches import Count, Splitting
 from funcfreeze.computation.naming import Asked
+from funcfreeze.computation.sharing import is_live
 from funcfreeze.computation.specification import Specification, check_fits
 from funcfreeze.computation.state import State, lease_of
 from funcfreeze.computation.statistics import FrozenNorms
@@ -221,6 +222,7 @@ class Step:
             ValueError: the running optimizer is not the Step's: tells all options that differ (a rate that is a
                 schedule is compared at `step`) and all parameters that only one of the two has.
         """
+        self.computation.evaluation.refuse_unmet()
         return begin(self.computation, self.specification, copy, optimizer, step)
 
     def __call__(self, state: State, batch: Any) -> tuple[State, dict[str, Any]]:
@@ -249,7 +251,7 @@ class Step:
         """
         state = check_fits(state, self.specification)
         lease_of(state).gradients = ()
-        if self.compiled is not None and not self.splitting.splits(batch):
+        if self.compiled is not None and not self.splitting.splits(batch) and not is_live(batch):
             return self.compiled.step(state, batch)
         half = self._halves.half(state, batch)
         return self._update(state, half)
@@ -368,7 +370,7 @@ class Step:
             RuntimeError: the state is spent.
             ValueError: it has nothing in common with this step.
         """
-        return take_over(state, self.init(), self.computation, self.specification)
+        return take_over(state, self.computation, self.specification)
 
     def _update(self, state: State, half: Half) -> tuple[State, dict[str, Any]]:
         with grad_mode(False):

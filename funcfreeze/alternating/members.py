@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from funcfreeze.compile.layout import Listed
 from funcfreeze.computation.adoption import Adoption
+from funcfreeze.computation.back_door import form_of
 from funcfreeze.computation.specification import check_fits
 from funcfreeze.computation.state import (
     Fields,
@@ -166,6 +167,27 @@ class Members:
         }
         renewed = Lease(borrowed=lease.borrowed - copied)
         return replace(progress, **_named(named), clocks=clocks, lease=renewed, listings=listings)
+
+    def moved(self, before: Progress, after: Progress) -> tuple[Progress, Callable[[], None]]:
+        """After something that left other buffers, and what undoes what is overwritten for that.
+
+        Compiled members take tensors that stay where they are, so these buffers are written over the others.
+        """
+        if not before.listings or after is before:
+            return after, lambda: None
+        new = {path: value for path, value in after.buffers.items() if value is not before.buffers[path]}
+        if any(form_of(value) != form_of(before.buffers[path]) for path, value in new.items()):
+            return replace(after, listings={}), lambda: None
+        kept = {path: before.buffers[path].clone() for path in new}
+        for path, value in new.items():
+            before.buffers[path].copy_(value)
+
+        def undo() -> None:
+            for path, value in kept.items():
+                before.buffers[path].copy_(value)
+
+        listings = before.listings if after.params is before.params else {}
+        return replace(after, buffers=before.buffers, listings=listings), undo
 
     def seen_by(self, name: str, progress: Progress) -> State:
         """What a member sees of the state."""

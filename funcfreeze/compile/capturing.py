@@ -26,6 +26,7 @@ from funcfreeze.compile.program import Program, compile_step
 from funcfreeze.compile.stand_ins import StandIns
 from funcfreeze.computation.back_door import raise_misuse
 from funcfreeze.computation.computation import Computation
+from funcfreeze.computation.sharing import taken_apart
 from funcfreeze.gradients.modes import grad_mode
 from funcfreeze.gradients.returned import exchanged
 from funcfreeze.model.attributes import attributes_kept
@@ -95,6 +96,9 @@ class Capturing:
         module, losses, declared = evaluation.functional.module, evaluation.losses, evaluation.plan.losses
         norms, targets = evaluation.frozen_norms, evaluation.targets
         stores = self._stand_ins.stores
+        own, shared = taken_apart(batch)
+        evaluation.refuse_unmet(shared)
+        named = {**evaluation.named, **shared}
         moved: Hashable = None
         while True:
             key = self._key(call.state.layout, moved)
@@ -105,7 +109,7 @@ class Capturing:
             try:
                 stores.put()
                 traces = self.traces
-                found = self._captured(losses, module, batch, evaluation.named, declared, norms.norms, key)
+                found = self._captured(losses, module, own, named, declared, norms.norms, key)
                 if self.traces != traces:  # raised now, it would come after the state was overwritten
                     self._problems[traces] = self._stand_ins.problems()
                 return found, self._stand_ins.reassigned(_run_of(call).buffers)

@@ -7,7 +7,7 @@ import torch
 from funcfreeze.computation.adoption import Adoption, adopted, begun_state
 from funcfreeze.computation.computation import Computation
 from funcfreeze.computation.running import Running
-from funcfreeze.computation.specification import Specification, refuse_unmet
+from funcfreeze.computation.specification import Specification
 from funcfreeze.computation.state import Lease, State, known_count, lease_of, make_state
 from funcfreeze.computation.updating import apart_from, borrowed_in
 
@@ -35,7 +35,6 @@ def begin(
         raise TypeError(f"init(copy=...) is True or False, got {type(copy).__name__}; a batch is for the step itself")
     if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
         raise TypeError(f"init(step=...) is the number of steps taken so far, an int of at least 0; got {step!r}")
-    refuse_unmet(specification)
     with torch.inference_mode(False):
         functional, plan = computation.evaluation.functional, computation.evaluation.plan
         params = {path: tensor.detach() for path, tensor in functional.present_parameters().items()}
@@ -63,9 +62,7 @@ def beside(optimizer: torch.optim.Optimizer, computation: Computation) -> Runnin
     return Running.of(optimizer, computation.transform, evaluation.plan, evaluation.functional.present_parameters())
 
 
-def take_over(
-    state: State, fresh: State, computation: Computation, specification: Specification
-) -> tuple[State, Adoption]:
+def take_over(state: State, computation: Computation, specification: Specification) -> tuple[State, Adoption]:
     """Another step's state, as far as it fits, and the rest from a fresh one of our own.
 
     Raises:
@@ -74,6 +71,7 @@ def take_over(
     """
     if not isinstance(state, State):
         raise TypeError(f"adopt(state) takes another Step's State, got {type(state).__name__}")
+    fresh = begin(computation, specification, True, None, None)
     with torch.inference_mode(False), torch.no_grad():
         own = {path: fresh.params[path] for path in computation.evaluation.plan.routed}
         begun = begun_state(computation.transform, fresh.optimizer, own, state.step)

@@ -21,6 +21,7 @@ from funcfreeze.computation.finite import Finite, Found
 from funcfreeze.computation.half import Half
 from funcfreeze.computation.loss_scale import LossScale, scale_in, unscale
 from funcfreeze.computation.microbatches import Shares, times
+from funcfreeze.computation.sharing import WithShared
 from funcfreeze.computation.state import State, count_of
 from funcfreeze.declare.names import OWN, own_name_problems
 from funcfreeze.declare.plan import raise_problems
@@ -147,13 +148,14 @@ class Computation:
     ) -> tuple[Gave, Mapping[str, Tensor]]:
         """What an engine gives, with the state's tensors in the module until it is done; and the losses."""
         finally_do: list[Callable[[], None]] = []
-        part = PartOfBatch(self.routing, self.shares)
+        routing = batch.in_routing(self.routing) if isinstance(batch, WithShared) else self.routing
+        part = PartOfBatch(routing, self.shares)
         try:
             with torch.no_grad():  # whatever requires grad around a step, it carries no graph
                 outcome = differentiate(
                     part.weighted(lambda leaves: self.evaluation.call(leaves, buffers, batch, finally_do, watch)),
                     self.evaluation.leaves(params),
-                    self.routing,
+                    routing,
                     step,
                     self._seed(optimizer),
                 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from torch import Tensor
 from funcfreeze.computation.back_door import buffer_problem, parameter_problem, raise_misuse, write_problem
 from funcfreeze.computation.inner_gradients import refuse_constants
 from funcfreeze.computation.naming import Asked
+from funcfreeze.computation.sharing import taken_apart
 from funcfreeze.computation.statistics import FrozenNorms
 from funcfreeze.computation.targets import Targets
 from funcfreeze.declare.plan import Plan
@@ -83,6 +84,19 @@ class Evaluation:
         """What `losses` is given by keyword."""
         return {"targets": self.targets.modules} if "targets" in self.asked and self.targets.by_name else {}
 
+    def refuse_unmet(self, others: Collection[str] = ()) -> None:
+        """Refuse to call what asks for something by name that nobody gives.
+
+        Args:
+            others: the names of what is given beside the twins.
+
+        Raises:
+            ValueError: naming it.
+        """
+        unmet = [*self.asked.unmet({*self.named, *others})]
+        if unmet:
+            raise ValueError("\n".join(unmet))
+
     @cached_property
     def unrouted(self) -> frozenset[str]:
         """The parameters that no loss may update. A forward may write to them, as momentum encoders do."""
@@ -131,7 +145,8 @@ class Evaluation:
         given = dict(zip(self.plan.paths, leaves, strict=True))
         for path, hook in self.functional.parameter_hooks():
             if given[path].requires_grad:
-                given[path].register_hook(hook)  # type: ignore[no-untyped-call]
+                handle = given[path].register_hook(hook)  # type: ignore[no-untyped-call]
+                finally_do.append(handle.remove)  # what is shared with others gets theirs from them
         constants = {path: buffers[path] for path in self.functional.constants}
         cloned = {path: tensor if path in constants else tensor.clone() for path, tensor in buffers.items()}
         held = {**given, **constants}
@@ -177,11 +192,13 @@ class Evaluation:
 
     def _returned(self, batch: Any, given: Mapping[str, Tensor], watch: Watch | None) -> Any:
         """What `losses` returns."""
+        module, (own, shared) = self.functional.module, taken_apart(batch)
+        self.refuse_unmet(shared)
         try:
             if watch is None:
-                return self.losses(self.functional.module, batch, **self.named)
+                return self.losses(module, own, **self.named, **shared)
             with watch:
-                return self.losses(self.functional.module, batch, **self.named)
+                return self.losses(module, own, **self.named, **shared)
         except RuntimeError as error:
             refuse_constants(error, given, self.plan.routed)
             raise

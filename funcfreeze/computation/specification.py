@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,6 @@ class Specification:
         tied_buffers: the same for buffers.
         targets: the parameters and buffers of each twin.
         tied_targets: other names of each twin's.
-        unmet: what `losses` asks for and is not given, in words; nothing is run then.
     """
 
     params: Mapping[str, Shape]
@@ -42,7 +41,6 @@ class Specification:
     tied_buffers: Mapping[str, str]
     targets: Mapping[str, Mapping[str, Shape]]
     tied_targets: Mapping[str, Mapping[str, str]]
-    unmet: Sequence[str] = ()
 
     @staticmethod
     def of(evaluation: Evaluation, transform: Transform) -> Specification:
@@ -64,7 +62,6 @@ class Specification:
                 name: {**other_names(twin, "_parameters"), **other_names(twin, "_buffers")}
                 for name, twin in functional.twins.items()
             },
-            tuple(evaluation.asked.unmet(evaluation.named)),
         )
 
     def named(self, fields: tuple[Mapping[str, Tensor], Mapping[str, Tensor], Any, Tensor]) -> tuple[Any, ...]:
@@ -82,10 +79,6 @@ class Specification:
                 targets[name] = tied(own, self.tied_targets[name])
             buffers = rest
         return tied(params, self.tied_params), tied(buffers, self.tied_buffers), optimizer, step, targets
-
-    def model_buffers(self, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The buffers without those of targets."""
-        return {path: buffers[path] for path in self.buffers}
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
@@ -109,7 +102,6 @@ def check_fits(state: object, wanted: Specification) -> State:
     params = state.params  # raises if the state is spent
     if known_to_fit(state) is wanted:
         return state
-    refuse_unmet(wanted)
     optimizer = state.optimizer
     as_ours = _is_as_wanted(wanted.optimizer, optimizer, params, None)
     if not as_ours:
@@ -136,16 +128,6 @@ def check_fits(state: object, wanted: Specification) -> State:
         return state
     fields = (params, state.buffers, optimizer, state.step, state.targets)
     return make_state(fields, lease_of(state), wanted, count=known_count(state))
-
-
-def refuse_unmet(wanted: Specification) -> None:
-    """Refuse to run what asks for something that it is not given.
-
-    Raises:
-        ValueError: naming it.
-    """
-    if wanted.unmet:
-        raise ValueError("\n".join(wanted.unmet))
 
 
 def twin_paths(name: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
