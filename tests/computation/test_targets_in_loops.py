@@ -35,7 +35,8 @@ def test_the_loop_compiled(name, donate):
     assert_is_the_loop(PROGRAMS[name], {"compile": GRAPH, "donate": donate})
 
 
-@pytest.mark.parametrize("name", ["MoCo", pytest.param("JEPA", marks=SLOW), pytest.param("mean teacher", marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("name", ["MoCo", "JEPA", "mean teacher"])
 def test_the_loop_compiled_by_inductor(name):
     assert_is_the_loop(PROGRAMS[name], {"compile": INDUCTOR})
 
