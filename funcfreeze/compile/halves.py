@@ -31,6 +31,10 @@ class Halves:
     splitting: Splitting
     compiled: CompiledStep | None
 
+    def make_one_graph(self, batch: Any) -> bool:
+        """Whether a compiled step takes this batch with its update in the same graph."""
+        return not self.splitting.splits(batch) and not is_live(batch)
+
     def half(self, state: State, batch: Any) -> Half:
         """As the step is: compiled, or eager."""
         if self.compiled is None:

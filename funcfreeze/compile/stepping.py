@@ -165,7 +165,7 @@ class CompiledStep:
             params[path].copy_(run.params[path])
         if moves:
             left = {**buffers, **run.buffers}
-            move(moves, left, {**params, **new}, left, found)
+            run = run._replace(buffers={**run.buffers, **move(moves, left, {**params, **new}, left, found)})
         if updating.donate:
             lease.spent = True
         else:

@@ -256,7 +256,7 @@ def looking_at_one_twin(nets, **run):
 @pytest.mark.parametrize(
     "run",
     [
-        pytest.param({}, marks=pytest.mark.xfail(reason="torch's version error, which does not say what was written")),
+        {},
         {"donate": False},
     ],
     ids=["eager", "kept"],
@@ -279,7 +279,6 @@ def test_what_is_shared_may_go_through_a_twin(run):
     torch.testing.assert_close(dict(state.targets["a"]), tensors(twin))
 
 
-@pytest.mark.xfail(reason="verify runs on copies of steps that donate")
 def test_verify_takes_what_is_shared_through_a_twin():
     nets = {"encoder": nn.Linear(4, 4), "a": nn.Linear(4, 2), "b": nn.Linear(2, 2)}
     step = looking_at_one_twin(nets, donate=False)
