@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -109,6 +110,15 @@ class Sharing:
             params={**progress.params, **beside.written} if beside.written else progress.params,
             buffers={**progress.buffers, **beside.buffers},
         )
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Inside, what is raised is noted to come from what is shared."""
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"raised by what the members of an alternation share: {name_of(self.function)}")
+            raise
 
     def _buffers(self, progress: Progress, names: Sequence[str], asking: Sequence[str]) -> Mapping[str, Tensor]:
         """The buffers, with copies of twins that a member moves before another may walk through their values."""

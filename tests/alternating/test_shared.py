@@ -393,6 +393,17 @@ def test_an_error_leaves_the_state_as_it_was(options):
         torch.testing.assert_close(one.params[path], tensor)
 
 
+def test_an_error_in_what_is_shared():
+    def fails(model, real):
+        raise KeyError("mine")
+
+    step = ff.alternate(alternation(dcgan()).members, shared=fails)
+    state = step.init()
+    with pytest.raises(KeyError, match="(?s)mine.*raised by what the members of an alternation share: fails"):
+        step(state, images(1)[0])
+    assert int(state.step) == 0
+
+
 def test_a_member_that_would_walk_where_another_has_updated():
     model = {"encoder": nn.Linear(3, 4), "head": nn.Linear(4, 1)}
     sgd = ff.optim.sgd(0.1)
