@@ -18,18 +18,18 @@ class WithShared:
     Attributes:
         batch: as the user gave it.
         shared: what `losses` finds under that name, detached unless there is a graph to walk.
-        leaves: path -> the leaf of that graph, of the parameters at which it is differentiated; none if it is detached.
-        live: that graph, as engines know it, but for its leaves.
+        leaves: path -> the leaf of that graph, of parameters that nobody has updated since; none if it is detached.
+        live: that graph, as engines know it, but for its leaves; None if it is detached.
     """
 
     batch: Any
     shared: Any
     leaves: Mapping[str, Tensor]
-    live: Live
+    live: Live | None
 
     def in_routing(self, routing: Routing) -> Routing:
         """The routing of a member, with that graph."""
-        if not self.leaves:
+        if self.live is None:
             return routing
         leaves = {index: self.leaves[path] for index, path in enumerate(routing.paths) if path in self.leaves}
         return replace(routing, live=self.live._replace(leaves=leaves))
@@ -37,7 +37,7 @@ class WithShared:
 
 def is_live(batch: Any) -> bool:
     """Whether the batch comes with a graph, which only an eager half walks."""
-    return isinstance(batch, WithShared) and bool(batch.leaves)
+    return isinstance(batch, WithShared) and batch.live is not None
 
 
 def taken_apart(batch: Any) -> tuple[Any, dict[str, Any]]:
