@@ -163,9 +163,9 @@ class Shared:
             self.value = _detached(value)
         order = [*self.routed]
         updated = frozenset[str]().union(*(self.routed[name] for name in order[: order.index(member)]))
-        # also leaves of others: what activation checkpointing computes once more has to require grad as it did
         leaves = {path: self.leaves[path] for path in self.reach.at if path not in updated}
-        return WithShared(batch, value, leaves, self.live._replace(retain=bool(self.walkers)))
+        others = frozenset(self.reach.at) - frozenset(leaves)
+        return WithShared(batch, value, leaves, self.live._replace(retain=bool(self.walkers)), others)
 
 
 @dataclass(frozen=True)

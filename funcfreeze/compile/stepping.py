@@ -83,7 +83,7 @@ class CompiledStep:
         half = self._half(self._gradients, state, batch, through)
         functional, buffers = computation.evaluation.functional, state.fields[1]
         copies = {path: tensor if path in functional.constants else tensor.clone() for path, tensor in buffers.items()}
-        with functional.holding({**state.params, **batch.leaves}, copies):  # for what is computed once more
+        with functional.holding(batch.held(state.params), copies):  # for what is computed once more
             gradients = through.walked(half.gradients)
         return half.replace(gradients=tied(gradients, self._updating.specification.tied_params))
 
