@@ -18,6 +18,7 @@ from funcfreeze.computation.half import Half
 from funcfreeze.computation.microbatches import Microbatches
 from funcfreeze.computation.state import State
 from funcfreeze.declare.plans import Plans
+from funcfreeze.gradients.modes import grad_mode
 from funcfreeze.model.attributes import attributes_kept
 from funcfreeze.model.mapping import Model
 from funcfreeze.step import Step
@@ -77,7 +78,8 @@ class Alternation:
             name: begin(member.computation, member.specification, copy, running.get(name), counts[name])
             for name, member in self.members.items()
         }
-        return self._members.begun(base, states, copy)
+        with grad_mode(False):
+            return self._members.begun(base, states, copy)
 
     def __call__(self, state: State, batch: Any) -> tuple[State, dict[str, dict[str, Any]]]:
         """Run the members whose turn it is, one after another, each on the state that the one before left.
@@ -90,6 +92,10 @@ class Alternation:
                 names it. The state that was passed in then holds what the members before it made, and stays usable;
                 with `donate=False` it is as it was.
         """
+        with grad_mode(False):
+            return self._called(state, batch)
+
+    def _called(self, state: State, batch: Any) -> tuple[State, dict[str, dict[str, Any]]]:
         progress = self._members.start(state)
         metrics: dict[str, dict[str, Any]] = {}
         names = [*self._members.on_turn(progress.calls)]
@@ -120,8 +126,7 @@ class Alternation:
                 "give the batch whole"
             )
         states = {name: self._members.seen_by(name, progress) for name in names}
-        with sharing.telling():
-            shared, after = sharing.run(progress, states, batch)
+        shared, after = sharing.run(progress, states, batch)
         return lambda name: shared.given_to(name, batch) if sharing.asks(name) else batch, after
 
     def compute(self, state: State, batch: Any, *, member: str, per_loss: bool = False) -> Half:
@@ -137,7 +142,8 @@ class Alternation:
 
         The member's clock advances. `state.step` does not: it counts calls, in which members take their turns.
         """
-        one, progress = self._one(member), self._members.owned(self._members.start(state))
+        with grad_mode(False):
+            one, progress = self._one(member), self._members.owned(self._members.start(state))
         with self._members.telling(member, state, progress):
             after, metrics = one.apply_gradients(self._members.seen_by(member, progress), half)
         return self._members.ended(state, progress.after(member, after), counted=False), metrics
@@ -188,7 +194,8 @@ class Alternation:
         """
         if not isinstance(state, State):
             raise TypeError(f"adopt(state) takes another State, got {type(state).__name__}")
-        return self._members.adopted(state)
+        with grad_mode(False):
+            return self._members.adopted(state)
 
     @property
     def sharing(self) -> Sharing | None:

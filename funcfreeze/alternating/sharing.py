@@ -27,7 +27,8 @@ from funcfreeze.gradients.graph import NO_LEAF, Graph, gradient_edge, read_graph
 from funcfreeze.gradients.hooks import noticing_hooks
 from funcfreeze.gradients.law import Live
 from funcfreeze.gradients.modes import grad_mode
-from funcfreeze.model.containers import flatten
+from funcfreeze.model.containers import LEAVES, flatten, hidden_tensors
+from funcfreeze.model.memory import memory_of
 from funcfreeze.optim.transform import lines
 from funcfreeze.step import Step
 
@@ -82,9 +83,9 @@ class Sharing:
         """
         routed = {name: _routed(self.steps[name], state) for name, state in states.items()}
         asking = [name for name in states if self.asks(name)]
-        until = [*states].index(asking[-1]) + 1  # who walks has to know what others have updated by then
-        wanted = frozenset[str]().union(*[*routed.values()][:until])
-        paths, params = self.evaluation.plan.paths, self.evaluation.leaves(progress.params)
+        until = [*states][: [*states].index(asking[-1]) + 1]  # who walks has to know what others have updated by then
+        wanted = frozenset[str]().union(*(_differentiable(self.steps[name], states[name]) for name in until))
+        paths, params = self.evaluation.plan.paths, self._params(progress)
         finally_do: list[Callable[[], None]] = []
         buffers = self._buffers(progress, [*states], asking)
         with grad_mode(True):
@@ -93,20 +94,24 @@ class Sharing:
             if not self.evaluation.seen.watched:
                 watch = self.evaluation.watch(progress.params, buffers)
             try:
-                with noticing_hooks() as noticed:
+                with self._telling(), noticing_hooks() as noticed:
                     _, beside = self.evaluation.call(leaves, buffers, batch, finally_do, watch)
             finally:
                 for end in finally_do:
                     end()
         assert beside is not None, "what is shared comes as a metric"
         value = beside.metrics["shared"]
+        _refuse_hidden(value)
         live = {path: leaf for path, leaf in zip(paths, leaves, strict=True) if leaf.requires_grad}
         hooked = noticed.nodes if noticed.all_known else None
         reach = Reach.of(value, live)
         raise_conflicts(reach, routed, asking)
         walkers = [name for name in asking if reach.of_member(routed[name])]
         known = Live({}, frozenset(map(id, live.values())), hooked, False)
-        shared = Shared(value if walkers else _detached(value), live, known, walkers, reach, routed)
+        memories = frozenset(map(memory_of, progress.params.values())) - {None}
+        shared = Shared(value, live, known, walkers, reach, routed, memories)
+        if not walkers:
+            shared.let_go()
         return shared, replace(
             progress,
             params={**progress.params, **beside.written} if beside.written else progress.params,
@@ -114,13 +119,20 @@ class Sharing:
         )
 
     @contextmanager
-    def telling(self) -> Iterator[None]:
+    def _telling(self) -> Iterator[None]:
         """Inside, what is raised is noted to come from what is shared."""
         try:
             yield
         except Exception as error:
             error.add_note(f"raised by what the members of an alternation share: {name_of(self.function)}")
             raise
+
+    def _params(self, progress: Progress) -> list[Tensor]:
+        """The parameters, with copies of those that the function writes to, or may: its graph goes on with these."""
+        if self.evaluation.seen.watched:
+            return self.evaluation.leaves(progress.params)
+        paths, frozen = self.evaluation.plan.paths, self.evaluation.unrouted
+        return [progress.params[path].clone() if path in frozen else progress.params[path] for path in paths]
 
     def _buffers(self, progress: Progress, names: Sequence[str], asking: Sequence[str]) -> Mapping[str, Tensor]:
         """The buffers, with copies of twins that a member moves before another may walk through their values."""
@@ -144,6 +156,7 @@ class Shared:
         walkers: the members that still have to walk through it, in their order.
         reach: which parameters it depends on.
         routed: member -> the parameters that it may update now.
+        memories: of the parameters.
     """
 
     value: Any
@@ -152,15 +165,34 @@ class Shared:
     walkers: list[str]
     reach: Reach
     routed: Mapping[str, AbstractSet[str]]
+    memories: frozenset[int | None]
+
+    def let_go(self) -> None:
+        """Keep the graph no longer."""
+        self.value = self._detached()
+
+    def _detached(self) -> Any:
+        """Without the graph, and without memory of parameters, which members overwrite."""
+        leaves, structure = flatten(self.value)
+        return structure.unflatten(
+            [
+                leaf
+                if not isinstance(leaf, Tensor)
+                else leaf.detach().clone()
+                if memory_of(leaf) in self.memories
+                else leaf.detach()
+                for leaf in leaves
+            ]
+        )
 
     def given_to(self, member: str, batch: Any) -> WithShared:
         """The batch, and what is shared, as one member is given it."""
         value = self.value
         if member not in self.walkers:
-            return WithShared(batch, _detached(value), {}, None)
+            return WithShared(batch, self._detached(), {}, None)
         self.walkers.remove(member)
         if not self.walkers:
-            self.value = _detached(value)
+            self.let_go()
         order = [*self.routed]
         updated = frozenset[str]().union(*(self.routed[name] for name in order[: order.index(member)]))
         leaves = {path: self.leaves[path] for path in self.reach.at if path not in updated}
@@ -275,11 +307,32 @@ def _routed(step: Step, state: State) -> frozenset[str]:
     return frozenset(routing.paths[index] for index in routing.routed)
 
 
+def _differentiable(step: Step, state: State) -> frozenset[str]:
+    """The parameters that require grad in a member's forward at the count of a state."""
+    routing = step.computation.at(state).routing
+    return frozenset(path for path, required in zip(routing.paths, routing.requires_grad, strict=True) if required)
+
+
+def _refuse_hidden(value: Any) -> None:
+    """Refuse tensors with a graph where nobody can exchange them.
+
+    Raises:
+        TypeError: naming the objects.
+    """
+    found = [
+        f"a {type(leaf).__name__} with a tensor in {name}"
+        for leaf in flatten(value)[0]
+        if type(leaf) not in LEAVES
+        for name, tensor in hidden_tensors(leaf)
+        if tensor.requires_grad
+    ]
+    if found:
+        raise TypeError(
+            f"what is shared is tensors, in containers of any kind; got {', '.join(found)}: return the tensors, and "
+            "make the object of them where it is used"
+        )
+
+
 def _as_metric(function: Function, model: Any, batch: Any, **named: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What is shared in the place of a metric: no loss comes with it."""
     return {}, {"shared": function(model, batch, **named)}
-
-
-def _detached(value: Any) -> Any:
-    leaves, structure = flatten(value)
-    return structure.unflatten([leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves])

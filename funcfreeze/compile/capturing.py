@@ -24,7 +24,7 @@ from funcfreeze.compile.private import DynamoConfigured, leave_unguarded
 from funcfreeze.compile.problems import NEEDS_VALUES, Moved, explained, is_the_users, raised_by
 from funcfreeze.compile.program import Program, compile_step
 from funcfreeze.compile.stand_ins import StandIns
-from funcfreeze.compile.through import Through
+from funcfreeze.compile.through import Through, WalksInside
 from funcfreeze.computation.back_door import raise_misuse
 from funcfreeze.computation.computation import Computation
 from funcfreeze.computation.sharing import taken_apart
@@ -33,6 +33,8 @@ from funcfreeze.gradients.returned import exchanged
 from funcfreeze.model.attributes import attributes_kept
 
 _NUMBERS = count(1)
+
+GRAD = torch.autograd.grad
 
 
 @dataclass
@@ -89,7 +91,12 @@ class Capturing:
             try:
                 found, reassigned = self._called(call, batch, through)
             except Exception as error:
-                self._raise(raised_by(error), call, batch)
+                cause = raised_by(error)
+                if isinstance(cause, WalksInside):
+                    raise cause from None
+                self._raise(cause, call, batch)
+            if through is not None:
+                raise_misuse(through.hooked(self._stand_ins.tensors))
         run = _run_of(call)
         metrics = _with_values(found, self._stand_ins)
         buffers = state.overwritten({**run.buffers, **state.unless_skipped(reassigned, run.found)})
@@ -158,6 +165,8 @@ class Capturing:
         call, stand_ins = self._call, self._stand_ins
         assert call is not None, "called outside of a step"
         stand_ins.look_again()
+        if self._computation is not self._eager and any(module.graph.find_nodes(op="call_function", target=GRAD)):
+            raise WalksInside
         forward = read_graph(module, inputs, stand_ins.places)
         expected = Expected(stand_ins, forward.places, inputs)
         placeholders = module.graph.find_nodes(op="placeholder")

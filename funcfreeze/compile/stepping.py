@@ -14,7 +14,7 @@ from torch import Tensor
 from funcfreeze.compile.compiled import Compilation, Run
 from funcfreeze.compile.layout import Listed
 from funcfreeze.compile.options import Options
-from funcfreeze.compile.through import Through
+from funcfreeze.compile.through import Through, WalksInside
 from funcfreeze.compile.updated import CompiledUpdate, refuse_sparse
 from funcfreeze.computation.half import Half
 from funcfreeze.computation.microbatches import Shares
@@ -41,6 +41,7 @@ class CompiledStep:
         computation, donate = updating.computation, updating.donate
         self._whole = Compilation(computation, options, donate)
         self._parts: Compilation | None = None
+        self._for_eager: set[tuple[Any, ...]] = set()
         self._gradients = Compilation(replace(computation, transform=_GIVE_BACK, finite=None), options, donate=False)
         self._update = CompiledUpdate(computation, options, donate)
 
@@ -78,9 +79,13 @@ class CompiledStep:
         computation = self._updating.computation.at(state)
         is_plain = computation.loss_scale is None and not computation.evaluation.functional.parameter_hooks()
         through = Through.of(batch, computation.routing) if is_plain else None
-        if through is None:
+        if through is None or through.key in self._for_eager:
             return None
-        half = self._half(self._gradients, state, batch, through)
+        try:
+            half = self._half(self._gradients, state, batch, through)
+        except WalksInside:
+            self._for_eager.add(through.key)
+            return None
         functional, buffers = computation.evaluation.functional, state.fields[1]
         copies = {path: tensor if path in functional.constants else tensor.clone() for path, tensor in buffers.items()}
         with functional.holding(batch.held(state.params), copies):  # for what is computed once more

@@ -22,6 +22,10 @@ from funcfreeze.gradients.walk import walk
 from funcfreeze.model.containers import Structure, flatten
 
 
+class WalksInside(Exception):
+    """`losses` differentiates by itself: to compiled code what is shared are leaves, and eager code sees the graph."""
+
+
 @dataclass(frozen=True, eq=False)
 class Through:
     """What is shared, as leaves of a compiled half.
@@ -76,6 +80,18 @@ class Through:
                 for leaf in self.leaves
             ]
         )
+
+    def hooked(self, stand_ins: Mapping[str, Tensor]) -> list[str]:
+        """What is wrong with hooks that a call has put on the leaves, which are taken off."""
+        found = [name for name in self.tensors if stand_ins[name]._backward_hooks]
+        for name in found:
+            stand_ins[name]._backward_hooks = None
+        if not found:
+            return []
+        return [
+            "`losses` registers a hook on what is shared, which a compiled member cannot follow: register it in the "
+            "function that is shared, or build the alternation with compile=False"
+        ]
 
     def walked(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The gradients at parameters, of what comes past the shared graph and what comes through it."""

@@ -22,8 +22,11 @@ def shown(evaluation: Evaluation, state: State, targets: Names) -> tuple[Mapping
     """The state's parameters and buffers, with targets in the place of what they are of.
 
     Raises:
+        TypeError: neither a name nor names.
         ValueError: there is no such target, or two of them are of one part.
     """
+    if not isinstance(targets, str | list | tuple | None):
+        raise TypeError(f"targets is the name of a target, or a list of names; got {targets!r}")
     names = [targets] if isinstance(targets, str) else targets or ()
     averages = evaluation.targets.in_place_of(names, state.fields[1])
     if not averages:

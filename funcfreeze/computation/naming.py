@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
@@ -39,7 +40,7 @@ class Asked:
     @staticmethod
     def by(function: Callable[..., object]) -> Asked:
         """What the parameters after the first two say: those two are model and batch, however they are called."""
-        called = function.forward if isinstance(function, nn.Module) else function  # which __call__ does not name
+        called = _forward_of(function)
         try:
             parameters = [*inspect.signature(called).parameters.values()]
         except (TypeError, ValueError):  # written in C, without a signature
@@ -61,3 +62,10 @@ class Asked:
         for name in self.needed:
             if name not in given:
                 yield f"`losses` names {name!r}: {_SOURCES[name]}"
+
+
+def _forward_of(function: Callable[..., object]) -> Callable[..., object]:
+    """What names the parameters: a module's `__call__` does not."""
+    if isinstance(function, partial):
+        return partial(_forward_of(function.func), *function.args, **function.keywords)
+    return function.forward if isinstance(function, nn.Module) else function

@@ -86,8 +86,11 @@ def _apart(start: Mapping[str, Tensor], mine: Mapping[str, Tensor], theirs: Mapp
     def wide(tensor: Tensor) -> Tensor:
         return tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64)
 
+    if any(mine[path].shape != theirs[path].shape for path in theirs):
+        return math.inf
     apart = _norm(wide(mine[path]) - wide(theirs[path]) for path in theirs)
-    moved = _norm(wide(theirs[path]) - wide(start[path]) for path in theirs)
+    alike = [path for path in theirs if theirs[path].shape == start[path].shape]
+    moved = _norm(wide(theirs[path]) - wide(start[path]) for path in alike)
     if apart == 0:
         return 0.0
     floating = [tensor.dtype for tensor in theirs.values() if tensor.is_floating_point() or tensor.is_complex()]

@@ -579,3 +579,179 @@ def test_statistics_that_a_member_freezes_are_frozen_in_what_is_shared(options):
     assert torch.equal(state.buffers["gen.1.running_mean"], torch.zeros(4))
     assert model["gen"][1].training
     assert ff.verify(step, state, torch.randn(5, 3)).ok
+
+
+def inner_nets():
+    return {"enc": nn.Linear(3, 3), "h": nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1))}
+
+
+def two_places(model, batch):
+    w = model["enc"](batch).tanh()
+    return {"w": w, "y": model["h"](w)}
+
+
+def path_length(model, batch, *, shared):
+    outside = shared["y"].sum() + shared["w"].square().sum()
+    (g,) = torch.autograd.grad(outside, shared["w"], create_graph=True)
+    return {"loss": g.square().mean()}
+
+
+def adaptive_weight(model, batch, *, shared):
+    rec = shared["y"].square().mean() + model["enc"].weight.square().mean()
+    (g,) = torch.autograd.grad(rec, model["enc"].weight, retain_graph=True)
+    return {"loss": rec * g.norm().detach()}
+
+
+def functional_gradient(model, batch, *, shared):
+    g = torch.func.grad(lambda w: model["h"](w).sum())(shared["w"])
+    return {"loss": g.square().mean() + shared["y"].mean()}
+
+
+@pytest.mark.parametrize("losses", [path_length, adaptive_weight, functional_gradient])
+@pytest.mark.parametrize("options", [{}, {"compile": GRAPH}])
+def test_gradients_inside_of_losses_at_what_is_shared(losses, options):
+    """One place of it is above the other, which only the real graph knows."""
+    model = inner_nets()
+    start = copy.deepcopy(model)
+    step = ff.alternate(
+        {"one": ff.Step(model, losses, {"loss": ["enc", "h"]}, optimizer=ff.optim.sgd(0.1))},
+        shared=two_places,
+        **options,
+    )
+    batches = [torch.randn(5, 3) for _ in range(3)]
+    state, _ = run(step, batches)
+    plain = copy.deepcopy(start)
+    parameters = [*nn.ModuleDict(plain).parameters()]
+    for batch in batches:
+        loss = losses(plain, batch, shared=two_places(plain, batch))["loss"]
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter -= 0.1 * (0 if gradient is None else gradient)
+    assert_moved_alike(state, plain, start)
+
+
+def test_hooks_on_what_is_shared():
+    def losses(model, batch, *, shared):
+        shared["w"].register_hook(lambda gradient: 3 * gradient)
+        return {"loss": model["h"](shared["w"]).square().mean()}
+
+    model = inner_nets()
+    start = copy.deepcopy(model)
+    member = ff.Step(model, losses, {"loss": ["enc", "h"]}, optimizer=ff.optim.sgd(0.1))
+    batch, plain = torch.randn(5, 3), copy.deepcopy(start)
+    eager = ff.alternate({"one": member}, shared=two_places)
+    state, _ = eager(eager.init(), batch)
+    losses(plain, batch, shared=two_places(plain, batch))["loss"].backward()
+    with torch.no_grad():
+        for parameter in nn.ModuleDict(plain).parameters():
+            parameter -= 0.1 * parameter.grad
+    assert_moved_alike(state, plain, start)
+    compiled = ff.alternate({"one": member}, shared=two_places, compile=GRAPH)
+    with pytest.raises(RuntimeError, match="a hook on what is shared, which a compiled member cannot follow: register"):
+        compiled(compiled.init(), batch)
+
+
+@pytest.mark.parametrize("options", [{}, {"donate": False}, {"compile": GRAPH}])
+def test_what_is_shared_moves_an_encoder_and_goes_through_it(options):
+    model = {"q": nn.Linear(3, 3), "k": nn.Linear(3, 3)}
+    start = copy.deepcopy(model)
+
+    def made(model, batch):
+        with torch.no_grad():
+            for one, other in zip(model["k"].parameters(), model["q"].parameters(), strict=True):
+                one.lerp_(other, 0.5)
+        return model["k"](model["q"](batch))
+
+    step = ff.alternate(
+        {
+            "q": ff.Step(
+                model,
+                lambda m, b, *, shared: {"loss": shared.square().mean()},
+                {"loss": "q"},
+                optimizer=ff.optim.sgd(0.1),
+            )
+        },
+        shared=made,
+        **options,
+    )
+    batches = [torch.randn(5, 3) for _ in range(3)]
+    state, _ = run(step, batches)
+    plain = copy.deepcopy(start)
+    plain["k"].requires_grad_(False)
+    for batch in batches:
+        own = [*plain["q"].parameters()]
+        gradients = torch.autograd.grad(made(plain, batch).square().mean(), own)
+        with torch.no_grad():
+            for parameter, gradient in zip(own, gradients, strict=True):
+                parameter -= 0.1 * gradient
+    assert_moved_alike(state, plain, start)
+
+
+@pytest.mark.parametrize("options", [{}, {"compile": GRAPH}])
+def test_tensors_in_an_object_that_is_no_container(options):
+    model = inner_nets()
+    step = ff.alternate(
+        {
+            "one": ff.Step(
+                model,
+                lambda m, b, *, shared: {"loss": m["h"](shared.loc).mean()},
+                {"loss": ["enc", "h"]},
+                optimizer=ff.optim.sgd(0.1),
+            )
+        },
+        shared=lambda m, b: torch.distributions.Normal(m["enc"](b), 1.0),
+        **options,
+    )
+    with pytest.raises(
+        TypeError, match=r"what is shared is tensors, in containers of any kind; got a Normal with a .*\.loc"
+    ):
+        step(step.init(), torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("options", [{}, {"donate": False}, {"compile": GRAPH}])
+def test_a_parameter_that_is_shared_is_as_it_was(options):
+    """Its memory is overwritten by then."""
+    model = {"emb": nn.Linear(3, 3, bias=False), "head": nn.Linear(3, 3, bias=False)}
+    start = model["emb"].weight.detach().clone()
+    sgd = ff.optim.sgd(0.1)
+    step = ff.alternate(
+        {
+            "emb": ff.Step(model, lambda m, b: {"l": m["emb"](b).mean()}, {"l": "emb"}, optimizer=sgd),
+            "head": ff.Step(
+                model,
+                lambda m, b, *, shared: ({"l": (m["head"](b) @ shared).mean()}, {"seen": shared}),
+                {"l": "head"},
+                optimizer=sgd,
+            ),
+        },
+        shared=lambda m, b: m["emb"].weight,
+        **options,
+    )
+    state, metrics = step(step.init(), torch.randn(4, 3))
+    assert torch.equal(metrics["head"]["seen"], start)
+    assert not torch.equal(state.params["emb.weight"], start)
+
+
+@pytest.mark.parametrize("options", [{}, {"compile": GRAPH}])
+def test_inference_mode_around_it(options):
+    step, (first, second) = alternation(dcgan(), **options), images(2)
+    with torch.inference_mode():
+        state, _ = step(step.init(), first)
+    state, _ = step(state, second)
+    assert int(state.step) == 2
+
+
+def test_a_parameter_at_which_losses_differentiate():
+    model = inner_nets()
+
+    def losses(model, batch, *, shared):
+        (g,) = torch.autograd.grad(shared["y"].sum(), model["h"][0].weight, create_graph=True)
+        return {"loss": g.square().mean()}
+
+    one = ff.Step(model, losses, {"loss": "enc"}, optimizer=ff.optim.sgd(0.1), differentiable="h.0.weight")
+    step = ff.alternate({"one": one}, shared=two_places)
+    state, batch = step.init(), torch.randn(5, 3)
+    gradients = step.gradients(state, batch, member="one")
+    losses(model, batch, shared=two_places(model, batch))["loss"].backward()
+    torch.testing.assert_close(gradients["enc.weight"], model["enc"].weight.grad)
