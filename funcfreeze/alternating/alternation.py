@@ -16,7 +16,7 @@ from funcfreeze.computation.adoption import Adoption
 from funcfreeze.computation.beginning import begin
 from funcfreeze.computation.half import Half
 from funcfreeze.computation.microbatches import Microbatches
-from funcfreeze.computation.state import State
+from funcfreeze.computation.state import State, known_count, lease_of, make_state
 from funcfreeze.declare.plans import Plans
 from funcfreeze.gradients.modes import grad_mode
 from funcfreeze.model.attributes import attributes_kept
@@ -219,7 +219,11 @@ class Alternation:
 
     def seen_by(self, member: str, state: State) -> State:
         """What a member sees of a state: the state of a lone `Step`, with the same tensors."""
-        return self._members.seen_by(member, self._members.start(state))
+        seen, specification = (
+            self._members.seen_by(member, self._members.start(state)),
+            self.members[member].specification,
+        )
+        return make_state(specification.named(seen.fields), lease_of(seen), specification, count=known_count(seen))
 
     def _one(self, member: str) -> Step:
         self._known((member,))

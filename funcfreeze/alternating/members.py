@@ -190,11 +190,10 @@ class Members:
         return replace(after, buffers=before.buffers, listings=listings), undo
 
     def seen_by(self, name: str, progress: Progress) -> State:
-        """What a member sees of the state."""
-        specification = self.steps[name].specification
+        """What a member sees of the state, the tensors of targets among its buffers, as it computes with them."""
         own = progress.params, progress.buffers, progress.optimizers[name], progress.clocks[name]
         listed, count = progress.listings.get(name), progress.counts.get(name)
-        return make_state(specification.named(own), progress.lease, specification, listed, count)
+        return make_state(own, progress.lease, self.steps[name].specification, listed, count)
 
     def fields(self, progress: Progress, step: Tensor) -> Whole:
         """The fields of the alternation's state.

@@ -78,12 +78,13 @@ class State:
     AttributeError: a State is frozen; make another with state.replace(step=...)
     """
 
-    __slots__ = ("_count", "_fields", "_fits", "_lease", "_listed")
+    __slots__ = ("_beside", "_count", "_fields", "_fits", "_lease", "_listed")
     _fields: Whole
     _lease: Lease
     _fits: object
     _listed: object
     _count: int | None
+    _beside: Mapping[str, Tensor] | None
 
     def __init__(
         self,
@@ -132,7 +133,12 @@ class State:
     def fields(self) -> Fields:
         """`params`, `buffers`, `optimizer` and `step`; the tensors of targets are among the buffers (see `in_twin`)."""
         params, buffers, optimizer, step, targets, _ = self._live
-        return params, {**buffers, **by_path(targets)} if targets else buffers, optimizer, step
+        if targets:
+            if self._beside is None:
+                object.__setattr__(self, "_beside", {**buffers, **by_path(targets)})
+            assert self._beside is not None
+            buffers = self._beside
+        return params, buffers, optimizer, step
 
     @property
     def _live(self) -> Whole:
@@ -220,6 +226,7 @@ def _fill(
     object.__setattr__(state, "_fits", fits)
     object.__setattr__(state, "_listed", listed)
     object.__setattr__(state, "_count", count)
+    object.__setattr__(state, "_beside", None)
 
 
 def make_state(

@@ -16,7 +16,7 @@ from funcfreeze.computation.finite import lost
 from funcfreeze.computation.half import Half
 from funcfreeze.computation.renewal import refuse_other_state, renewed
 from funcfreeze.computation.specification import Specification
-from funcfreeze.computation.state import Fields, Lease, State, by_path, count_of, known_count, lease_of, make_state
+from funcfreeze.computation.state import Fields, Lease, State, count_of, known_count, lease_of, make_state
 from funcfreeze.computation.targets import Moves, following_buffers, move, moved_by
 from funcfreeze.declare.names import is_own
 from funcfreeze.declare.selectors import closest
@@ -98,7 +98,7 @@ class Updating:
         constants = self.computation.evaluation.functional.constants
         if not constants:
             return {}
-        tensors, moved = by_path(state.targets), moved_by(moves)
+        tensors, moved = state.fields[1], moved_by(moves)
         copied = moved & lease_of(state).borrowed if self.donate else moved
         return {path: tensors[path].clone() if path in copied else tensors[path] for path in constants}
 
@@ -115,7 +115,7 @@ class Updating:
         """What `losses` returned beside the losses, apart from what the next update overwrites."""
         if not half.metrics:
             return {}
-        overwritten = state.params, by_path(state.targets), half.buffers, half.written
+        overwritten = state.params, state.fields[1], half.buffers, half.written
         return not_sharing(half.metrics, [tensor for tensors in overwritten for tensor in tensors.values()])
 
     def apart(self, state: State, half: Half) -> Half:
