@@ -8,13 +8,12 @@ from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, repeat
-from operator import attrgetter, getitem, is_
-from typing import Any
+from operator import attrgetter, is_
 
 import torch
 from torch import Tensor, nn
 
+from funcfreeze.model.census import Census
 from funcfreeze.model.memory import memories_of, memory_of
 from funcfreeze.model.sites import Site, grouped, present
 
@@ -49,16 +48,6 @@ def constant_problem(path: str) -> str:
     )
 
 
-Held = tuple[int, int, tuple[nn.Module | None, ...]]
-"""What a module holds at a time: how many parameters and buffers, None among them, and its submodules."""
-
-
-def held_by(module: nn.Module) -> Held:
-    """What the module holds now."""
-    own = module.__dict__
-    return len(own["_parameters"]), len(own["_buffers"]), tuple(own["_modules"].values())
-
-
 @dataclass(frozen=True)
 class Left:
     """What a call left in the module.
@@ -86,9 +75,7 @@ class FunctionalModule:
         parameters: path -> sites.
         buffers: path -> sites, those of twins too.
         constants: path -> sites of the twins' parameters.
-        modules: all parts of the module and of its twins.
-        held: what each of these held when the sites were noted.
-        empty: places for a parameter or a buffer in which there was None.
+        census: what all parts of the module and of its twins held when the sites were noted.
     """
 
     module: nn.Module
@@ -96,9 +83,7 @@ class FunctionalModule:
     parameters: Mapping[str, tuple[Site, ...]]
     buffers: Mapping[str, tuple[Site, ...]]
     constants: Mapping[str, tuple[Site, ...]]
-    modules: tuple[nn.Module, ...]
-    held: tuple[Held, ...]
-    empty: tuple[tuple[nn.Module, str, str], ...]
+    census: Census
 
     @staticmethod
     def of(module: nn.Module, twins: Mapping[str, nn.Module] | None = None) -> FunctionalModule:
@@ -114,16 +99,13 @@ class FunctionalModule:
             {names[0]: sites for names, sites in grouped(module, "_parameters")},
             {names[0]: sites for names, sites in grouped(module, "_buffers")} | beside[0],
             beside[1],
-            modules := tuple(part for whole in (module, *twins.values()) for part in whole.modules()),
-            tuple(map(held_by, modules)),
-            tuple(
-                (inner, store, name)
-                for inner in modules
-                for store in ("_parameters", "_buffers")
-                for name, tensor in inner.__dict__[store].items()
-                if tensor is None
-            ),
+            Census.of([("", module), *((in_twin(name, ""), twin) for name, twin in twins.items())]),
         )
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All parts of the module and of its twins."""
+        return self.census.modules
 
     def present_parameters(self) -> dict[str, Tensor]:
         """The parameters in the module now, by path."""
@@ -333,56 +315,9 @@ class FunctionalModule:
                 yield f"the forward removed buffer {path} or set it to None; give it a value instead, zeros for example"
         yield from self.problems_with_new_ones()
 
-    def _hold_as_many(self) -> bool:
-        """Whether all parts hold what they held when the sites were noted: quicker than asking one after another."""
-        numbers, parts = self._noted
-        stores = [[*map(getitem, self._own, repeat(store))] for store in ("_parameters", "_buffers", "_modules")]
-        found = [*chain.from_iterable(map(dict.values, stores[2]))]
-        return (
-            numbers == [*map(len, stores[0]), *map(len, stores[1])]
-            and len(found) == len(parts)
-            and all(map(is_, found, parts))
-        )
-
-    @cached_property
-    def _own(self) -> list[dict[str, Any]]:
-        return [*map(vars, self.modules)]
-
-    @cached_property
-    def _noted(self) -> tuple[list[int], list[nn.Module | None]]:
-        """What the parts held: how many parameters, and then buffers, and their parts."""
-        numbers = [held[0] for held in self.held] + [held[1] for held in self.held]
-        return numbers, [part for held in self.held for part in held[2]]
-
-    def _changed_parts(self) -> Iterator[str]:
-        """Parts that have other parts than when the sites were noted, which twins do not follow."""
-        before = dict(zip(map(id, self.modules), self.held, strict=True))
-        for path, part in self.module.named_modules():
-            if id(part) in before and held_by(part)[2] != before[id(part)][2]:
-                yield (
-                    f"{path or 'the model'} has other parts than when the Step was built, and a twin is copied then: "
-                    "build the Step after the model is complete"
-                )
-
     def problems_with_new_ones(self) -> Iterator[str]:
         """Parameters and buffers that the module holds by now, and did not when its sites were noted."""
-        empty = all(module.__dict__[store].get(name) is None for module, store, name in self.empty)
-        if empty and self._hold_as_many():
-            return
-        if self.twins:
-            yield from self._changed_parts()
-        of_parameters = {**self.parameters, **self.constants}
-        for noun, store, known in (("parameter", "_parameters", of_parameters), ("buffer", "_buffers", self.buffers)):
-            sites = {(id(module), name) for held in known.values() for module, name in held}
-            wholes = [("", self.module), *((in_twin(name, ""), twin) for name, twin in self.twins.items())]
-            parts = ((f"{before}{path}", part) for before, whole in wholes for path, part in whole.named_modules())
-            for prefix, module in parts:
-                for name, tensor in module.__dict__[store].items():
-                    if tensor is not None and (id(module), name) not in sites:
-                        yield (
-                            f"the forward made a {noun}, {f'{prefix}.{name}' if prefix else name}, that was not there, "
-                            "or None, when the Step was built; run one batch through the model first"
-                        )
+        return self.census.problems()
 
 
 def _with_attributes_of(own: Tensor, given: Tensor) -> Tensor:
