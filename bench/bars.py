@@ -150,8 +150,8 @@ def measure(rounds: int) -> dict[str, Measures]:
         "combine, adversarial MLP, signed weights": doors(workloads.adversarial(), rounds),
         "combine, adversarial MLP, 3 losses": doors(workloads.confusion(), rounds),
         "combine, 16 losses on one trunk": doors(heads, rounds),
-        "combine, ResNet-18": doors(workloads.make("resnet"), max(4, rounds // 3)),
-        "combine, actor-critic": doors(workloads.make("actor-critic"), rounds),
+        "combine, ResNet-18": doors(workloads.resnet(), max(4, rounds // 3)),
+        "combine, actor-critic": doors(workloads.actor_critic(), rounds),
         "overhead of a compiled step": {
             f"microseconds, {name}, {count} parameters, {what}": taken
             for name, make in (("sgd", ff.optim.sgd), ("adam", ff.optim.adam))
