@@ -30,12 +30,15 @@ __all__ = [
     "Workload",
     "actor_critic",
     "adversarial",
+    "byol",
     "confusion",
     "make",
     "many_heads",
     "mlp",
     "resnet",
+    "sac",
     "transformer",
+    "wgan_gp",
 ]
 
 SCALES = ("small", "large")
