@@ -10,6 +10,7 @@ from funcfreeze.computation.half import Half as Half
 from funcfreeze.computation.loss_scale import LossScale as LossScale
 from funcfreeze.computation.microbatches import Microbatches as Microbatches
 from funcfreeze.computation.state import State as State
+from funcfreeze.declare.ema import ema as ema
 from funcfreeze.declare.plan import Plan as Plan
 from funcfreeze.declare.routes import Route as Route
 from funcfreeze.declare.selectors import RouteError as RouteError

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from funcfreeze.compile import CompiledStep, resolve
 from funcfreeze.compile.halves import Halves
+from funcfreeze.computation.acting import Names, call_with, shown
 from funcfreeze.computation.adoption import Adoption
 from funcfreeze.computation.arguments import check_arguments
-from funcfreeze.computation.back_door import refuse_writes
 from funcfreeze.computation.beginning import begin, beside, take_over
 from funcfreeze.computation.computation import Computation
 from funcfreeze.computation.evaluation import Evaluation, Losses
@@ -21,18 +21,22 @@ from funcfreeze.computation.finite import Finite
 from funcfreeze.computation.half import Half
 from funcfreeze.computation.loss_scale import LossScale, scaled
 from funcfreeze.computation.microbatches import Count, Splitting
+from funcfreeze.computation.naming import Asked
+from funcfreeze.computation.sharing import is_live
 from funcfreeze.computation.specification import Specification, check_fits
 from funcfreeze.computation.state import State, lease_of
 from funcfreeze.computation.statistics import FrozenNorms
+from funcfreeze.computation.targets import Target, Targets
 from funcfreeze.computation.updating import Updating
+from funcfreeze.declare.ema import Ema
 from funcfreeze.declare.names import own_name_problems
 from funcfreeze.declare.plan import Plan, chosen, raise_problems, resolve_plan
 from funcfreeze.declare.routes import Selection
 from funcfreeze.gradients import Timetable, find_engine
 from funcfreeze.gradients.modes import grad_mode
 from funcfreeze.model.acceptance import as_module, refuse_unusable
-from funcfreeze.model.attributes import attributes_kept, flags_kept
-from funcfreeze.model.functional import FunctionalModule, marks_of
+from funcfreeze.model.attributes import attributes_kept
+from funcfreeze.model.functional import FunctionalModule
 from funcfreeze.model.mapping import Model
 from funcfreeze.model.sites import module_leaves
 from funcfreeze.model.ties import tied
@@ -49,7 +53,7 @@ class Step:
             tensors; the step computes with the state's.
         losses: `losses(model, batch)`, called once per step, returns a mapping loss name -> 0-d floating tensor (None:
             absent this step; a number, or a tensor that does not require grad, is an error), or a pair of that and a
-            mapping of metrics.
+            mapping of metrics. Is given `targets` by keyword, if it names that.
         routes: loss name -> which parameters it may update (see `Route`), or a `Plan`.
         optimizer: a `Transform` such as `optim.adamw(1e-3)`.
         differentiable: a selector, or a list of them: parameters that no loss may update and that `losses` itself
@@ -69,6 +73,8 @@ class Step:
             as they are returned, are free of it; hooks see it.
         frozen_statistics: a selector of modules, or a list: every norm in them that keeps running statistics is in eval
             mode while `losses` runs, whatever `train()` says (`losses` itself leaves these flags alone).
+        targets: name -> `ema(...)`: averaged twins of parts of the model, which `losses(model, batch, *, targets)`
+            finds by name, and which move after the step's update (see `ema`).
         on_nonfinite: "skip" leaves parameters, optimizer and buffers bit-identical where a loss or a gradient is not
             finite, without waiting for the device; "raise" does, waits, and raises (see `Finite`); "ignore" goes on.
 
@@ -110,6 +116,7 @@ class Step:
     microbatches: int | None
     counts: Mapping[str, Count] | None
     frozen_statistics: Selection | None
+    targets: Mapping[str, Ema | Target] | None
     on_nonfinite: str
     plan: Plan
     computation: Computation
@@ -134,6 +141,7 @@ class Step:
         microbatches: int | None = None,
         counts: Mapping[str, Count] | None = None,
         frozen_statistics: Selection | None = None,
+        targets: Mapping[str, Ema | Target] | None = None,
         on_nonfinite: str = "ignore",
     ) -> None:
         computing = find_engine(engine)
@@ -145,20 +153,17 @@ class Step:
         plan = resolve_plan(routes, leaves)
         raise_problems([*own_name_problems("loss", plan.losses)])
         norms = FrozenNorms.of(module, frozen_statistics, plan.frozen_statistics)
-        plan = replace(plan, frozen_statistics=norms.declared)
+        twins = Targets.of(targets, module, plan.targets, plan.paths)
+        plan = replace(plan, frozen_statistics=norms.declared, targets=twins.declared)
         transform = optimizer if optimizer.bind is None else optimizer.bind(leaves)
-        if finite is not None or loss_scale is not None:
-            transform = skippable(transform)
-        transform = scaled(transform, loss_scale)
+        transform = scaled(transform if finite is None else skippable(transform), loss_scale)
         timetable = Timetable(plan, chosen(differentiable, leaves, "differentiable"))
-        functional = FunctionalModule.of(module)
+        functional = FunctionalModule.of(module, twins.modules)
         functional.refuse_accumulation_hooks()
-        options = resolve(compile if engine == "routed" or compile is not None else False, module.parameters())
-        if options is not None and engine != "routed":
-            raise ValueError(f"only the routed engine is compiled; use compile=False with engine={engine!r}")
-        evaluation = Evaluation(functional, losses, plan, norms)
+        options = resolve(compile, module.parameters(), engine)
+        evaluation = Evaluation(functional, losses, plan, norms, twins, Asked.by(losses))
         computation = Computation(evaluation, timetable, computing, transform, loss_scale, finite)
-        specification = Specification.of(functional, plan, transform)
+        specification = Specification.of(evaluation, transform)
         updating = Updating(computation, specification, donate)
         device = functional.present_parameters()[plan.routed[0]].device
         splitting = Splitting.of(microbatches, counts, plan.losses, device)
@@ -175,6 +180,7 @@ class Step:
             microbatches=microbatches,
             counts=counts,
             frozen_statistics=frozen_statistics,
+            targets=targets,
             on_nonfinite=on_nonfinite,
             plan=plan,
             computation=computation,
@@ -187,7 +193,10 @@ class Step:
 
     def remade(self, **changes: Any) -> Step:
         """The same step with some of its arguments exchanged."""
-        given = {name: getattr(self, name) for name in ("model", "optimizer", *_OPTIONS)} | changes
+        twins = self.computation.evaluation.targets
+        targets = twins.over(as_module(changes["model"])) if "model" in changes else twins.by_name
+        own = {name: getattr(self, name) for name in ("model", "optimizer", *_OPTIONS)}
+        given = {**own, "targets": targets or None, **changes}
         return Step(losses=self.losses, routes=self.plan, **given)
 
     def __repr__(self) -> str:
@@ -213,6 +222,7 @@ class Step:
             ValueError: the running optimizer is not the Step's: tells all options that differ (a rate that is a
                 schedule is compared at `step`) and all parameters that only one of the two has.
         """
+        self.computation.evaluation.refuse_unmet()
         return begin(self.computation, self.specification, copy, optimizer, step)
 
     def __call__(self, state: State, batch: Any) -> tuple[State, dict[str, Any]]:
@@ -241,7 +251,7 @@ class Step:
         """
         state = check_fits(state, self.specification)
         lease_of(state).gradients = ()
-        if self.compiled is not None and not self.splitting.splits(batch):
+        if self.compiled is not None and not self.splitting.splits(batch) and not is_live(batch):
             return self.compiled.step(state, batch)
         half = self._halves.half(state, batch)
         return self._update(state, half)
@@ -299,40 +309,35 @@ class Step:
         ones would be lost. Always computed eagerly, also by a compiled step.
         """
         state = check_fits(state, self.specification)
-        with self.functional.alone, attributes_kept(self.module):
+        with self.functional.alone, attributes_kept(self.functional.modules):
             gradients = self._halves.eager(state, batch).gradients
         return tied(dict(gradients), self.specification.tied_params)
 
     def per_loss_gradients(self, state: State, batch: Any) -> dict[str, dict[str, Tensor]]:
         """Each loss's gradients by path, weights applied; summed over the losses they are `gradients`."""
         state = check_fits(state, self.specification)
-        with self.functional.alone, attributes_kept(self.module):
+        with self.functional.alone, attributes_kept(self.functional.modules):
             apart = self._halves.eager(state, batch, per_loss=True).per_loss
         return {loss: tied(dict(row), self.specification.tied_params) for loss, row in apart.items()}
 
-    def call(self, state: State, f: Callable[..., Any], *args: Any) -> Any:
+    def call(self, state: State, f: Callable[..., Any], *args: Any, targets: Names = None) -> Any:
         """`f(model, *args)` with the state's tensors in the model: evaluation, acting, sampling.
+
+        With the name of a target, or several, their averages are in the place of what they are of.
 
         No gradients are recorded. Nothing changes: buffers and train/eval flags are as before afterwards, and `f` may
         only read parameters (an error, where torch counts the write; one through `.data` goes unseen). What `f` returns
         may share memory with the state, which a later donating step overwrites: clone what must last.
         """
-        check_fits(state, self.specification)
-        buffers = {path: tensor.clone() for path, tensor in state.buffers.items()}
-        leaves = self.computation.evaluation.leaves(state.params)
-        params = {path: leaf.detach() for path, leaf in zip(self.plan.paths, leaves, strict=True)}
-        with torch.no_grad(), self.functional.holding(params, buffers), flags_kept(self.module):
-            marks = marks_of(params)
-            result = f(self.module, *args)
-            refuse_writes(params, marks, self.computation.evaluation.seen.written)
-            self.functional.left(params, marks, self.computation.evaluation.seen.written)
-        return result
+        state = check_fits(state, self.specification)
+        return call_with(self.computation.evaluation, state, f, args, targets)
 
-    def export(self, state: State, *, optimizer: torch.optim.Optimizer | None = None) -> Model:
+    def export(self, state: State, *, optimizer: torch.optim.Optimizer | None = None, targets: Names = None) -> Model:
         """Write the state's parameters and buffers into the model, and return it. The state stays usable.
 
         Args:
             state: what is written; read, and not kept.
+            targets: the name of a target, or several: their averages are written in the place of what they are of.
             optimizer: an optimizer of torch.optim over this model's parameters, which takes over the optimizer's state,
                 and rates that are schedules as they are at this step. A loss scale is not taken over. A scheduler of
                 torch goes on from where it is: step it beside every step that is taken here.
@@ -341,12 +346,13 @@ class Step:
             ValueError: the optimizer is not the Step's (see `init`); nothing is written then.
         """
         state = check_fits(state, self.specification)
+        written = shown(self.computation.evaluation, state, targets)
         if optimizer is not None:
             goes_on_with = beside(optimizer, self.computation).given_back(
                 self.specification.optimizer, state.optimizer, int(state.step)
             )
             optimizer.load_state_dict(goes_on_with)
-        self.functional.write(state.params, state.buffers)
+        self.functional.write(*written)
         return self.model
 
     def adopt(self, state: State) -> tuple[State, Adoption]:
@@ -364,9 +370,7 @@ class Step:
             RuntimeError: the state is spent.
             ValueError: it has nothing in common with this step.
         """
-        if not isinstance(state, State):
-            raise TypeError(f"adopt(state) takes another Step's State, got {type(state).__name__}")
-        return take_over(state, self.init(), self.computation, self.specification)
+        return take_over(state, self.computation, self.specification)
 
     def _update(self, state: State, half: Half) -> tuple[State, dict[str, Any]]:
         with grad_mode(False):
@@ -393,5 +397,5 @@ class Step:
         return self.functional.module
 
 
-_OPTIONS = "engine compile donate loss_scale differentiable microbatches counts on_nonfinite".split()  # noqa: SIM905
+_OPTIONS = ("engine", "compile", "donate", "loss_scale", "differentiable", "microbatches", "counts", "on_nonfinite")
 """What a step takes by keyword, but for its optimizer and what its plan says."""

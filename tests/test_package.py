@@ -98,6 +98,7 @@ def test_the_public_surface():
         "apply_updates",
         "backward",
         "combine",
+        "ema",
         "grad",
         "grad_and_value",
         "kind",

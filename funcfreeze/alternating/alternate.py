@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from funcfreeze.alternating.alternation import Alternation, Compile
 from funcfreeze.alternating.members import Members
+from funcfreeze.alternating.sharing import Function, Sharing
+from funcfreeze.computation.evaluation import Evaluation
+from funcfreeze.computation.naming import Asked
+from funcfreeze.computation.targets import Target
 from funcfreeze.declare.plans import Plans
 from funcfreeze.declare.timing import ALWAYS, Timing, as_count, timing_problems
 from funcfreeze.model.mapping import Model
@@ -21,6 +26,7 @@ def alternate(
     start: Mapping[str, int] | None = None,
     stop: Mapping[str, int | None] | None = None,
     compile: Compile = None,
+    shared: Function | None = None,
     donate: bool = True,
     engine: str = "routed",
 ) -> Alternation:
@@ -37,7 +43,11 @@ def alternate(
             `range(start, stop, every)`.
         start: name -> the call at which it runs first, from 0.
         stop: name -> the call from which on it runs no more.
-        compile: as in `Step`, for every member.
+        shared: `shared(model, batch)`, run once a call before the first member, on the parameters that the call began
+            with. What it returns is given to all losses that name `shared`. Members that are routed into it
+            differentiate through its graph, others find it detached.
+        compile: as in `Step`, for every member. What is shared, and the backward of members that walk through it, are
+            eager.
         donate: as in `Step`.
         engine: as in `Step`, for every member.
 
@@ -71,9 +81,13 @@ def alternate(
     _refuse_other_models(members)
     if not isinstance(donate, bool):
         raise TypeError(f"donate is True or False, got {donate!r}")
-    own = {name: member.remade(engine=engine, compile=compile, donate=donate) for name, member in members.items()}
+    run = {"engine": engine, "compile": compile, "donate": donate}
+    twins = _targets(members)
+    own = {name: member.remade(targets=_seen_by(name, twins), **run) for name, member in members.items()}
+    _refuse_unmet(own, shared, engine)
     plans = Plans({name: member.plan for name, member in own.items()}, turns)
-    return Alternation(own, plans, engine, compile, donate, Members(own, turns, donate))
+    sharing = None if shared is None else Sharing.of(shared, own, plans)
+    return Alternation(own, plans, engine, compile, donate, Members(own, turns, donate), sharing)
 
 
 def _turns(members: object, **given: object) -> dict[str, Timing]:
@@ -105,6 +119,60 @@ def _turns(members: object, **given: object) -> dict[str, Timing]:
     if wrong:
         raise ValueError(lines("the members' turns:", wrong))
     return {name: Timing(**numbers) for name, numbers in given_to.items()}
+
+
+def _targets(members: Mapping[str, Step]) -> dict[str, tuple[str, Target]]:
+    """Target -> the member that moves it, and the target."""
+    found: dict[str, tuple[str, Target]] = {}
+    problems = []
+    for member, step in members.items():
+        own = step.computation.evaluation.targets.by_name
+        for name, target in ((name, target) for name, target in own.items() if target.moves):
+            if name in found:
+                problems.append(
+                    f"target {name!r}: {found[name][0]} and {member} both declare it; all members see what one declares"
+                )
+            found[name] = member, target
+    if problems:
+        raise ValueError(lines("a target moves after the update of one member:", problems))
+    return found
+
+
+def _seen_by(member: str, twins: Mapping[str, tuple[str, Target]]) -> dict[str, Target]:
+    """All targets, as one member has them."""
+    return {name: replace(target, moves=owner == member) for name, (owner, target) in twins.items()}
+
+
+def _refuse_unmet(members: Mapping[str, Step], shared: object, engine: str) -> None:
+    """Refuse losses that ask for what there is not, and something shared that nobody asks for or can use."""
+    evaluations = {name: step.computation.evaluation for name, step in members.items()}
+    given = () if shared is None else ("shared",)
+    problems = [
+        f"member {name!r}: {what}"
+        for name, evaluation in evaluations.items()
+        for what in evaluation.asked.unmet({*evaluation.named, *given})
+    ]
+    asking = [name for name, evaluation in evaluations.items() if "shared" in evaluation.asked]
+    if shared is not None and not callable(shared):
+        raise TypeError(f"shared is a function shared(model, batch), got {type(shared).__name__}: {shared!r}")
+    if shared is not None and not asking:
+        problems.append("shared is given, and no member's losses name it: losses(model, batch, *, shared)")
+    if shared is not None and engine == "reference":
+        problems.append('engine="reference" (torch.func) cannot walk a graph that was made before; use "routed"')
+    if shared is not None:
+        problems += [
+            f"member {name!r} has microbatches={members[name].microbatches}, and what is shared is computed for the "
+            "whole batch: leave one of them out"
+            for name in asking
+            if members[name].microbatches is not None
+        ]
+        problems += [f"what is shared: {what}" for what in Asked.by(shared).unmet(_names_of_targets(evaluations))]
+    if problems:
+        raise ValueError(lines("the members' losses ask for what nobody gives them:", problems))
+
+
+def _names_of_targets(evaluations: Mapping[str, Evaluation]) -> tuple[str, ...]:
+    return ("targets",) if any(evaluation.targets.by_name for evaluation in evaluations.values()) else ()
 
 
 def _is_name(name: object) -> bool:

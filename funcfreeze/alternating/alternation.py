@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from funcfreeze.alternating.members import Members
+from funcfreeze.alternating.members import Members, Progress
+from funcfreeze.alternating.sharing import Sharing
+from funcfreeze.computation.acting import Names
 from funcfreeze.computation.adoption import Adoption
+from funcfreeze.computation.beginning import begin
 from funcfreeze.computation.half import Half
+from funcfreeze.computation.microbatches import Microbatches
 from funcfreeze.computation.state import State
 from funcfreeze.declare.plans import Plans
+from funcfreeze.model.attributes import attributes_kept
 from funcfreeze.model.mapping import Model
 from funcfreeze.step import Step
 
@@ -38,6 +43,7 @@ class Alternation:
     compile: Compile
     donate: bool
     _members: Members
+    _sharing: Sharing | None
 
     def __repr__(self) -> str:
         return f"alternate({', '.join(self.members)}; engine={self.engine!r}, donate={self.donate})"
@@ -65,9 +71,10 @@ class Alternation:
         self._known(running)
         turns = self._members.turns
         counts = {name: None if name in running or step is None else turns[name].before(step) for name in self.members}
-        base = next(iter(self.members.values())).init(copy, step=step)
+        first = next(iter(self.members.values()))
+        base = begin(first.computation, first.specification, copy, None, step)
         states = {
-            name: member.init(copy, optimizer=running.get(name), step=counts[name])
+            name: begin(member.computation, member.specification, copy, running.get(name), counts[name])
             for name, member in self.members.items()
         }
         return self._members.begun(base, states, copy)
@@ -85,16 +92,44 @@ class Alternation:
         """
         progress = self._members.start(state)
         metrics: dict[str, dict[str, Any]] = {}
-        for name in self._members.on_turn(progress.calls):
+        names = [*self._members.on_turn(progress.calls)]
+        if self._sharing is not None:
             progress = self._members.owned(progress)
-            with self._members.telling(name, state, progress):
-                after, metrics[name] = self.members[name](self._members.seen_by(name, progress), batch)
-            progress = progress.after(name, after)
+        given, after = self._given(progress, names, batch)
+        progress, undo = self._members.moved(progress, after)
+        try:
+            for name in names:
+                progress = self._members.owned(progress)
+                with self._members.telling(name, state, progress):
+                    own, metrics[name] = self.members[name](self._members.seen_by(name, progress), given(name))
+                progress = progress.after(name, own)
+        except BaseException:
+            if not progress.ran:
+                undo()
+            raise
         return self._members.ended(state, progress), metrics
+
+    def _given(self, progress: Progress, names: Sequence[str], batch: Any) -> tuple[Callable[[str], Any], Progress]:
+        """What each member of a call is given as its batch, and the state after what they share was computed."""
+        sharing = self._sharing
+        if sharing is None or not any(map(sharing.asks, names)):
+            return lambda name: batch, progress
+        if isinstance(batch, Microbatches):
+            raise ValueError(
+                "what is shared is computed for a whole batch, and this one is Microbatches; leave shared= out, or "
+                "give the batch whole"
+            )
+        states = {name: self._members.seen_by(name, progress) for name in names}
+        shared, after = sharing.run(progress, states, batch)
+        return lambda name: shared.given_to(name, batch) if sharing.asks(name) else batch, after
 
     def compute(self, state: State, batch: Any, *, member: str, per_loss: bool = False) -> Half:
         """The first half of a member's step, whether or not it is its turn; see `Step.compute`."""
-        return self._one(member).compute(self.seen_by(member, state), batch, per_loss=per_loss)
+        one, progress = self._one(member), self._members.start(state)
+        given, after = self._given(progress, [member], batch)
+        half = one.compute(self._members.seen_by(member, after), given(member), per_loss=per_loss)
+        written = {path: tensor for path, tensor in after.params.items() if tensor is not progress.params[path]}
+        return half.replace(written={**written, **half.written}) if written else half
 
     def apply_gradients(self, state: State, half: Half, *, member: str) -> tuple[State, dict[str, Any]]:
         """The second half of a member's step, and its metrics; see `Step.apply_gradients`.
@@ -108,30 +143,41 @@ class Alternation:
 
     def gradients(self, state: State, batch: Any, *, member: str) -> dict[str, Tensor]:
         """A member's merged gradients by path; see `Step.gradients`."""
-        return self._one(member).gradients(self.seen_by(member, state), batch)
+        with attributes_kept(self._one(member).functional.modules):
+            given, after = self._given(self._members.start(state), [member], batch)
+        return self._one(member).gradients(self._members.seen_by(member, after), given(member))
 
     def per_loss_gradients(self, state: State, batch: Any, *, member: str) -> dict[str, dict[str, Tensor]]:
         """A member's gradients by loss; see `Step.per_loss_gradients`."""
-        return self._one(member).per_loss_gradients(self.seen_by(member, state), batch)
+        with attributes_kept(self._one(member).functional.modules):
+            given, after = self._given(self._members.start(state), [member], batch)
+        return self._one(member).per_loss_gradients(self._members.seen_by(member, after), given(member))
 
-    def call(self, state: State, f: Callable[..., Any], *args: Any) -> Any:
+    def call(self, state: State, f: Callable[..., Any], *args: Any, targets: Names = None) -> Any:
         """`f(model, *args)` with the state's tensors in the model; see `Step.call`."""
         first, member = next(iter(self.members.items()))
-        return member.call(self.seen_by(first, state), f, *args)
+        return member.call(self.seen_by(first, state), f, *args, targets=targets)
 
-    def export(self, state: State, *, optimizer: Mapping[str, torch.optim.Optimizer] | None = None) -> Model:
+    def export(
+        self,
+        state: State,
+        *,
+        optimizer: Mapping[str, torch.optim.Optimizer] | None = None,
+        targets: Names = None,
+    ) -> Model:
         """Write the state's parameters and buffers into the model, and return it. The state stays usable.
 
         Args:
             state: what is written; read, and not kept.
             optimizer: member -> an optimizer of torch.optim over its parameters, which takes over the member's state.
+            targets: as in `Step.export`.
         """
         running = optimizer or {}
         self._known(running)
         for name, taking in running.items():
             self.members[name].export(self.seen_by(name, state), optimizer=taking)
         first, member = next(iter(self.members.items()))
-        return member.export(self.seen_by(first, state))
+        return member.export(self.seen_by(first, state), targets=targets)
 
     def adopt(self, state: State) -> tuple[State, Adoption]:
         """Another alternation's or a lone Step's state, as far as it fits; see `Step.adopt`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from funcfreeze.compile.layout import Listed
 from funcfreeze.computation.adoption import Adoption
+from funcfreeze.computation.back_door import form_of
 from funcfreeze.computation.specification import check_fits
 from funcfreeze.computation.state import (
     Fields,
@@ -54,7 +55,7 @@ class Progress:
         calls: the number of calls before this one.
         counts: member -> the number of its steps, where it is known.
         params: path -> tensor.
-        buffers: path -> tensor.
+        buffers: path -> tensor, those of targets among them.
         optimizers: member -> its optimizer's state.
         step: the count of calls, on the device.
         clocks: member -> the count of its steps.
@@ -80,7 +81,7 @@ class Progress:
         return replace(
             self,
             params=state.params,
-            buffers=state.buffers,
+            buffers=state.fields[1],
             optimizers={**self.optimizers, name: state.optimizer},
             clocks={**self.clocks, name: state.step},
             counts={**self.counts, name: known_count(state)},
@@ -88,10 +89,6 @@ class Progress:
             listings=self.listings if is_in_place else {},
             ran=(*self.ran, name),
         )
-
-    def fields(self, step: Tensor) -> Whole:
-        """The fields of the alternation's state."""
-        return self.params, self.buffers, dict(self.optimizers), step, {}, dict(self.clocks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,10 +125,10 @@ class Members:
         }
         optimizers = {name: apart_from(params, state.optimizer) for name, state in states.items()}
         clocks = {name: state.step for name, state in states.items()}
-        fields = self._first.specification.named((params, base.buffers, optimizers, base.step))
+        fields = self._first.specification.named((params, base.fields[1], optimizers, base.step))
         lease = Lease(borrowed=params.keys() - routed if copy else set())
         noted = Noted({name: known_count(state) for name, state in states.items()}, {})
-        return make_state((*fields, {}, clocks), lease, self, noted, known_count(base))
+        return make_state((*fields, clocks), lease, self, noted, known_count(base))
 
     def start(self, state: State) -> Progress:
         """What a call begins with. Nothing of the state is changed.
@@ -161,7 +158,7 @@ class Members:
             return progress
         copied = lease.borrowed & self._routed
         fields = progress.params, progress.buffers, progress.optimizers, progress.step
-        named = self._first.specification.named(owned(fields, copied, lease.borrowed_optimizer))
+        named = owned(fields, copied, lease.borrowed_optimizer)
         clocks = {name: clock.clone() for name, clock in progress.clocks.items()}
         listings = {
             name: Listed.of(named[0], named[1], named[2][name], clocks[name])
@@ -171,11 +168,44 @@ class Members:
         renewed = Lease(borrowed=lease.borrowed - copied)
         return replace(progress, **_named(named), clocks=clocks, lease=renewed, listings=listings)
 
+    def moved(self, before: Progress, after: Progress) -> tuple[Progress, Callable[[], None]]:
+        """After something that left other buffers, and what undoes what is overwritten for that.
+
+        Compiled members take tensors that stay where they are, so these buffers are written over the others.
+        """
+        if not before.listings or after is before:
+            return after, lambda: None
+        new = {path: value for path, value in after.buffers.items() if value is not before.buffers[path]}
+        if any(form_of(value) != form_of(before.buffers[path]) for path, value in new.items()):
+            return replace(after, listings={}), lambda: None
+        kept = {path: before.buffers[path].clone() for path in new}
+        for path, value in new.items():
+            before.buffers[path].copy_(value)
+
+        def undo() -> None:
+            for path, value in kept.items():
+                before.buffers[path].copy_(value)
+
+        listings = before.listings if after.params is before.params else {}
+        return replace(after, buffers=before.buffers, listings=listings), undo
+
     def seen_by(self, name: str, progress: Progress) -> State:
         """What a member sees of the state."""
-        fields = progress.params, progress.buffers, progress.optimizers[name], progress.clocks[name]
+        specification = self.steps[name].specification
+        own = progress.params, progress.buffers, progress.optimizers[name], progress.clocks[name]
         listed, count = progress.listings.get(name), progress.counts.get(name)
-        return make_state(fields, progress.lease, self.steps[name].specification, listed, count)
+        return make_state(specification.named(own), progress.lease, specification, listed, count)
+
+    def fields(self, progress: Progress, step: Tensor) -> Whole:
+        """The fields of the alternation's state.
+
+        Args:
+            progress: after some of the members.
+            step: the count of calls.
+        """
+        own = progress.params, progress.buffers, dict(progress.optimizers), step
+        named: Any = self._first.specification.named(own)
+        return (*named, dict(progress.clocks))
 
     @contextmanager
     def telling(self, name: str, state: State, progress: Progress) -> Iterator[None]:
@@ -186,7 +216,7 @@ class Members:
             made = ""
             if self.donate and progress.ran:
                 lease_of(state).spent = True  # for all who share its tensors
-                renew(state, progress.fields(progress.step), progress.lease, self, progress.calls)
+                renew(state, self.fields(progress, progress.step), progress.lease, self, progress.calls)
                 made = f"; the state that was passed in holds what {', '.join(progress.ran)} made, and is not spent"
             error.add_note(f"raised by the member {name!r} of an alternation{made}")
             raise
@@ -213,8 +243,9 @@ class Members:
             shares_optimizer = len({*progress.ran}) < len(self.steps)
             for one in (lease_of(state), lease):
                 one.borrowed |= progress.params.keys() - updated
+                one.borrowed |= self._first.functional.constants.keys()
                 one.borrowed_optimizer |= shares_optimizer
-        return make_state(progress.fields(step), lease, self, Noted(progress.counts, progress.listings), calls)
+        return make_state(self.fields(progress, step), lease, self, Noted(progress.counts, progress.listings), calls)
 
     def adopted(self, state: State) -> tuple[State, Adoption]:
         """Another state taken over, member by member."""
@@ -231,7 +262,7 @@ class Members:
             tuple(line for one in told for line in one.afresh),
             (*(line for one in told for line in one.left), *others, *alone),
         )
-        fields: Whole = first.params, first.buffers, optimizers, state.step.clone(), {}, clocks
+        fields: Whole = first.params, first.buffers, optimizers, state.step.clone(), first.targets, clocks
         return make_state(fields, lease_of(first), self), adoption
 
     @cached_property
@@ -258,14 +289,15 @@ class Members:
             raise ValueError(lines("this State is not the alternation's:", problems))
         optimizers, told = {}, []
         for name, member in self.steps.items():
-            fields = state.params, state.buffers, state.optimizer[name], clocks[name]
+            fields = state.params, state.buffers, state.optimizer[name], clocks[name], state.targets
             try:
                 optimizers[name] = check_fits(make_state(fields, lease_of(state)), member.specification).optimizer
             except ValueError as error:
                 told.append(f"member {name!r}: {error}")
         if told:
             raise ValueError(lines("this State is not the alternation's:", told))
-        return make_state((state.params, state.buffers, optimizers, state.step, {}, clocks), lease_of(state), self)
+        whole = state.params, state.buffers, optimizers, state.step, state.targets, clocks
+        return make_state(whole, lease_of(state), self)
 
     def _problems(self, state: State) -> Iterator[str]:
         """What is wrong with a state before any member looks at it."""
@@ -291,7 +323,7 @@ def _of_member(state: State, name: str) -> State:
     has = name in state.clocks
     optimizer = state.optimizer[name] if has else {}
     clock = state.clocks[name] if has else torch.zeros_like(state.step)
-    return make_state((state.params, state.buffers, optimizer, clock), lease_of(state))
+    return make_state((state.params, state.buffers, optimizer, clock, state.targets), lease_of(state))
 
 
 def _by_member(name: str, adoption: Adoption, is_first: bool) -> Adoption:

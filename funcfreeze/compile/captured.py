@@ -55,9 +55,10 @@ class Captured(NamedTuple):
 
 
 def captured(
-    losses: Callable[[Any, Any], Any],
+    losses: Callable[..., Any],
     module: Any,
     batch: Any,
+    named: dict[str, Any],
     declared: tuple[str, ...],
     frozen_norms: tuple[Any, ...],
     key: str,
@@ -68,13 +69,14 @@ def captured(
         losses: the user's function.
         module: the user's module.
         batch: the user's batch.
+        named: what else the function asks for.
         declared: the names of the losses that have routes.
         frozen_norms: the parts of the module that have to stay in eval mode.
         key: stands for all that a compiled step takes for granted beside what Dynamo guards.
     """
     if not torch.compiler.is_dynamo_compiling():
         raise SwitchedOff
-    returned = losses(module, batch)
+    returned = losses(module, batch, **named)
     is_pair = isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping)
     found, metrics = returned if is_pair else (returned, {})
     marked: dict[str, Any] = {}

@@ -26,6 +26,7 @@ from funcfreeze.compile.program import Program, compile_step
 from funcfreeze.compile.stand_ins import StandIns
 from funcfreeze.computation.back_door import raise_misuse
 from funcfreeze.computation.computation import Computation
+from funcfreeze.computation.sharing import taken_apart
 from funcfreeze.gradients.modes import grad_mode
 from funcfreeze.gradients.returned import exchanged
 from funcfreeze.model.attributes import attributes_kept
@@ -93,18 +94,22 @@ class Capturing:
         """What Dynamo gives, and the buffers that the forward put in the place of others."""
         evaluation = self._computation.evaluation
         module, losses, declared = evaluation.functional.module, evaluation.losses, evaluation.plan.losses
-        norms = evaluation.frozen_norms
+        norms, targets = evaluation.frozen_norms, evaluation.targets
         stores = self._stand_ins.stores
+        own, shared = taken_apart(batch)
+        evaluation.refuse_unmet(shared)
+        named = {**evaluation.named, **shared}
         moved: Hashable = None
         while True:
             key = self._key(call.state.layout, moved)
             stores.look()
             around, self._call = self._call, call
             give_back_flags = norms.hold()
+            targets.set_modes()
             try:
                 stores.put()
                 traces = self.traces
-                found = self._captured(losses, module, batch, declared, norms.norms, key)
+                found = self._captured(losses, module, own, named, declared, norms.norms, key)
                 if self.traces != traces:  # raised now, it would come after the state was overwritten
                     self._problems[traces] = self._stand_ins.problems()
                 return found, self._stand_ins.reassigned(_run_of(call).buffers)
@@ -120,7 +125,7 @@ class Capturing:
         if call.is_running:
             raise error
         if is_the_users(error):
-            with attributes_kept(self._computation.evaluation.functional.module):
+            with attributes_kept(self._computation.evaluation.functional.modules):
                 self._computation.gradients(*call.state.layout.fields(call.state.tensors), batch)
         found = explained(error)
         if isinstance(error, AttributeError | ImportError | TypeError | AssertionError):

@@ -13,6 +13,7 @@ from funcfreeze.compile.stepping import CompiledStep
 from funcfreeze.computation.computation import Computation
 from funcfreeze.computation.half import Half
 from funcfreeze.computation.microbatches import Shares, Splitting
+from funcfreeze.computation.sharing import is_live
 from funcfreeze.computation.state import State, gone_on
 
 
@@ -32,7 +33,7 @@ class Halves:
 
     def half(self, state: State, batch: Any) -> Half:
         """As the step is: compiled, or eager."""
-        if self.compiled is None:
+        if self.compiled is None or is_live(batch):
             return self.eager(state, batch)
         parts = self.splitting.parts(batch)
         if parts is None:

@@ -36,16 +36,17 @@ class Options:
         return self.mode in ("reduce-overhead", "max-autotune") or bool(self.options.get("triton.cudagraphs"))
 
 
-def resolve(compile: object, params: Iterable[Tensor]) -> Options | None:
+def resolve(compile: object, params: Iterable[Tensor], engine: str = "routed") -> Options | None:
     """The options, or None for an eager step.
 
     Args:
         compile: None (compiled on CUDA, eager elsewhere), a bool, or a mapping of `torch.compile`'s arguments.
         params: the model's parameters, whose device decides for None.
+        engine: what differentiates; only the routed engine is compiled.
 
     Raises:
         TypeError: neither of these.
-        ValueError: a mapping with other keys.
+        ValueError: a mapping with other keys, or another engine is to be compiled.
 
     >>> import torch
     >>> resolve(None, [torch.zeros(1)]) is None
@@ -58,6 +59,10 @@ def resolve(compile: object, params: Iterable[Tensor]) -> Options | None:
     ValueError: compile: a step takes torch.compile's backend, mode, options and dynamic, got fullgraph (it is always
     one full graph)
     """
+    if engine != "routed":
+        if compile is not None and resolve(compile, params) is not None:
+            raise ValueError(f"only the routed engine is compiled; use compile=False with engine={engine!r}")
+        return None
     if compile is None:
         return Options() if any(param.device.type == "cuda" for param in params) else None
     if isinstance(compile, bool):

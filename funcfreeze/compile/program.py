@@ -24,6 +24,7 @@ from funcfreeze.computation.computation import Computation, Optimized
 from funcfreeze.computation.finite import lost
 from funcfreeze.declare.plan import Plan
 from funcfreeze.gradients.modes import grad_mode
+from funcfreeze.model.functional import constant_problem
 from funcfreeze.model.memory import memory_of
 from funcfreeze.schedules.calling import calling
 
@@ -215,6 +216,7 @@ def whole_step(
         written: the parameters that the forward is known to write to.
     """
     number, plan = len(layout.kinds), computation.evaluation.plan
+    constants = computation.evaluation.functional.constants.keys()
 
     def step(*given: Any) -> Run:
         params, buffers, optimizer, count = layout.fields(given[:number])
@@ -239,6 +241,7 @@ def whole_step(
                     if before[path] in outside.written or memory_of(tensor) != before[path]
                 }
             )
+            raise_misuse(map(constant_problem, sorted(changed.keys() & constants)))
             _refuse_writes(plan, changed, written)
             absent: dict[str, Tensor | None] = dict.fromkeys(plan.losses)
             return absent | {name: returned[place] for name, place in forward.losses.items()}, None

@@ -26,7 +26,7 @@ class StandIns:
     Args:
         functional: the module.
         params: path -> the state's tensor.
-        buffers: the same.
+        buffers: the same, with the twins' parameters among them.
         grad: the paths of parameters that require grad.
 
     Attributes:
@@ -39,17 +39,22 @@ class StandIns:
     def __init__(
         self, functional: FunctionalModule, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], grad: Set[str]
     ) -> None:
-        own = {**functional.present_parameters(), **functional.present_buffers()}
+        constants = functional.present_constants()
+        own = {**functional.present_parameters(), **constants, **functional.present_buffers()}
         self.own = own
         self._memories = _by_address(own)
         self.tensors: dict[str, Tensor] = {
             path: nn.Parameter(tensor.detach(), requires_grad=path in grad) for path, tensor in params.items()
-        } | {path: tensor.detach() for path, tensor in buffers.items()}
+        } | {
+            path: nn.Parameter(tensor.detach(), requires_grad=False) if path in constants else tensor.detach()
+            for path, tensor in buffers.items()
+        }
         self.places = {id(tensor): path for held in (own, self.tensors) for path, tensor in held.items()}
         self._source: weakref.ref[Listed] | None = None
         self._functional = functional
         self.stores = Stores(functional.modules)
-        for store, sites in (("_parameters", functional.parameters), ("_buffers", functional.buffers)):
+        of_parameters = {**functional.parameters, **functional.constants}
+        for store, sites in (("_parameters", of_parameters), ("_buffers", functional.buffers)):
             for path, places in sites.items():
                 self.stores.exchange(store, places, self.tensors[path])
         self._buffer_sites = [

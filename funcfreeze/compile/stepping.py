@@ -18,6 +18,7 @@ from funcfreeze.compile.updated import CompiledUpdate, refuse_sparse
 from funcfreeze.computation.half import Half
 from funcfreeze.computation.microbatches import Shares
 from funcfreeze.computation.state import Fields, Lease, State, known_count, lease_of, listing_of, make_state
+from funcfreeze.computation.targets import Moves, move
 from funcfreeze.computation.updating import Updating
 from funcfreeze.gradients.modes import grad_mode
 from funcfreeze.model.ties import tied
@@ -52,11 +53,11 @@ class CompiledStep:
 
     def step(self, state: State, batch: Any) -> tuple[State, dict[str, Any]]:
         """Take a step, which overwrites the tensors of the state or copies of them."""
-        routing = self._updating.computation.at(state).routing
+        routing, moves = self._updating.computation.at(state).routing, self._updating.moving(state)
         with grad_mode(False), self._taken(state) as (fields, listed):
             metrics, run = self._whole(routing, listed, batch)
             losses = {name: metrics[name] for name in routing.losses if name in metrics}
-            after, own = self._after(state, fields, listed, run, losses)
+            after, own = self._after(state, fields, listed, run, losses, moves)
             return after, {**metrics, **own}
 
     def compute(self, state: State, batch: Any) -> Half:
@@ -74,7 +75,8 @@ class CompiledStep:
         routing = self._updating.computation.at(state).routing
         with grad_mode(False):
             params, buffers, optimizer, step = state.fields
-            apart = {path: buffer.clone() for path, buffer in buffers.items()}
+            constants = self._updating.computation.evaluation.functional.constants
+            apart = {path: buffer if path in constants else buffer.clone() for path, buffer in buffers.items()}
             own = {path: param.detach() for path, param in params.items()}
             metrics, run = compilation(routing, Listed.of(own, apart, optimizer, step), batch)
         specification, given_back = self._updating.specification, run.optimizer
@@ -83,19 +85,23 @@ class CompiledStep:
             tied(given_back.gradients, specification.tied_params),
             {name: metrics.pop(name) for name in routing.losses if name in metrics},
             metrics,
-            tied({**apart, **run.buffers}, specification.tied_buffers),
+            tied(
+                {path: run.buffers.get(path, buffer) for path, buffer in apart.items() if path not in constants},
+                specification.tied_buffers,
+            ),
             dict(run.params),
         )
 
     def apply(self, state: State, half: Half) -> tuple[State, dict[str, Any]]:
         """The second half of a step: the new state, and all metrics."""
+        moves = self._updating.moving(state)
         with grad_mode(False), self._taken(state) as (fields, listed):
             metrics = {**half.losses, **self._updating.metrics(state, half)}
             optimizer, measured, found = self._update(listed, half.gradients, half.losses)
             buffers = listed.overwritten(listed.unless_skipped(half.buffers, found))
             written = half.written if found is None else found.kept("parameter", state.params, half.written)
             run = Run([], buffers, written, optimizer, measured, [], found)
-            after, own = self._after(state, fields, listed, run, half.losses)
+            after, own = self._after(state, fields, listed, run, half.losses, moves)
             return after, {**metrics, **measured, **own}
 
     @contextmanager
@@ -128,9 +134,12 @@ class CompiledStep:
             raise
 
     def _after(
-        self, state: State, fields: Fields, listed: Listed, run: Run, losses: Mapping[str, Tensor]
+        self, state: State, fields: Fields, listed: Listed, run: Run, losses: Mapping[str, Tensor], moves: Moves
     ) -> tuple[State, dict[str, Tensor]]:
-        """The state after a run that overwrote these fields as far as they could be, and the step's own metrics."""
+        """The state after a run that overwrote these fields as far as they could be, and the step's own metrics.
+
+        The twins move here. In the graph they would have it compiled once more for the steps in which some rest.
+        """
         updating, lease = self._updating, lease_of(state)
         finite, found = updating.computation.finite, run.found
         if finite is not None and found is not None:
@@ -141,6 +150,9 @@ class CompiledStep:
         new = {path: value for path, value in run.params.items() if path in lease.borrowed or not updating.donate}
         for path in run.params.keys() - new.keys():
             params[path].copy_(run.params[path])
+        if moves:
+            left = {**buffers, **run.buffers}
+            move(moves, left, {**params, **new}, left, found)
         if updating.donate:
             lease.spent = True
         else:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import SparseAdam
 
 from funcfreeze.computation.specification import Specification
-from funcfreeze.computation.state import Fields, State
+from funcfreeze.computation.state import Fields, State, by_path
 from funcfreeze.computation.structure import entries, entries_at, in_several_places, with_entries
 from funcfreeze.model.ties import aliases_of
 from funcfreeze.optim import Transform
@@ -49,22 +49,26 @@ class Adoption:
         return "\n".join(told)
 
 
-def adopted(state: State, fresh: Fields, begun: Any, wanted: Specification) -> tuple[Fields, Adoption]:
+def adopted(
+    state: State, fresh: State, begun: Any, wanted: Specification, follows: Mapping[str, str]
+) -> tuple[Fields, Adoption]:
     """The fields of a state in which all that fits is the other state's, whose tensors are not copied.
 
     Args:
         state: the other.
-        fresh: the fields that this step starts with.
+        fresh: what this step starts with.
         begun: the optimizer's state after an update, which tells what it keeps where it starts with nothing.
         wanted: what this step's states look like.
+        follows: path of each tensor of a target -> path of what it follows.
     """
-    params, buffers, optimizer, step = fresh
     notes = _Notes([], [], [])
+    params = notes.tensors("params", fresh.params, state.params, wanted.tied_params)
+    buffers = notes.tensors("buffers", fresh.buffers, state.buffers, wanted.tied_buffers)
     fields = (
-        notes.tensors("params", params, state.params, wanted.tied_params),
-        notes.tensors("buffers", buffers, state.buffers, wanted.tied_buffers),
-        notes.optimizer(optimizer, begun, state.optimizer, params, state.params.keys()),
-        state.step.to(step.device),
+        params,
+        {**buffers, **notes.targets(by_path(state.targets), {**params, **buffers}, follows)},
+        notes.optimizer(fresh.optimizer, begun, state.optimizer, fresh.params, state.params.keys()),
+        state.step.to(fresh.step.device),
     )
     return fields, Adoption(tuple(notes.kept), tuple(notes.afresh), tuple(notes.left))
 
@@ -103,6 +107,19 @@ class _Notes:
             found[path] = other.clone() if id(named[path]) in used else other  # tied there, and not here
             used.add(id(named[path]))
         self.left.extend(f"{noun}.{path}" for path, tensor in given.items() if id(tensor) not in used)
+        return found
+
+    def targets(
+        self, given: Mapping[str, Tensor], known: Mapping[str, Tensor], follows: Mapping[str, str]
+    ) -> dict[str, Tensor]:
+        """The tensors of targets: the other's, or copies of what they follow, as that was taken over."""
+        found: dict[str, Tensor] = {}
+        for path, followed in follows.items():
+            own = known[followed]
+            problem = "the state does not have it" if path not in given else _misfit(own, given[path])
+            self.note(path, None if problem is None else f"{problem}; it begins as a copy of {followed}")
+            found[path] = own.clone() if problem else given[path].to(own.device, own.dtype)
+        self.left.extend(path for path in given if path not in follows)
         return found
 
     def optimizer(self, own: Any, begun: Any, given: Any, params: Mapping[str, Tensor], known: Collection[str]) -> Any:

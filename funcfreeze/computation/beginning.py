@@ -38,12 +38,14 @@ def begin(
     with torch.inference_mode(False):
         functional, plan = computation.evaluation.functional, computation.evaluation.plan
         params = {path: tensor.detach() for path, tensor in functional.present_parameters().items()}
-        buffers = {path: tensor.detach() for path, tensor in functional.present_buffers().items()}
+        own = functional.present_buffers()
+        buffers = {path: own[path].detach() for path in specification.buffers}
         routed = plan.routed
         if copy:
             params |= {path: params[path].clone() for path in routed}
             buffers = {path: tensor.clone() for path, tensor in buffers.items()}
         borrowed = params.keys() - set(routed) if copy else set()
+        buffers |= computation.evaluation.targets.begun({**params, **buffers})
         initial = computation.transform.init({path: params[path] for path in routed})
         if optimizer is not None:
             running = beside(optimizer, computation)
@@ -60,18 +62,21 @@ def beside(optimizer: torch.optim.Optimizer, computation: Computation) -> Runnin
     return Running.of(optimizer, computation.transform, evaluation.plan, evaluation.functional.present_parameters())
 
 
-def take_over(
-    state: State, fresh: State, computation: Computation, specification: Specification
-) -> tuple[State, Adoption]:
+def take_over(state: State, computation: Computation, specification: Specification) -> tuple[State, Adoption]:
     """Another step's state, as far as it fits, and the rest from a fresh one of our own.
 
     Raises:
+        TypeError: not a `State`.
         ValueError: it has nothing in common with ours.
     """
+    if not isinstance(state, State):
+        raise TypeError(f"adopt(state) takes another Step's State, got {type(state).__name__}")
+    fresh = begin(computation, specification, True, None, None)
     with torch.inference_mode(False), torch.no_grad():
         own = {path: fresh.params[path] for path in computation.evaluation.plan.routed}
         begun = begun_state(computation.transform, fresh.optimizer, own, state.step)
-        fields, adoption = adopted(state, fresh.fields, begun, specification)
+        follows = computation.evaluation.targets.follows
+        fields, adoption = adopted(state, fresh, begun, specification, follows)
     if not any(name.startswith("params.") for name in adoption.kept):
         raise ValueError(f"no parameter of this State is one of the Step's, by path and shape:\n{adoption}")
     lease = lease_of(state)

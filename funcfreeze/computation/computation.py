@@ -21,6 +21,7 @@ from funcfreeze.computation.finite import Finite, Found
 from funcfreeze.computation.half import Half
 from funcfreeze.computation.loss_scale import LossScale, scale_in, unscale
 from funcfreeze.computation.microbatches import Shares, times
+from funcfreeze.computation.sharing import WithShared
 from funcfreeze.computation.state import State, count_of
 from funcfreeze.declare.names import OWN, own_name_problems
 from funcfreeze.declare.plan import raise_problems
@@ -102,7 +103,7 @@ class Computation:
             RuntimeError: `losses` uses the model's tensors as it must not.
         """
         watched = not (self.evaluation.seen.watched and self.engine.finds_other_leaves)
-        watch = self.evaluation.watch(params) if watched else None
+        watch = self.evaluation.watch(params, buffers) if watched else None
         outcome, losses = self._run(self.engine.merged, params, buffers, optimizer, step, batch, watch)
         beside: Beside = outcome.rest or NOTHING
         self._refuse_other_leaves(outcome.other_leaves, params)
@@ -124,7 +125,7 @@ class Computation:
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Any, step: Tensor, batch: Any
     ) -> Half:
         """The same with each loss's weighted gradients apart, and their sums as the merged ones."""
-        watch = self.evaluation.watch(params)
+        watch = self.evaluation.watch(params, buffers)
         outcome, losses = self._run(self.engine.separate, params, buffers, optimizer, step, batch, watch)
         beside: Beside = outcome.rest or NOTHING
         _check_beside(losses, beside, params)
@@ -147,13 +148,14 @@ class Computation:
     ) -> tuple[Gave, Mapping[str, Tensor]]:
         """What an engine gives, with the state's tensors in the module until it is done; and the losses."""
         finally_do: list[Callable[[], None]] = []
-        part = PartOfBatch(self.routing, self.shares)
+        routing = batch.in_routing(self.routing) if isinstance(batch, WithShared) else self.routing
+        part = PartOfBatch(routing, self.shares)
         try:
             with torch.no_grad():  # whatever requires grad around a step, it carries no graph
                 outcome = differentiate(
                     part.weighted(lambda leaves: self.evaluation.call(leaves, buffers, batch, finally_do, watch)),
                     self.evaluation.leaves(params),
-                    self.routing,
+                    routing,
                     step,
                     self._seed(optimizer),
                 )

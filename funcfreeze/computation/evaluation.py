@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -12,16 +12,19 @@ from torch import Tensor
 
 from funcfreeze.computation.back_door import buffer_problem, parameter_problem, raise_misuse, write_problem
 from funcfreeze.computation.inner_gradients import refuse_constants
+from funcfreeze.computation.naming import Asked
+from funcfreeze.computation.sharing import taken_apart
 from funcfreeze.computation.statistics import FrozenNorms
+from funcfreeze.computation.targets import Targets
 from funcfreeze.declare.plan import Plan
 from funcfreeze.gradients.graph import leaves_below
 from funcfreeze.model.attributes import let_go_of_graphs, nodes_made
-from funcfreeze.model.functional import FunctionalModule, marks_of
+from funcfreeze.model.functional import FunctionalModule, constant_problem, marks_of
 from funcfreeze.model.memory import memory_of
 from funcfreeze.model.watching import Watch, by_memory
 
-Losses = Callable[[Any, Any], Any]
-"""`losses(model, batch)` -> a mapping name -> scalar, or that and a mapping of metrics."""
+Losses = Callable[..., Any]
+"""`losses(model, batch)` -> a mapping name -> scalar, or that and a mapping of metrics. See `naming` for the rest."""
 
 
 @dataclass
@@ -63,6 +66,8 @@ class Evaluation:
         losses: the user's function.
         plan: which loss may update which parameters.
         frozen_norms: those that keep their running statistics.
+        targets: averaged twins of parts of the model.
+        asked: what `losses` asks for by keyword.
         seen: what the calls so far have shown.
     """
 
@@ -70,7 +75,27 @@ class Evaluation:
     losses: Losses
     plan: Plan
     frozen_norms: FrozenNorms
+    targets: Targets
+    asked: Asked
     seen: Seen = field(default_factory=Seen)
+
+    @cached_property
+    def named(self) -> dict[str, Any]:
+        """What `losses` is given by keyword."""
+        return {"targets": self.targets.modules} if "targets" in self.asked and self.targets.by_name else {}
+
+    def refuse_unmet(self, others: Collection[str] = ()) -> None:
+        """Refuse to call what asks for something by name that nobody gives.
+
+        Args:
+            others: the names of what is given beside the twins.
+
+        Raises:
+            ValueError: naming it.
+        """
+        unmet = [*self.asked.unmet({*self.named, *others})]
+        if unmet:
+            raise ValueError("\n".join(unmet))
 
     @cached_property
     def unrouted(self) -> frozenset[str]:
@@ -82,13 +107,14 @@ class Evaluation:
         written = self.seen.written
         return [params[path].clone() if path in written else params[path] for path in self.plan.paths]
 
-    def watch(self, params: Mapping[str, Tensor]) -> Watch:
+    def watch(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Watch:
         """What looks at every operator of one call: for tensors of the module that are not the state's, and for writes.
 
         Args:
             params: the state's parameters.
+            buffers: its buffers, and the twins' parameters among them.
         """
-        guarded = by_memory(params)
+        guarded = by_memory({**params, **{path: buffers[path] for path in self.functional.constants}})
         own = {**by_memory(self.functional.present_buffers()), **by_memory(self.functional.present_parameters())}
         return Watch({memory: path for memory, path in own.items() if memory not in guarded}, guarded)
 
@@ -119,15 +145,18 @@ class Evaluation:
         given = dict(zip(self.plan.paths, leaves, strict=True))
         for path, hook in self.functional.parameter_hooks():
             if given[path].requires_grad:
-                given[path].register_hook(hook)  # type: ignore[no-untyped-call]
-        cloned = {path: tensor.clone() for path, tensor in buffers.items()}
-        marks = marks_of(given)
+                handle = given[path].register_hook(hook)  # type: ignore[no-untyped-call]
+                finally_do.append(handle.remove)  # what is shared with others gets theirs from them
+        constants = {path: buffers[path] for path in self.functional.constants}
+        cloned = {path: tensor if path in constants else tensor.clone() for path, tensor in buffers.items()}
+        held = {**given, **constants}
+        marks = marks_of(held)
         finally_do.append(self._held(given, cloned, watch))
         losses, metrics = split(self._returned(batch, given, watch))
         raise_misuse(self.frozen_norms.problems())
         if watch is not None:
             raise_misuse(self._misuse(watch, losses, buffers))
-        left = self.functional.left(given, marks, self.unrouted)
+        left = self.functional.left(held, marks, self.unrouted)
         undone = self.unrouted & watch.written if watch is not None else frozenset()
         written = {path: given[path] for path in undone | self.seen.written} | left.written
         # what is undone later, what may share another tensor's memory, what a recomputation may write to once more:
@@ -148,6 +177,7 @@ class Evaluation:
         """Put tensors into the module; what is returned ends that, and lets nothing stay there of a graph."""
         release, since = self.functional.hold(given, buffers), nodes_made()
         give_back_flags = self.frozen_norms.hold()
+        self.targets.set_modes()
 
         def end() -> None:
             try:
@@ -162,11 +192,13 @@ class Evaluation:
 
     def _returned(self, batch: Any, given: Mapping[str, Tensor], watch: Watch | None) -> Any:
         """What `losses` returns."""
+        module, (own, shared) = self.functional.module, taken_apart(batch)
+        self.refuse_unmet(shared)
         try:
             if watch is None:
-                return self.losses(self.functional.module, batch)
+                return self.losses(module, own, **self.named, **shared)
             with watch:
-                return self.losses(self.functional.module, batch)
+                return self.losses(module, own, **self.named, **shared)
         except RuntimeError as error:
             refuse_constants(error, given, self.plan.routed)
             raise
@@ -185,6 +217,7 @@ class Evaluation:
             elif path in watch.written or not _equal(self.functional.buffer(path), buffers[path]):
                 yield buffer_problem(path)
         yield from map(write_problem, sorted(watch.written & set(self.plan.routed) - watch.seen.keys()))
+        yield from map(constant_problem, sorted(watch.written & self.functional.constants.keys()))
 
 
 def _equal(one: Tensor | None, other: Tensor) -> bool:

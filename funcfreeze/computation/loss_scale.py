@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funcfreeze.computation.finite import Found
 from funcfreeze.optim import Transform
-from funcfreeze.optim.skip import find_non_finite, keep_if, update_unless
+from funcfreeze.optim.skip import find_non_finite, keep_if, skippable, update_unless
 from funcfreeze.optim.transform import OptState, PyTree, by_path, in_place_options, match
 
 ScaleState = Mapping[str, Tensor]
@@ -199,7 +199,7 @@ def scaled(transform: Transform, loss_scale: object) -> Transform:
         raise TypeError(
             f"loss_scale is a funcfreeze.LossScale, or None; got {type(loss_scale).__name__}: {loss_scale!r}"
         )
-    return loss_scale.around(transform)
+    return loss_scale.around(skippable(transform))
 
 
 def scale_in(optimizer: OptState) -> Tensor:

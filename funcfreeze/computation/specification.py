@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcfreeze.computation.evaluation import Evaluation
 from funcfreeze.computation.state import State, known_count, known_to_fit, lease_of, make_state
 from funcfreeze.computation.structure import looks_like
-from funcfreeze.declare.plan import Plan
-from funcfreeze.model.functional import FunctionalModule
+from funcfreeze.model.functional import in_twin
 from funcfreeze.model.sites import other_names
 from funcfreeze.model.ties import tied
 from funcfreeze.optim import Transform
@@ -30,6 +30,8 @@ class Specification:
         optimizer: the optimizer's initial state with tensors that have no storage.
         tied_params: other names of parameters, with the path that each is known by.
         tied_buffers: the same for buffers.
+        targets: the parameters and buffers of each twin.
+        tied_targets: other names of each twin's.
     """
 
     params: Mapping[str, Shape]
@@ -37,24 +39,46 @@ class Specification:
     optimizer: Any
     tied_params: Mapping[str, str]
     tied_buffers: Mapping[str, str]
+    targets: Mapping[str, Mapping[str, Shape]]
+    tied_targets: Mapping[str, Mapping[str, str]]
 
     @staticmethod
-    def of(functional: FunctionalModule, plan: Plan, transform: Transform) -> Specification:
+    def of(evaluation: Evaluation, transform: Transform) -> Specification:
         """The specification of the states a step makes."""
+        functional, plan = evaluation.functional, evaluation.plan
         params, buffers = functional.present_parameters(), functional.present_buffers()
+        twins = {**functional.present_constants(), **buffers}
+        targets = {name: twin_paths(name, twins) for name in functional.twins}
+        known = {key for paths in targets.values() for key in paths.values()}
         shapeless = {path: torch.empty_like(params[path], device="meta", requires_grad=False) for path in plan.routed}
         return Specification(
             _shapes(params),
-            _shapes(buffers),
+            _shapes({path: buffer for path, buffer in buffers.items() if path not in known}),
             transform.init(shapeless),
             other_names(functional.module, "_parameters"),
             other_names(functional.module, "_buffers"),
+            {name: _shapes({path: twins[key] for path, key in paths.items()}) for name, paths in targets.items()},
+            {
+                name: {**other_names(twin, "_parameters"), **other_names(twin, "_buffers")}
+                for name, twin in functional.twins.items()
+            },
         )
 
     def named(self, fields: tuple[Mapping[str, Tensor], Mapping[str, Tensor], Any, Tensor]) -> tuple[Any, ...]:
-        """The fields of a state, in which tied parameters and buffers are found by all of their names."""
+        """The fields of a state but for its clocks, in which what is tied is found by all of its names.
+
+        Args:
+            fields: those that a step computes with, the tensors of targets among the buffers.
+        """
         params, buffers, optimizer, step = fields
-        return tied(params, self.tied_params), tied(buffers, self.tied_buffers), optimizer, step
+        targets: dict[str, Mapping[str, Tensor]] = {}
+        if self.targets:
+            rest = dict(buffers)
+            for name, shapes in self.targets.items():
+                own = {path: rest.pop(in_twin(name, path)) for path in shapes}
+                targets[name] = tied(own, self.tied_targets[name])
+            buffers = rest
+        return tied(params, self.tied_params), tied(buffers, self.tied_buffers), optimizer, step, targets
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
@@ -91,8 +115,7 @@ def check_fits(state: object, wanted: Specification) -> State:
         problems += _optimizer_problems(wanted.optimizer, optimizer, wanted.params.keys(), "optimizer")
     if state.clocks:
         problems.append(f"clocks of {', '.join(state.clocks)}: it is the State of an alternation, the Step is alone")
-    if state.targets:
-        problems.append(f"targets {', '.join(state.targets)}: the State has them, the Step does not")
+    problems += _target_problems(wanted, state)
     if not isinstance(state.step, Tensor) or state.step.ndim != 0 or state.step.dtype != torch.int64:
         problems.append(f"state.step is a 0-d int64 tensor, got {state.step!r}")
     if problems:
@@ -103,8 +126,35 @@ def check_fits(state: object, wanted: Specification) -> State:
         raise ValueError("\n".join([head, *shown, *more, *hint]))
     if optimizer is state.optimizer:
         return state
-    fields = (params, state.buffers, optimizer, state.step)
+    fields = (params, state.buffers, optimizer, state.step, state.targets)
     return make_state(fields, lease_of(state), wanted, count=known_count(state))
+
+
+def twin_paths(name: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Path in a twin -> path beside the model's, of all tensors of a twin among these."""
+    start = in_twin(name, "")
+    return {key.removeprefix(start): key for key in tensors if key.startswith(start)}
+
+
+def _target_problems(wanted: Specification, state: State) -> Iterator[str]:
+    for name, given in state.targets.items():
+        if name not in wanted.targets:
+            yield f"targets[{name!r}]: the State has it, the Step does not declare it"
+            continue
+        for path, (shape, dtype) in wanted.targets[name].items():
+            seen = given.get(path)
+            if not isinstance(seen, Tensor):
+                yield f"targets[{name!r}][{path!r}]: the Step has it, the State does not"
+            elif tuple(seen.shape) != shape or seen.dtype != dtype:
+                yield (
+                    f"targets[{name!r}][{path!r}]: the Step has shape {shape} and {dtype}, the State has shape "
+                    f"{tuple(seen.shape)} and {seen.dtype}"
+                )
+    if missing := [name for name in wanted.targets if name not in state.targets]:
+        yield (
+            f"targets: the Step has {', '.join(missing)}, the State does not, since it was made before they were "
+            "declared; step.adopt(state) makes them"
+        )
 
 
 def _about_optimizers(wanted: Any, given: Any, paths: Any) -> Iterator[str]:

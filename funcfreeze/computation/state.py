@@ -10,6 +10,7 @@ import optree
 from optree import registry
 from torch import Tensor
 
+from funcfreeze.model.functional import in_twin
 from funcfreeze.model.ties import aliases_of, by_first_names, tied
 
 FIELDS = ("params", "buffers", "optimizer", "step", "targets", "clocks")
@@ -95,7 +96,7 @@ class State:
     ) -> None:
         # nobody here knows who else holds these tensors: the first step copies what it would overwrite
         fields = params, buffers, optimizer, step, targets or {}, clocks or {}
-        _fill(self, fields, Lease(False, set(params), True), None)
+        _fill(self, fields, Lease(False, {*params, *by_path(fields[4])}, True), None)
 
     @property
     def params(self) -> Mapping[str, Tensor]:
@@ -129,8 +130,9 @@ class State:
 
     @property
     def fields(self) -> Fields:
-        """`params`, `buffers`, `optimizer` and `step`."""
-        return self._live[:4]
+        """`params`, `buffers`, `optimizer` and `step`; the tensors of targets are among the buffers (see `in_twin`)."""
+        params, buffers, optimizer, step, targets, _ = self._live
+        return params, {**buffers, **by_path(targets)} if targets else buffers, optimizer, step
 
     @property
     def _live(self) -> Whole:
@@ -160,6 +162,8 @@ class State:
         fields = dict(zip(FIELDS, self._live, strict=True)) | changes
         if "params" in changes:
             self._lease.borrowed |= set(changes["params"])
+        if "targets" in changes:
+            self._lease.borrowed |= by_path(changes["targets"]).keys()
         self._lease.borrowed_optimizer |= "optimizer" in changes
         count = None if "step" in changes else self._count
         return make_state(tuple(fields[name] for name in FIELDS), self._lease, count=count)
@@ -170,9 +174,15 @@ class State:
     __delattr__ = __setattr__  # type: ignore[assignment]  # it raises whatever it is given
 
     def __reduce__(self) -> tuple[Any, ...]:
-        params, buffers, *rest = self._live  # for deep copies and pickles, which hold tensors of their own
-        names = dict(aliases_of(params)), dict(aliases_of(buffers))
-        return _restored, (FORMAT, dict(zip(FIELDS, (dict(params), dict(buffers), *rest), strict=True)), names)
+        params, buffers, optimizer, step, targets, clocks = self._live  # deep copies and pickles hold their own tensors
+        plain = {name: dict(tensors) for name, tensors in targets.items()}
+        names = {
+            "params": dict(aliases_of(params)),
+            "buffers": dict(aliases_of(buffers)),
+            "targets": {name: dict(aliases_of(tensors)) for name, tensors in targets.items()},
+        }
+        fields = dict(params), dict(buffers), optimizer, step, plain, clocks
+        return _restored, (FORMAT, dict(zip(FIELDS, fields, strict=True)), names)
 
     def __copy__(self) -> State:
         return make_state(
@@ -185,13 +195,14 @@ class State:
         return f"State(step={int(self.step)}, {len(self.params)} parameters, {len(self.buffers)} buffers)"
 
 
-def _restored(format: int, fields: dict[str, Any], names: tuple[Mapping[str, str], Mapping[str, str]]) -> State:
+def _restored(format: int, fields: dict[str, Any], names: Mapping[str, Any]) -> State:
     if format > FORMAT:
         raise ValueError(
             f"this State was pickled in format {format}, this version of funcfreeze reads format {FORMAT}: update it"
         )
-    named = {name: tied(fields[name], aliases) for name, aliases in zip(("params", "buffers"), names, strict=True)}
-    return State(**{**fields, **named})
+    named = {name: tied(fields[name], names[name]) for name in ("params", "buffers")}
+    targets = {name: tied(tensors, names["targets"][name]) for name, tensors in fields["targets"].items()}
+    return State(**{**fields, **named, "targets": targets})
 
 
 def _fill(
@@ -218,7 +229,7 @@ def make_state(
     """
     state = State.__new__(State)
     params, buffers, optimizer, step, *beside = fields
-    targets, clocks = beside or ({}, {})
+    targets, clocks = (*beside, {}, {})[:2]
     _fill(state, (params, buffers, optimizer, step, targets, clocks), lease, fits, listed, count)
     return state
 
@@ -231,8 +242,14 @@ def renew(state: State, fields: Whole, lease: Lease, fits: object, count: int) -
 def gone_on(state: State, buffers: Mapping[str, Tensor], written: Mapping[str, Tensor]) -> State:
     """The state in the middle of a step: with what a forward left in buffers, and in parameters that it wrote to."""
     params = {**state.params, **written} if written else state.params
-    fields = params, buffers or state.buffers, *state.fields[2:]
+    _, before, *rest = state.fields
+    fields = params, {**before, **buffers}, *rest
     return make_state(fields, lease_of(state), count=known_count(state))
+
+
+def by_path(targets: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of targets as a step computes with them."""
+    return {in_twin(name, path): tensor for name, tensors in targets.items() for path, tensor in tensors.items()}
 
 
 def count_of(state: State) -> int:

@@ -16,7 +16,8 @@ from funcfreeze.computation.finite import lost
 from funcfreeze.computation.half import Half
 from funcfreeze.computation.renewal import refuse_other_state, renewed
 from funcfreeze.computation.specification import Specification
-from funcfreeze.computation.state import Fields, Lease, State, count_of, known_count, lease_of, make_state
+from funcfreeze.computation.state import Fields, Lease, State, by_path, count_of, known_count, lease_of, make_state
+from funcfreeze.computation.targets import Moves, move, moved_by
 from funcfreeze.declare.names import is_own
 from funcfreeze.declare.selectors import closest
 from funcfreeze.gradients.modes import grad_mode
@@ -63,6 +64,8 @@ class Updating:
         optimizer = state.optimizer if owned else optree.tree_map(_copy, state.optimizer)
         optimizer = self.renewed(optimizer, params, state)
         step = state.step + 1
+        moves = self.moving(state)
+        twins = self.twins(state, moves)
         finite, buffers = computation.finite, dict(half.buffers)
         metrics = {**half.losses, **self.metrics(state, half)}
         flag = None if finite is None else lost(half.losses, step.device)
@@ -71,16 +74,32 @@ class Updating:
         if finite is not None and found is not None:
             finite.refuse(found, half.losses, state.step)
             metrics |= found.metrics
-            buffers = found.kept("buffer", state.buffers, half.buffers)
+            buffers = found.kept("buffer", state.fields[1], half.buffers)
             params |= found.kept("parameter", state.params, half.written)
+        buffers = {**twins, **buffers}
+        move(moves, buffers, params, buffers, found)
         if self.donate:
             lease.spent = True
-        else:
-            lease.borrowed |= params.keys() - routed  # both states hold these now: neither may write to them
+        else:  # both states hold these now: neither may write to them
+            lease.borrowed |= (params.keys() - routed) | (twins.keys() - moved_by(moves))
         kept = [gradient for gradient in gradients.values() if gradient.is_cpu]
-        held = Lease(borrowed=lease.borrowed - copied - half.written.keys(), gradients=kept)
+        held = Lease(borrowed=lease.borrowed - copied - half.written.keys() - moved_by(moves), gradients=kept)
         fields = self.specification.named((params, buffers, optimizer, step))
         return make_state(fields, held, self.specification, count=known_count(state, 1)), metrics
+
+    def moving(self, state: State) -> Moves:
+        """The targets that move in the step of a state. Their schedules are called, which may raise."""
+        targets = self.computation.evaluation.targets
+        return targets.moving(count_of(state), state.step) if targets.by_name else ()
+
+    def twins(self, state: State, moves: Moves) -> dict[str, Tensor]:
+        """The parameters of all targets, copied where they move and somebody else may hold them."""
+        constants = self.computation.evaluation.functional.constants
+        if not constants:
+            return {}
+        tensors, moved = by_path(state.targets), moved_by(moves)
+        copied = moved & lease_of(state).borrowed if self.donate else moved
+        return {path: tensors[path].clone() if path in copied else tensors[path] for path in constants}
 
     def renewed(self, optimizer: Any, params: Mapping[str, Tensor], state: State) -> Any:
         """The optimizer's state, with what is fresh at the count of a state; the very same if nothing is."""
@@ -93,7 +112,10 @@ class Updating:
 
     def metrics(self, state: State, half: Half) -> dict[str, Any]:
         """What `losses` returned beside the losses, apart from what the next update overwrites."""
-        return not_sharing(half.metrics, (*state.params.values(), *half.buffers.values(), *half.written.values()))
+        if not half.metrics:
+            return {}
+        overwritten = state.params, by_path(state.targets), half.buffers, half.written
+        return not_sharing(half.metrics, [tensor for tensors in overwritten for tensor in tensors.values()])
 
     def apart(self, state: State, half: Half) -> Half:
         """The half in memory of its own, and with all names of tied tensors."""
@@ -178,8 +200,9 @@ class Updating:
         """What is wrong with buffers and written parameters; a forward may change the shapes of buffers."""
         for name in filter(is_own, half.metrics):
             yield f"metrics[{name!r}]: such names are kept for metrics that a step adds itself; rename it"
-        for path in sorted(state.buffers.keys() ^ half.buffers.keys()):
-            has, has_not = ("State", "Half") if path in state.buffers else ("Half", "State")
+        wanted = state.fields[1].keys() - self.computation.evaluation.functional.constants.keys()
+        for path in sorted(wanted ^ half.buffers.keys()):
+            has, has_not = ("State", "Half") if path in wanted else ("Half", "State")
             yield f"buffer {path}: the {has} has it, the {has_not} does not"
         for path, value in half.buffers.items():
             if not isinstance(value, Tensor):

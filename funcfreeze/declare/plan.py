@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from funcfreeze.declare.ema import Ema, cut_ties, shown_targets
 from funcfreeze.declare.plan_data import routes_from_data, routes_to_data
 from funcfreeze.declare.plan_table import format_plan
 from funcfreeze.declare.routes import Declaration, Route, Selection, Weight, declare
@@ -90,7 +91,7 @@ class Plan:
     """The resolved loss × parameter table: which loss may update which parameters, with what weight.
 
     Printing it shows the table; plans compare by what they say. `frozen_statistics` are the norms that a `Step` keeps
-    from moving their running statistics, if it does.
+    from moving their running statistics, if it does, and `targets` are averaged twins of parts of the model.
 
     >>> from torch import nn
     >>> net = nn.ModuleDict({"encoder": nn.Linear(4, 2), "head": nn.Linear(2, 1)})
@@ -111,10 +112,15 @@ class Plan:
     losses: tuple[str, ...]
     rows: tuple[Row, ...]
     frozen_statistics: FrozenStatistics | None = None
+    targets: tuple[tuple[str, Ema], ...] = ()
 
     def __str__(self) -> str:
-        table = format_plan(self.losses, self.rows)
-        return table if self.frozen_statistics is None else f"{table}\nfrozen statistics  {self.frozen_statistics}"
+        cut = cut_ties(self.targets, (row.names for row in self.rows))
+        told = [*shown_targets(self.targets), *cut]
+        lines = [format_plan(self.losses, self.rows), *(f"targets  {line}" for line in told)]
+        if self.frozen_statistics is not None:
+            lines.append(f"frozen statistics  {self.frozen_statistics}")
+        return "\n".join(lines)
 
     @cached_property
     def paths(self) -> tuple[str, ...]:
@@ -150,6 +156,7 @@ class Plan:
                 for row in self.rows
             ],
             **({} if self.frozen_statistics is None else {"frozen_statistics": _listed(self.frozen_statistics)}),
+            **({"targets": {name: target.to_dict() for name, target in self.targets}} if self.targets else {}),
         }
 
     @staticmethod
@@ -166,7 +173,8 @@ class Plan:
             )
             frozen = data.get("frozen_statistics")
             statistics = None if frozen is None else FrozenStatistics(tuple(frozen["norms"]), tuple(frozen["declared"]))
-            return Plan(tuple(data["losses"]), rows, statistics)
+            targets = tuple((name, Ema.from_dict(target)) for name, target in data.get("targets", {}).items())
+            return Plan(tuple(data["losses"]), rows, statistics, targets)
         except (KeyError, TypeError, AttributeError) as error:
             raise RouteError(f"this is not a plan's data: {type(error).__name__}: {error}") from error
 
@@ -213,12 +221,17 @@ def _row(leaf: Leaf, claimed: Mapping[str, Sequence[Route]]) -> Row:
     return Row(leaf.names, tuple(leaf.tensor.shape), leaf.trainable, weights, timed)
 
 
-def refuse_frozen_statistics(routes: object) -> None:
-    """Refuse a plan that freezes statistics where the user calls the model.
+def refuse_what_steps_do(routes: object) -> None:
+    """Refuse a plan that freezes statistics, or has targets, where the user calls the model and the optimizer.
 
     Raises:
-        RouteError: naming the norms.
+        RouteError: naming the norms, or the targets.
     """
+    if isinstance(routes, Plan) and routes.targets:
+        raise RouteError(
+            f"the plan has targets ({', '.join(name for name, _ in routes.targets)}), which a Step moves after its "
+            "update; here the update is yours: give the routes, or a plan of funcfreeze.plan(model, routes)"
+        )
     if isinstance(routes, Plan) and routes.frozen_statistics is not None:
         raise RouteError(
             f"the plan freezes the running statistics of {', '.join(routes.frozen_statistics.norms)}, which a Step "

@@ -21,7 +21,7 @@ Timings = Mapping[str, tuple[Timing, ...]]
 def routes_to_data(weights: Weights, timings: Timings) -> dict[str, Any]:
     """One parameter's routes by loss; timings only where there are some."""
     timed = {loss: [timing.to_dict() for timing in given] for loss, given in timings.items()}
-    plain = {"weights": {loss: list(map(_weight_to_data, terms)) for loss, terms in weights.items()}}
+    plain = {"weights": {loss: list(map(number_to_data, terms)) for loss, terms in weights.items()}}
     return {**plain, "timings": timed} if timed else plain
 
 
@@ -31,7 +31,7 @@ def routes_from_data(data: Mapping[str, Any]) -> tuple[Weights, Timings]:
     Raises:
         RouteError: a weight that was a function, or a timing that is none.
     """
-    weights = {loss: tuple(map(_weight_from_data, terms)) for loss, terms in data["weights"].items()}
+    weights = {loss: tuple(map(number_from_data, terms)) for loss, terms in data["weights"].items()}
     timings = {loss: tuple(map(Timing.from_dict, given)) for loss, given in data.get("timings", {}).items()}
     for loss, given in timings.items():
         if len(given) != len(weights.get(loss, ())):
@@ -40,7 +40,8 @@ def routes_from_data(data: Mapping[str, Any]) -> tuple[Weights, Timings]:
     return weights, timings
 
 
-def _weight_to_data(weight: Weight) -> Any:
+def number_to_data(weight: Weight) -> Any:
+    """A number, a 0-d tensor or a schedule."""
     if isinstance(weight, Real):
         return float(weight)
     if isinstance(weight, Schedule):
@@ -50,7 +51,8 @@ def _weight_to_data(weight: Weight) -> Any:
     return {"function": repr(weight)}
 
 
-def _weight_from_data(data: Any) -> Weight:
+def number_from_data(data: Any, noun: str = "weight") -> Weight:
+    """What `number_to_data` wrote down; `RouteError` for a function, named by the noun."""
     if isinstance(data, Real):
         return float(data)
     if "schedule" in data:
@@ -58,6 +60,6 @@ def _weight_from_data(data: Any) -> Weight:
     if "tensor" in data:
         return torch.tensor(data["tensor"], dtype=getattr(torch, data["dtype"]))
     raise RouteError(
-        f"the weight {data['function']} was a function, which plain data cannot hold; use a schedule of "
+        f"the {noun} {data['function']} was a function, which plain data cannot hold; use a schedule of "
         "funcfreeze.schedules, or resolve the plan anew"
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from funcfreeze.declare.ema import cut_ties, shown_targets
 from funcfreeze.declare.plan import Plan, Row
 from funcfreeze.declare.plan_table import format_plan
 from funcfreeze.declare.timing import ALWAYS, Timing
@@ -56,7 +57,13 @@ class Plans(Mapping[str, Plan]):
             for member, plan in self.plans.items()
             if plan.frozen_statistics is not None
         ]
-        return "\n".join([format_plan(losses, self.rows, groups), *frozen])
+        names = [row.names for row in self.rows]
+        targets = [
+            f"targets  {told}"
+            for member, plan in self.plans.items()
+            for told in (*shown_targets(plan.targets, member), *cut_ties(plan.targets, names))
+        ]
+        return "\n".join([format_plan(losses, self.rows, groups), *targets, *frozen])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON: each member's plan and turns."""

@@ -58,9 +58,14 @@ def forward(evaluate: Evaluate, params: Sequence[Tensor], routing: Routing) -> F
         RuntimeError: the forward wrote to a parameter that it was to stay connected with.
     """
     connected = _requiring_grad(params) if torch.is_grad_enabled() else frozenset()
+    known = {} if routing.live is None else routing.live.leaves
     with grad_mode(True):
         leaves = [
-            _view(param) if index in connected else param.detach().requires_grad_(required)
+            known[index]
+            if index in known
+            else _view(param)
+            if index in connected
+            else param.detach().requires_grad_(required)
             for index, (param, required) in enumerate(zip(params, routing.requires_grad, strict=True))
         ]
         versions = {index: leaves[index]._version for index in connected}

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from funcfreeze.declare.plan import Plan, raise_problems
 from funcfreeze.declare.routes import UNIT, Weight, weight_value
@@ -23,6 +24,22 @@ from funcfreeze.gradients.weights import LossWeights
 
 Evaluate = Callable[[list[Tensor]], tuple[Any, Any]]
 """The forward: parameters in the routing's order -> (what the user's `losses` returned, anything else)."""
+
+
+class Live(NamedTuple):
+    """A graph that was made before the forward, and that the losses hang on.
+
+    Attributes:
+        leaves: leaf index -> the leaf of that graph, which stands for the parameter in the forward, too.
+        known: the ids of all leaves of that graph, also of those at which nobody differentiates now.
+        hooked: the nodes of it that are known to carry hooks; None if any may.
+        retain: whether somebody needs it afterwards.
+    """
+
+    leaves: Mapping[int, Tensor]
+    known: frozenset[int]
+    hooked: Sequence[Node] | None
+    retain: bool
 
 
 @dataclass(frozen=True)
@@ -37,6 +54,7 @@ class Routing:
         differentiable: leaves that no loss may update and that require grad in the forward all the same.
         active: of the plan's timings, in their order, which are active; stands for the routing beside others of a plan.
         resting: the losses of which some route is not active. They may hang on constants alone now.
+        live: a graph that goes on into the losses', if there is one.
     """
 
     losses: tuple[str, ...]
@@ -46,6 +64,7 @@ class Routing:
     differentiable: frozenset[int] = frozenset()
     active: tuple[bool, ...] = ()
     resting: frozenset[str] = frozenset()
+    live: Live | None = None
 
     @staticmethod
     def of(plan: Plan, differentiable: Set[int] = frozenset()) -> Routing:

@@ -13,8 +13,8 @@ from funcfreeze.declare.routes import scalar_like
 from funcfreeze.gradients.explained import explained, walking
 from funcfreeze.gradients.forward import Forward, forward
 from funcfreeze.gradients.graph import NO_LEAF, Graph, gradient_edge, losses_at_other_leaves, read_graph
-from funcfreeze.gradients.hooks import note_temporary_hooks, noticing_hooks
-from funcfreeze.gradients.law import Evaluate, OtherLeaf, Outcome, Routing, SeparateOutcome
+from funcfreeze.gradients.hooks import Noticed, note_temporary_hooks, noticing_hooks
+from funcfreeze.gradients.law import Evaluate, Live, OtherLeaf, Outcome, Routing, SeparateOutcome
 from funcfreeze.gradients.modes import grad_mode
 from funcfreeze.gradients.outside import Outside, ends_outside
 from funcfreeze.gradients.passes import Captured, Entry, Pass, losses_walked, plan_passes
@@ -44,14 +44,19 @@ class Routed:
         with noticing_hooks() as noticed:
             live = forward(evaluate, params, routing)
         weights = routing.weight_values(step)
-        graph = read_losses(live.losses, live.leaves, noticed.nodes if noticed.all_known else None, seed)
+        before = routing.live
+        hooked = _hooked(noticed, before)
+        graph = read_losses(live.losses, live.leaves, hooked, seed)
         others = other_leaves(graph, routing.losses, since)
+        if before is not None:
+            others = [leaf for leaf in others if id(leaf.tensor) not in before.known]
         noticed.nodes.clear()
         carries = torch.is_grad_enabled() and ends_outside(graph.structure, live.connected)
         values, rest = live.let_go(routing, _kept(live, graph, carries))
         # nothing but `graph` holds what it need not hold now, and lets it go as it is used up
         with grad_mode(carries):
-            gradients = planned_backward(graph, live.leaves, routing, weights)
+            retain = before is not None and before.retain
+            gradients = planned_backward(graph, live.leaves, routing, weights, retain_graph=retain)
         return Outcome(_cut(gradients, live.leaves) if carries else gradients, values, rest, others)
 
     def separate(
@@ -72,6 +77,13 @@ class Routed:
                 for name, loss, row in zip(routing.losses, live.losses, routing.weights, strict=True)
             ]
         return SeparateOutcome(gradients, *live.let_go(routing, nothing))
+
+
+def _hooked(noticed: Noticed, before: Live | None) -> list[Node] | None:
+    """The nodes known to carry hooks, or None if any may."""
+    if not noticed.all_known or (before is not None and before.hooked is None):
+        return None
+    return [*noticed.nodes, *(before.hooked or () if before is not None else ())]
 
 
 def _kept(live: Forward, graph: LiveGraph, carries: bool) -> Callable[[Tensor], bool]:

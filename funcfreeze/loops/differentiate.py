@@ -9,7 +9,7 @@ import optree
 import torch
 from torch import Tensor
 
-from funcfreeze.declare.plan import refuse_frozen_statistics, resolve_plan
+from funcfreeze.declare.plan import refuse_what_steps_do, resolve_plan
 from funcfreeze.declare.selectors import Leaf
 from funcfreeze.gradients import Engine, Routing, find_engine
 from funcfreeze.gradients.functorch import is_transforming, refuse_constants
@@ -88,7 +88,7 @@ def grad_and_value(
         places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         key = tuple((paths[place], leaves[place].shape, leaves[place].dtype) for place in places)
         if key not in known:
-            refuse_frozen_statistics(routes)
+            refuse_what_steps_do(routes)
             known.clear()  # a loop has one structure
             known[key] = Routing.of(resolve_plan(routes, [_leaf(paths[place], leaves[place]) for place in places]))
 

@@ -8,7 +8,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from funcfreeze.declare.plan import refuse_frozen_statistics, resolve_plan
+from funcfreeze.declare.plan import refuse_what_steps_do, resolve_plan
 from funcfreeze.declare.selectors import Leaf, RouteError
 from funcfreeze.gradients import Routing, Timetable
 from funcfreeze.gradients.graph import NO_LEAF
@@ -32,7 +32,7 @@ def parameters_and_routing(model: Model, routes: object, count: Tensor | None) -
     Raises:
         RouteError: everything that is wrong with the routes; or a route is timed, and there is no count.
     """
-    refuse_frozen_statistics(routes)
+    refuse_what_steps_do(routes)
     leaves = leaves_of(model)
     plan = resolve_plan(routes, leaves)
     number = int(count) if count is not None and plan.timings else None

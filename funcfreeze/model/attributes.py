@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import is_
 from typing import Any
@@ -79,13 +79,12 @@ def _detached(value: Any, since: int, seen: set[int]) -> Any:
 
 
 @contextmanager
-def attributes_kept(module: nn.Module) -> Iterator[None]:
-    """Leave every module's attributes as they were: what they are bound to, what lists, dicts and sets hold, the
+def attributes_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Leave these modules' attributes as they were: what they are bound to, what lists, dicts and sets hold, the
     values of tensors, the state of generators. Objects of other classes are not looked into.
     """
     undo: list[Callable[[], None]] = []
     seen: dict[int, Any] = {}
-    modules = list(module.modules())
     before = [attributes(inner) for inner in modules]
     for values in before:
         for value in values.values():

@@ -29,6 +29,24 @@ def marks_of(tensors: Mapping[str, Tensor]) -> dict[str, Mark]:
     return dict(zip(tensors, zip(map(_VERSION, values), memories_of(values), strict=True), strict=True))
 
 
+def in_twin(name: str, path: str) -> str:
+    """How a tensor of a twin is known beside those of the model.
+
+    >>> in_twin("teacher", "net.weight")
+    'targets.teacher.net.weight'
+    """
+    return f"targets.{name}.{path}"
+
+
+def constant_problem(path: str) -> str:
+    """A parameter of a twin was written to."""
+    _, name, inside = path.split(".", 2)
+    return (
+        f"`losses` writes to parameter {inside} of target {name!r}, which moves after the step by what funcfreeze.ema "
+        "declares; leave out what moves it in `losses`"
+    )
+
+
 Held = tuple[int, int, tuple[nn.Module | None, ...]]
 """What a module holds at a time: how many parameters and buffers, None among them, and its submodules."""
 
@@ -54,27 +72,47 @@ class Left:
 
 @dataclass(frozen=True, eq=False)
 class FunctionalModule:
-    """A module, and where each of its parameters and buffers sits.
+    """A module, and where each of its parameters and buffers sits; and twins of its parts, which go beside it.
 
     Parameters and buffers are known by the first path `named_parameters()` and `named_buffers()` give, without what
-    `torch.compile` adds; a tied one has several sites.
+    `torch.compile` adds; a tied one has several sites. Those of a twin are known by `in_twin(name, path)`: its buffers
+    are among the others, and its parameters are constants, which a call is given with the buffers and only reads.
+
+    Attributes:
+        module: the user's.
+        twins: by name.
+        parameters: path -> sites.
+        buffers: path -> sites, those of twins too.
+        constants: path -> sites of the twins' parameters.
+        modules: all parts of the module and of its twins.
+        held: what each of these held when the sites were noted.
+        empty: places for a parameter or a buffer in which there was None.
     """
 
     module: nn.Module
+    twins: Mapping[str, nn.Module]
     parameters: Mapping[str, tuple[Site, ...]]
     buffers: Mapping[str, tuple[Site, ...]]
+    constants: Mapping[str, tuple[Site, ...]]
     modules: tuple[nn.Module, ...]
     held: tuple[Held, ...]
     empty: tuple[tuple[nn.Module, str, str], ...]
 
     @staticmethod
-    def of(module: nn.Module) -> FunctionalModule:
-        """Note the sites of all parameters and buffers the module has now."""
+    def of(module: nn.Module, twins: Mapping[str, nn.Module] | None = None) -> FunctionalModule:
+        """Note the sites of all parameters and buffers that the module, and twins of its parts, have now."""
+        twins = twins or {}
+        beside = [
+            {in_twin(name, names[0]): sites for name, twin in twins.items() for names, sites in grouped(twin, store)}
+            for store in ("_buffers", "_parameters")
+        ]
         return FunctionalModule(
             module,
+            twins,
             {names[0]: sites for names, sites in grouped(module, "_parameters")},
-            {names[0]: sites for names, sites in grouped(module, "_buffers")},
-            modules := tuple(module.modules()),
+            {names[0]: sites for names, sites in grouped(module, "_buffers")} | beside[0],
+            beside[1],
+            modules := tuple(part for whole in (module, *twins.values()) for part in whole.modules()),
             tuple(map(held_by, modules)),
             tuple(
                 (inner, store, name)
@@ -94,6 +132,11 @@ class FunctionalModule:
         """The buffers in the module now, by path."""
         with _EXCHANGING:
             return {path: present(sites[0], "_buffers") for path, sites in self.buffers.items()}
+
+    def present_constants(self) -> dict[str, Tensor]:
+        """The parameters in the twins now, by path."""
+        with _EXCHANGING:
+            return {path: present(sites[0], "_parameters") for path, sites in self.constants.items()}
 
     def buffer(self, path: str) -> Tensor | None:
         """The buffer that is in the module now, or None if it is gone."""
@@ -128,8 +171,9 @@ class FunctionalModule:
         with _EXCHANGING, torch.no_grad():
             for path, sites in self.parameters.items():
                 present(sites[0], "_parameters").copy_(parameters[path])
-            for path, sites in self.buffers.items():
-                held, value = present(sites[0], "_buffers"), buffers[path]
+            for path, value in buffers.items():
+                sites = self.buffers[path]
+                held = present(sites[0], "_buffers")
                 if (held.shape, held.dtype) == (value.shape, value.dtype):
                     held.copy_(value)
                 else:
@@ -150,7 +194,8 @@ class FunctionalModule:
     def holding(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Iterator[None]:
         """These tensors are in the module inside the block; afterwards it holds its own again, whatever happens.
 
-        The buffers are written to where a forward updates them in place: pass clones.
+        The buffers are written to where a forward updates them in place: pass clones. The twins' parameters are among
+        them, and only read.
         """
         release = self.hold(parameters, buffers)
         try:
@@ -185,15 +230,18 @@ class FunctionalModule:
 
         try:
             own_buffers = self.present_buffers() if self.buffers else {}  # all are there
+            given_at = (
+                {**parameters, **{path: buffers[path] for path in self.constants}} if self.constants else parameters
+            )
             taken += [
-                (site[0].__dict__["_parameters"], site[1], present(site, "_parameters"), parameters[path])
+                (site[0].__dict__["_parameters"], site[1], present(site, "_parameters"), given_at[path])
                 for path, site in self._places
             ]
             stores += [module.__dict__["_buffers"] for module in self.modules]
             kept += [store.copy() if store else None for store in stores]
             for store, name, own, given in taken:
                 store[name] = _with_attributes_of(own, given)
-            self.put_buffers({path: _with_attributes_of(own_buffers[path], given) for path, given in buffers.items()})
+            self.put_buffers({path: _with_attributes_of(own, buffers[path]) for path, own in own_buffers.items()})
         except BaseException:
             release()
             raise
@@ -208,7 +256,7 @@ class FunctionalModule:
         """What a call left behind; asked while its tensors are held.
 
         Args:
-            given: the parameters that the module was given to hold.
+            given: the parameters that the module, and its twins, were given to hold.
             marks: what these tensors were at before the call.
             may_write: the paths of parameters whose values a call may exchange.
 
@@ -219,13 +267,16 @@ class FunctionalModule:
         problems: list[str] = []
         written: dict[str, Tensor] = {}
         now = marks_of(given)
-        for path, sites in () if now == marks and self._holds(given) else self.parameters.items():
+        known = {**self.parameters, **self.constants}
+        for path, sites in () if now == marks and self._holds(given) else known.items():
             tensor, mark = given[path], marks[path]
             found = [module.__dict__["_parameters"].get(name) for module, name in sites]
             if mark == now[path] and all(held is tensor for held in found):
                 continue
             problem = _write_problem(path, tensor, mark, found, path in may_write)
-            if problem is not None:
+            if path in self.constants:
+                problems.append(constant_problem(path))
+            elif problem is not None:
                 problems.append(problem)
             elif found[0] is not None:
                 written[path] = found[0].detach()
@@ -248,8 +299,8 @@ class FunctionalModule:
 
     @cached_property
     def _places(self) -> list[tuple[str, Site]]:
-        """Every parameter at each of its sites."""
-        return [(path, site) for path, sites in self.parameters.items() for site in sites]
+        """Every parameter, those of twins too, at each of its sites."""
+        return [(path, site) for path, sites in {**self.parameters, **self.constants}.items() for site in sites]
 
     def hold_copies(self, tensors: Mapping[str, Tensor]) -> None:
         """Put copies of these buffers into the module, until it gets its own back."""
@@ -273,9 +324,12 @@ class FunctionalModule:
         empty = all(module.__dict__[store].get(name) is None for module, store, name in self.empty)
         if empty and all(map(eq, map(held_by, self.modules), self.held)):
             return
-        for noun, store, known in (("parameter", "_parameters", self.parameters), ("buffer", "_buffers", self.buffers)):
+        of_parameters = {**self.parameters, **self.constants}
+        for noun, store, known in (("parameter", "_parameters", of_parameters), ("buffer", "_buffers", self.buffers)):
             sites = {(id(module), name) for held in known.values() for module, name in held}
-            for prefix, module in self.module.named_modules():
+            wholes = [("", self.module), *((in_twin(name, ""), twin) for name, twin in self.twins.items())]
+            parts = ((f"{before}{path}", part) for before, whole in wholes for path, part in whole.named_modules())
+            for prefix, module in parts:
                 for name, tensor in module.__dict__[store].items():
                     if tensor is not None and (id(module), name) not in sites:
                         yield (

@@ -37,6 +37,13 @@ def other_names(module: nn.Module, store: str) -> dict[str, str]:
     return {name: path for name, path in found.items() if name != path}
 
 
+def clear_modules(module: nn.Module) -> dict[str, nn.Module]:
+    """The parts of a module by all of their paths, also without what `torch.compile` puts into them."""
+    named = dict(module.named_modules(remove_duplicate=False))
+    clear = _clear_names([*named])
+    return {**named, **{clear[path]: part for path, part in named.items()}}
+
+
 def _clear_names(names: Sequence[str]) -> dict[str, str]:
     """The names without `_orig_mod`, of which each stands for one.
 

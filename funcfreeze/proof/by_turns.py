@@ -18,6 +18,7 @@ from funcfreeze.proof.comparison import COARSE_TOLERANCE, TOLERANCES, Seen, buff
 from funcfreeze.proof.copies import cast, cast_state, module_copy
 from funcfreeze.proof.recipe import Recipe, random_numbers, with_torchs_random_numbers
 from funcfreeze.proof.report import Check, Report
+from funcfreeze.proof.twins import TwinsByHand
 
 
 def by_turns(step: Alternation, state: State, batch: Any, steps: int, alone: Mapping[str, Report]) -> Report:
@@ -44,7 +45,8 @@ def _checks(step: Alternation, state: State, batch: Any, steps: int, dtype: torc
     mine = _over(step, module_copy(step.module, dtype))
     now, batch = _cast(mine, step, state, dtype), cast(batch, dtype)
     module = module_copy(step.module, dtype)
-    recipes = {name: Recipe(member, module, mine.seen_by(name, now)) for name, member in mine.members.items()}
+    twins = TwinsByHand(next(iter(mine.members.values())).computation.evaluation.targets, module, now)
+    recipes = {name: Recipe(member, module, mine.seen_by(name, now), twins) for name, member in mine.members.items()}
     functional = next(iter(recipes.values())).functional
     start, seen, wrong = copy.deepcopy(now), Seen(), []
     clocks = {name: clock.clone() for name, clock in now.clocks.items()}
@@ -76,6 +78,7 @@ def _checks(step: Alternation, state: State, batch: Any, steps: int, dtype: torc
     counts = [name for name in clocks if int(clocks[name]) != int(now.clocks[name])]
     yield exactly("clocks", [f"{name}: {int(now.clocks[name])}" for name in counts], f"{len(clocks)} equal")
     yield from buffer_checks(seen, now.buffers, functional.present_buffers(), near)
+    yield from twins.checks(start, now, far)
 
 
 def _over(step: Alternation, module: torch.nn.Module) -> Alternation:
@@ -105,4 +108,4 @@ def _cast(mine: Alternation, step: Alternation, state: State, dtype: torch.dtype
     first = next(iter(parts.values()))
     optimizers = {name: part.optimizer for name, part in parts.items()}
     clocks = {name: part.step for name, part in parts.items()}
-    return State(first.params, first.buffers, optimizers, state.step.clone(), clocks=clocks)
+    return State(first.params, first.buffers, optimizers, state.step.clone(), first.targets, clocks)

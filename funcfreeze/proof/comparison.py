@@ -175,6 +175,7 @@ def checks(
         shown = f"{', '.join(sorted(seen.written)[:3])}{', ...' if len(seen.written) > 3 else ''}"
         yield Check("written by the forward", (), seen.writes, far, shown)
     yield from buffer_checks(seen, end.buffers, recipe.functional.present_buffers(), near)
+    yield from recipe.twins.checks(start, end, far)
 
 
 def _never_touched(paths: Sequence[str]) -> str:

@@ -2,55 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import optree
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from funcfreeze.computation.state import State
-from funcfreeze.model.attributes import attributes
+from funcfreeze.model.copying import copy_of
 from funcfreeze.model.functional import FunctionalModule
 
 
 def module_copy(module: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """A copy of a model in another dtype; ties stay ties, which `Module.to` does not see to for buffers."""
-    with _GraphsLeftOut():
-        memo = _shared(module)
-        functional = FunctionalModule.of(copy.deepcopy(module, memo))
-        copies = dict(functional.module.named_parameters())
-        for path, own in module.named_parameters():
-            if own.__dict__ and path in copies:
-                copies[path].__dict__ |= copy.deepcopy(own.__dict__, memo)  # torch forgets it (`weight.scale`)
+    copied = copy_of(module)
     if dtype is not None:
-        functional.exchange(lambda tensor: cast(tensor, dtype))
-    return functional.module
-
-
-class _GraphsLeftOut(TorchFunctionMode):
-    """Inside, a deep copy takes the values of tensors that hang on a graph, which torch refuses to copy."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
-            tensor, memo = args
-            return memo.setdefault(id(tensor), tensor.detach().clone())
-        return func(*args, **(kwargs or {}))
-
-
-def _shared(module: nn.Module) -> dict[int, Any]:
-    """A memo for `copy.deepcopy` with what it cannot copy: generators are copied, locks and the like are shared."""
-    memo: dict[int, Any] = {}
-    for value in (value for inner in module.modules() for value in attributes(inner).values()):
-        if isinstance(value, torch.Generator):
-            memo[id(value)] = value.clone_state()
-            continue
-        try:
-            copy.deepcopy(value, {})
-        except TypeError:  # what Python says of objects that belong to the process
-            memo[id(value)] = value
-    return memo
+        FunctionalModule.of(copied).exchange(lambda tensor: cast(tensor, dtype))
+    return copied
 
 
 def cast_state(state: State, dtype: torch.dtype | None, wanted: Any) -> State:
@@ -64,7 +32,8 @@ def cast_state(state: State, dtype: torch.dtype | None, wanted: Any) -> State:
         return cast(leaf, None if path and path[-1] == "step" else dtype)
 
     optimizer = optree.tree_map_with_path(cast_entry, state.optimizer)
-    return State(cast(state.params, dtype), cast(state.buffers, dtype), optimizer, state.step.clone())
+    params, buffers, targets = (cast(each, dtype) for each in (state.params, state.buffers, state.targets))
+    return State(params, buffers, optimizer, state.step.clone(), targets)
 
 
 def cast(tree: Any, dtype: torch.dtype | None) -> Any:

@@ -21,13 +21,16 @@ from funcfreeze.gradients.returned import check_losses
 from funcfreeze.gradients.toggle import accumulate
 from funcfreeze.model.attributes import let_go_of_graphs, nodes_made
 from funcfreeze.model.functional import FunctionalModule
+from funcfreeze.proof.twins import TwinsByHand
 from funcfreeze.step import Step
 
 
 class Recipe:
     """The eager loop: a real module, one backward a loss into `.grad`, and the optimizer's pure form."""
 
-    def __init__(self, step: Step, module: nn.Module, state: State) -> None:
+    def __init__(self, step: Step, module: nn.Module, state: State, twins: TwinsByHand | None = None) -> None:
+        self.step = step
+        self.twins = twins or TwinsByHand(step.computation.evaluation.targets, module, state)
         self.module = module
         self.losses = step.losses
         self.timetable = step.computation.timetable
@@ -76,7 +79,7 @@ class Recipe:
                 if path in self.routed:
                     parameters[path].requires_grad_(required)
         with torch.enable_grad(), self.frozen_norms.holding():
-            returned = self.losses(self.module, batch)
+            returned = self.losses(self.module, batch, **self.twins.named(self.step))
             for parameter in parameters.values():
                 parameter.grad = None  # of a backward of the losses' own
             left = self.functional.present_buffers()
@@ -96,7 +99,8 @@ class Recipe:
             if path in self.routed:
                 parameter.requires_grad_()  # another's routes may have another timetable
         self.functional.put_buffers(left)
-        let_go_of_graphs(self.module.modules(), since)
+        for module in (self.module, *self.twins.modules.values()):
+            let_go_of_graphs(module.modules(), since)
         return {name: loss.detach() for name, loss in losses.items() if loss is not None}, found
 
     def update(self, gradients: Mapping[str, Tensor], number: Tensor) -> None:
@@ -111,6 +115,7 @@ class Recipe:
             for path, update in updates.items():
                 if update is not None:
                     parameters[path] += update
+        self.twins.move(self.step, self.functional, number)
         # a buffer that was updated with gradients on would bring this step's graph into the next
         self.functional.exchange_buffers(Tensor.detach)
 

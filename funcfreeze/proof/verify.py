@@ -137,7 +137,9 @@ def _taken(step: Step, state: State, batch: Any, turn: int) -> tuple[State, Mapp
 def _own(step: Step) -> dict[str, Tensor]:
     """The tensors of the model itself that change from step to step: nothing that runs on a copy should meet them."""
     params = step.functional.present_parameters()
-    return {path: params[path] for path in step.plan.routed} | step.functional.present_buffers()
+    return {path: params[path] for path in step.plan.routed} | {
+        path: buffer for path, buffer in step.functional.present_buffers().items() if path in step.specification.buffers
+    }
 
 
 def _in_float64_or_not(recipe: Recipe, batch: Any, number: Tensor, dtype: torch.dtype | None) -> tuple[Any, Any]:

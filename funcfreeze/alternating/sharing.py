@@ -1,0 +1,233 @@
+"""What the members of an alternation share: run once a call, its graph alive for those that are routed into it.
+
+A DCGAN's loop runs the generator once, steps the critic on what came out, and then walks back through the same graph
+for the generator. Here the losses name `shared`, and the routes say who gets gradients: nobody has to detach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from funcfreeze.alternating.members import Progress
+from funcfreeze.computation.evaluation import NOTHING, Evaluation
+from funcfreeze.computation.naming import Asked
+from funcfreeze.computation.sharing import WithShared
+from funcfreeze.computation.state import State
+from funcfreeze.computation.statistics import FrozenNorms
+from funcfreeze.declare.plan import Plan
+from funcfreeze.declare.plans import Plans
+from funcfreeze.gradients.graph import NO_LEAF, Graph, gradient_edge, read_graph
+from funcfreeze.gradients.hooks import noticing_hooks
+from funcfreeze.gradients.law import Live
+from funcfreeze.gradients.modes import grad_mode
+from funcfreeze.model.containers import flatten
+from funcfreeze.optim.transform import lines
+from funcfreeze.step import Step
+
+Function = Callable[..., Any]
+"""`f(model, batch)` -> tensors in containers of any kind."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sharing:
+    """A function that members share.
+
+    Attributes:
+        steps: the members by name.
+        evaluation: the function over the model.
+    """
+
+    steps: Mapping[str, Step]
+    evaluation: Evaluation
+
+    @staticmethod
+    def of(function: Function, steps: Mapping[str, Step], plans: Plans) -> Sharing:
+        """A function over the members' model."""
+        some = next(iter(steps.values())).computation.evaluation
+        rows = tuple(plans.rows)
+        losses = tuple(f"{member}.{loss}" for member, plan in plans.items() for loss in plan.losses)
+        evaluation = Evaluation(
+            some.functional,
+            partial(_as_metric, function),
+            Plan(losses, rows),
+            FrozenNorms(None, ()),
+            some.targets,
+            Asked.by(function),
+        )
+        return Sharing(steps, evaluation)
+
+    def asks(self, member: str) -> bool:
+        """Whether a member's losses name it."""
+        return "shared" in self.steps[member].computation.evaluation.asked
+
+    def run(self, progress: Progress, states: Mapping[str, State], batch: Any) -> tuple[Shared, Progress]:
+        """Run it, for the members of one call.
+
+        Args:
+            progress: the state before the first of them.
+            states: what each of them sees, in the order in which they run.
+            batch: what the function is given.
+
+        Raises:
+            ValueError: a member would walk through it at parameters that another has updated by then.
+        """
+        routed = {name: _routed(self.steps[name], state) for name, state in states.items()}
+        asking = [name for name in states if self.asks(name)]
+        wanted = frozenset[str]().union(*(routed[name] for name in asking))
+        paths, params = self.evaluation.plan.paths, self.evaluation.leaves(progress.params)
+        finally_do: list[Callable[[], None]] = []
+        with grad_mode(True):
+            leaves = [param.detach().requires_grad_(path in wanted) for path, param in zip(paths, params, strict=True)]
+            watch = None
+            if not self.evaluation.seen.watched:
+                watch = self.evaluation.watch(progress.params, progress.buffers)
+            try:
+                with noticing_hooks() as noticed:
+                    _, beside = self.evaluation.call(leaves, progress.buffers, batch, finally_do, watch)
+            finally:
+                for end in finally_do:
+                    end()
+        beside = beside or NOTHING
+        value = beside.metrics["shared"]
+        live = {path: leaf for path, leaf in zip(paths, leaves, strict=True) if leaf.requires_grad}
+        hooked = noticed.nodes if noticed.all_known else None
+        reach = Reach.of(value, live)
+        raise_conflicts(reach, routed, asking)
+        walkers = [name for name in asking if reach.of_member(routed[name])]
+        shared = Shared(value, live, Live({}, frozenset(map(id, live.values())), hooked, False), walkers, reach, routed)
+        return shared, replace(
+            progress,
+            params={**progress.params, **beside.written} if beside.written else progress.params,
+            buffers={**progress.buffers, **beside.buffers},
+        )
+
+
+@dataclass(eq=False)
+class Shared:
+    """What one call shares. The graph is let go with the last member that walks through it.
+
+    Attributes:
+        value: what the function returned, on a live graph.
+        leaves: path -> leaf of that graph, of those that require grad.
+        live: that graph, as engines know it.
+        walkers: the members that still have to walk through it, in their order.
+        reach: which parameters it depends on.
+        routed: member -> the parameters that it may update now.
+    """
+
+    value: Any
+    leaves: Mapping[str, Tensor]
+    live: Live
+    walkers: list[str]
+    reach: Reach
+    routed: Mapping[str, AbstractSet[str]]
+
+    def given_to(self, member: str, batch: Any) -> WithShared:
+        """The batch, and what is shared, as one member is given it."""
+        value = self.value
+        if member not in self.walkers:
+            return WithShared(batch, _detached(value), {}, self.live)
+        self.walkers.remove(member)
+        if not self.walkers:
+            self.value = _detached(value)
+        own = {path: self.leaves[path] for path in self.reach.of_member(self.routed[member])}
+        return WithShared(batch, value, own, self.live._replace(retain=bool(self.walkers)))
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Which parameters a graph depends on.
+
+    Attributes:
+        paths: of the leaves.
+        graph: its structure.
+        at: path -> the node in which the graph ends there.
+    """
+
+    paths: Sequence[str]
+    graph: Graph
+    at: Mapping[str, int] = field(default_factory=dict)
+
+    @staticmethod
+    def of(value: Any, leaves: Mapping[str, Tensor]) -> Reach:
+        """Of tensors in containers, down to these leaves."""
+        tensors = [leaf for leaf in flatten(value)[0] if isinstance(leaf, Tensor) and leaf.requires_grad]
+        graph, _ = read_graph([gradient_edge(tensor) for tensor in tensors], [*leaves.values()], None)
+        paths = [*leaves]
+        ends = zip(graph.leaves[::2], graph.leaves[1::2], strict=True)
+        return Reach(paths, graph, {paths[leaf]: node for node, leaf in ends if leaf != NO_LEAF})
+
+    def of_member(self, routed: AbstractSet[str]) -> list[str]:
+        """The parameters that a member may update and that the graph depends on."""
+        return [path for path in self.at if path in routed]
+
+    def met(self, routed: AbstractSet[str]) -> set[str]:
+        """The parameters whose values are met on the way down to those that a member may update."""
+        edges, start = self.graph.edges, 0
+        children: list[set[int]] = []
+        parents: dict[int, set[int]] = {}
+        for node, degree in enumerate(self.graph.degrees):
+            children.append({child for child in edges[start : start + 2 * degree : 2] if child >= 0})
+            start += 2 * degree
+            for child in children[node]:
+                parents.setdefault(child, set()).add(node)
+        pending = [self.at[path] for path in self.of_member(routed)]
+        seen = set(pending)
+        for node in pending:  # grows while it is walked
+            above = parents.get(node, set()) - seen
+            seen |= above
+            pending += above
+        path_at = {node: path for path, node in self.at.items()}
+        return {path_at[child] for node in seen for child in {node, *children[node]} if child in path_at}
+
+
+def raise_conflicts(reach: Reach, routed: Mapping[str, AbstractSet[str]], asking: Sequence[str]) -> None:
+    """Refuse members that walk through values which others have overwritten by then.
+
+    Raises:
+        ValueError: naming the members and the parameters.
+    """
+    problems = [*_conflicts(reach, routed, asking)]
+    if problems:
+        raise ValueError(
+            lines(
+                "what is shared is computed once, before any member runs, and these would walk back through it where "
+                "its values are old by then:",
+                [
+                    *problems,
+                    "let the member that walks run first, or compute in its own losses what depends on these",
+                ],
+            )
+        )
+
+
+def _conflicts(reach: Reach, routed: Mapping[str, AbstractSet[str]], asking: Sequence[str]) -> Iterator[str]:
+    order = [*routed]
+    for name in asking:
+        met = reach.met(routed[name])
+        for before in order[: order.index(name)]:
+            if both := sorted(met & routed[before]):
+                more = f" and {len(both) - 4} more" if len(both) > 4 else ""
+                yield f"member {name!r}, after {before!r} has updated {', '.join(both[:4])}{more}"
+
+
+def _routed(step: Step, state: State) -> frozenset[str]:
+    """The parameters that a member may update at the count of a state."""
+    routing = step.computation.at(state).routing
+    return frozenset(routing.paths[index] for index in routing.routed)
+
+
+def _as_metric(function: Function, model: Any, batch: Any, **named: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What is shared in the place of a metric: no loss comes with it."""
+    return {}, {"shared": function(model, batch, **named)}
+
+
+def _detached(value: Any) -> Any:
+    leaves, structure = flatten(value)
+    return structure.unflatten([leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves])

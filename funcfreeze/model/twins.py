@@ -1,0 +1,56 @@
+"""Twins of parts of a model: real modules, copied once, each of whose tensors knows which of the model's it follows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from funcfreeze.model.copying import copy_of
+from funcfreeze.model.sites import clear_modules, grouped, present
+
+
+@dataclass(frozen=True, eq=False)
+class Twin:
+    """A copy of a part of a model, whose parameters do not require grad.
+
+    Attributes:
+        module: the copy.
+        original: the part.
+        parameters: path in the copy -> path in the model of the parameter that it follows.
+        buffers: the same for buffers.
+
+    >>> net = nn.ModuleDict({"online": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    >>> twin = Twin.of(net, "online")
+    >>> twin.parameters
+    {'weight': 'online.weight', 'bias': 'online.bias'}
+    >>> twin.module.weight is net["online"].weight, twin.module.weight.requires_grad
+    (False, False)
+    """
+
+    module: nn.Module
+    original: nn.Module
+    parameters: Mapping[str, str]
+    buffers: Mapping[str, str]
+
+    @staticmethod
+    def of(model: nn.Module, path: str) -> Twin:
+        """Copy the part at a path of a model that has one there; "*" is the model itself."""
+        original = model if path == "*" else clear_modules(model)[path]
+        module = copy_of(original)
+        module.requires_grad_(False)
+        return Twin(module, original, _followed(model, original, "_parameters"), _followed(model, original, "_buffers"))
+
+    def set_mode(self, mode: str | None) -> None:
+        """Put the copy into train or eval mode; None is the original's, part by part."""
+        for own, copied in zip(self.original.modules(), self.module.modules(), strict=True):
+            training = own.training if mode is None else mode == "train"
+            if copied.training is not training:  # a write would have a compiler look again
+                vars(copied)["training"] = training
+
+
+def _followed(model: nn.Module, part: nn.Module, store: str) -> dict[str, str]:
+    """Path in a part of a model -> the path by which the whole model knows the tensor."""
+    known = {id(present(sites[0], store)): names[0] for names, sites in grouped(model, store)}
+    return {names[0]: known[id(present(sites[0], store))] for names, sites in grouped(part, store)}
