@@ -8,7 +8,7 @@ from typing import Any
 
 from funcfreeze.alternating.alternation import Alternation, Compile
 from funcfreeze.alternating.members import Members
-from funcfreeze.alternating.sharing import Function, Sharing
+from funcfreeze.alternating.sharing import Function, Sharing, name_of
 from funcfreeze.computation.evaluation import Evaluation
 from funcfreeze.computation.naming import Asked
 from funcfreeze.computation.targets import Target
@@ -86,7 +86,10 @@ def alternate(
     own = {name: member.remade(targets=_seen_by(name, twins), **run) for name, member in members.items()}
     _refuse_unmet(own, shared, engine)
     plans = Plans({name: member.plan for name, member in own.items()}, turns)
-    sharing = None if shared is None else Sharing.of(shared, own, plans)
+    sharing = None
+    if shared is not None:
+        sharing = Sharing.of(shared, own, plans)
+        plans = replace(plans, shared=f"{name_of(shared)}, for {', '.join(filter(sharing.asks, own))}")
     return Alternation(own, plans, engine, compile, donate, Members(own, turns, donate), sharing)
 
 

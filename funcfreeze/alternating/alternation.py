@@ -190,6 +190,11 @@ class Alternation:
         return self._members.adopted(state)
 
     @property
+    def sharing(self) -> Sharing | None:
+        """What the members share, if they do."""
+        return self._sharing
+
+    @property
     def traces(self) -> int:
         """How many graphs the members have had traced and compiled so far."""
         return sum(member.traces for member in self.members.values())

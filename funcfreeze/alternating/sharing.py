@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor
@@ -39,10 +39,12 @@ class Sharing:
     """A function that members share.
 
     Attributes:
+        function: the user's.
         steps: the members by name.
         evaluation: the function over the model.
     """
 
+    function: Function
     steps: Mapping[str, Step]
     evaluation: Evaluation
 
@@ -60,7 +62,7 @@ class Sharing:
             some.targets,
             Asked.by(function),
         )
-        return Sharing(steps, evaluation)
+        return Sharing(function, steps, evaluation)
 
     def asks(self, member: str) -> bool:
         """Whether a member's losses name it."""
@@ -168,23 +170,36 @@ class Reach:
         return [path for path in self.at if path in routed]
 
     def met(self, routed: AbstractSet[str]) -> set[str]:
-        """The parameters whose values are met on the way down to those that a member may update."""
-        edges, start = self.graph.edges, 0
-        children: list[set[int]] = []
-        parents: dict[int, set[int]] = {}
-        for node, degree in enumerate(self.graph.degrees):
-            children.append({child for child in edges[start : start + 2 * degree : 2] if child >= 0})
+        """The parameters below the nodes that lead to those that a member may update.
+
+        Also what these nodes only look at: whether one has saved a value, or has it computed once more as activation
+        checkpointing does, does not show.
+        """
+        above: dict[int, set[int]] = {}
+        for node, below in enumerate(self._children):
+            for child in below:
+                above.setdefault(child, set()).add(node)
+        leading = _walked([self.at[path] for path in self.of_member(routed)], lambda node: above.get(node, set()))
+        found = _walked([*leading], self._children.__getitem__)
+        return {path for path, node in self.at.items() if node in found}
+
+    @cached_property
+    def _children(self) -> list[set[int]]:
+        children, start = [], 0
+        for degree in self.graph.degrees:
+            children.append({child for child in self.graph.edges[start : start + 2 * degree : 2] if child >= 0})
             start += 2 * degree
-            for child in children[node]:
-                parents.setdefault(child, set()).add(node)
-        pending = [self.at[path] for path in self.of_member(routed)]
-        seen = set(pending)
-        for node in pending:  # grows while it is walked
-            above = parents.get(node, set()) - seen
-            seen |= above
-            pending += above
-        path_at = {node: path for path, node in self.at.items()}
-        return {path_at[child] for node in seen for child in {node, *children[node]} if child in path_at}
+        return children
+
+
+def _walked(start: Sequence[int], following: Callable[[int], AbstractSet[int]]) -> set[int]:
+    """All nodes on the ways from some."""
+    pending, seen = [*start], set(start)
+    for node in pending:  # grows while it is walked
+        new = following(node) - seen
+        seen |= new
+        pending += new
+    return seen
 
 
 def raise_conflicts(reach: Reach, routed: Mapping[str, AbstractSet[str]], asking: Sequence[str]) -> None:
@@ -215,6 +230,11 @@ def _conflicts(reach: Reach, routed: Mapping[str, AbstractSet[str]], asking: Seq
             if both := sorted(met & routed[before]):
                 more = f" and {len(both) - 4} more" if len(both) > 4 else ""
                 yield f"member {name!r}, after {before!r} has updated {', '.join(both[:4])}{more}"
+
+
+def name_of(function: Function) -> str:
+    """What it is called, as far as it has a name."""
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def _routed(step: Step, state: State) -> frozenset[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from funcfreeze.declare.ema import cut_ties, shown_targets
@@ -19,6 +19,7 @@ class Plans(Mapping[str, Plan]):
     Attributes:
         plans: member -> plan, in the order in which members run.
         turns: member -> when it runs.
+        shared: in words, what is run once a call and for which members; not compared, and not in the data.
 
     >>> from torch import nn
     >>> from funcfreeze.declare.plan import resolve_plan
@@ -39,6 +40,7 @@ class Plans(Mapping[str, Plan]):
 
     plans: Mapping[str, Plan]
     turns: Mapping[str, Timing]
+    shared: str = field(default="", compare=False)
 
     def __getitem__(self, member: str) -> Plan:
         return self.plans[member]
@@ -63,7 +65,8 @@ class Plans(Mapping[str, Plan]):
             for member, plan in self.plans.items()
             for told in (*shown_targets(plan.targets, member), *cut_ties(plan.targets, names))
         ]
-        return "\n".join([format_plan(losses, self.rows, groups), *targets, *frozen])
+        shared = [f"shared  {self.shared}"] if self.shared else []
+        return "\n".join([format_plan(losses, self.rows, groups), *shared, *targets, *frozen])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON: each member's plan and turns."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from funcfreeze.alternating.alternate import alternate
 from funcfreeze.alternating.alternation import Alternation
+from funcfreeze.computation.sharing import WithShared
 from funcfreeze.computation.state import State
 from funcfreeze.declare.plan_table import group_rows
+from funcfreeze.gradients.law import Live
 from funcfreeze.proof.comparison import COARSE_TOLERANCE, TOLERANCES, Seen, buffer_checks, exactly
 from funcfreeze.proof.copies import cast, cast_state, module_copy
 from funcfreeze.proof.recipe import Recipe, random_numbers, with_torchs_random_numbers
@@ -35,7 +37,7 @@ def by_turns(step: Alternation, state: State, batch: Any, steps: int, alone: Map
     told = [
         replace(check, subject=f"{name}: {check.subject}") for name, report in alone.items() for check in report.checks
     ]
-    kinds = {report.facts["dtype"] for report in alone.values()}
+    kinds = {report.facts["dtype"] for report in alone.values()} or {"float64"}
     checks = (*told, *_checks(step, state, batch, steps, torch.float64 if is_double else None))
     facts = {"dtype": ", ".join(sorted(kinds)), "calls": steps}
     return Report(f"alternation, engine {step.engine!r}, against the loop by hand", checks, facts)
@@ -53,8 +55,10 @@ def _checks(step: Alternation, state: State, batch: Any, steps: int, dtype: torc
     for call in range(int(now.step), int(now.step) + steps):
         theirs: dict[str, Mapping[str, Tensor]] = {}
         with random_numbers(call):
-            for name in (name for name, turns in step.plan.turns.items() if call in turns.counts):
-                theirs[name], gradients = recipes[name].gradients(batch, clocks[name])
+            names = [name for name, turns in step.plan.turns.items() if call in turns.counts]
+            given = _given(mine, module, twins, names, batch)
+            for name in names:
+                theirs[name], gradients = recipes[name].gradients(given(name), clocks[name])
                 recipes[name].update(gradients, clocks[name])
                 clocks[name] += 1
                 seen.take_in(gradients)
@@ -81,6 +85,20 @@ def _checks(step: Alternation, state: State, batch: Any, steps: int, dtype: torc
     yield from twins.checks(start, now, far)
 
 
+def _given(
+    step: Alternation, module: torch.nn.Module, twins: TwinsByHand, names: Sequence[str], batch: Any
+) -> Callable[[str], Any]:
+    """What each member's recipe is given as its batch: what is shared is computed on the real module, with a graph."""
+    sharing = step.sharing
+    if sharing is None or not any(map(sharing.asks, names)):
+        return lambda name: batch
+    named = {"targets": twins.modules} if "targets" in sharing.evaluation.asked else {}
+    with torch.enable_grad():
+        value = sharing.function(module, batch, **named)
+    given = WithShared(batch, value, {}, Live({}, frozenset(), [], True))
+    return lambda name: given if sharing.asks(name) else batch
+
+
 def _over(step: Alternation, module: torch.nn.Module) -> Alternation:
     """The alternation over a copy of its model."""
     turns = step.plan.turns
@@ -94,6 +112,7 @@ def _over(step: Alternation, module: torch.nn.Module) -> Alternation:
         start={name: turn.start for name, turn in turns.items()},
         stop={name: turn.stop for name, turn in turns.items()},
         compile=with_torchs_random_numbers(some),
+        shared=None if step.sharing is None else step.sharing.function,
         donate=step.donate,
         engine=step.engine,
     )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from funcfreeze.computation.loss_scale import scale_in, unscale
 from funcfreeze.computation.microbatches import Shares, times
 from funcfreeze.computation.renewal import renewed
+from funcfreeze.computation.sharing import taken_apart
 from funcfreeze.computation.state import State
 from funcfreeze.computation.statistics import FrozenNorms
 from funcfreeze.gradients.returned import check_losses
@@ -79,7 +80,8 @@ class Recipe:
                 if path in self.routed:
                     parameters[path].requires_grad_(required)
         with torch.enable_grad(), self.frozen_norms.holding():
-            returned = self.losses(self.module, batch, **self.twins.named(self.step))
+            own, shared = taken_apart(batch)
+            returned = self.losses(self.module, own, **self.twins.named(self.step), **shared)
             for parameter in parameters.values():
                 parameter.grad = None  # of a backward of the losses' own
             left = self.functional.present_buffers()

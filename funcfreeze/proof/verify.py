@@ -37,8 +37,8 @@ def verify(step: Step | Alternation, state: State, batch: Any, *, steps: int = 5
     outside of the model (a counter, a generator of your own) is one for both sides, and may make them differ. `losses`
     that does not use the model it is given cannot be verified, and the report says so.
 
-    Of an alternation each member is verified so, and then the calls: against one module on which the members' recipes
-    take their turns.
+    Of an alternation each member is verified so, but for those that take what is `shared`, and then the calls: against
+    one module on which the members' recipes take their turns.
     Timed routes are those of the state's count and the ones after it: `state.replace(step=torch.tensor(998))` proves
     the steps around a route that starts at 1000.
 
@@ -67,7 +67,12 @@ def verify(step: Step | Alternation, state: State, batch: Any, *, steps: int = 5
     if steps < 1:
         raise ValueError(f"verify takes at least one step, got steps={steps}")
     if isinstance(step, Alternation):
-        alone = {name: verify(one, step.seen_by(name, state), batch, steps=steps) for name, one in step.members.items()}
+        sharing = step.sharing
+        alone = {
+            name: verify(one, step.seen_by(name, state), batch, steps=steps)
+            for name, one in step.members.items()
+            if sharing is None or not sharing.asks(name)
+        }
         return by_turns(step, state, batch, steps, alone)
     state = check_fits(state, step.specification)
     with random_numbers(0):
