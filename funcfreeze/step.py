@@ -22,7 +22,6 @@ from funcfreeze.computation.half import Half
 from funcfreeze.computation.loss_scale import LossScale, scaled
 from funcfreeze.computation.microbatches import Count, Splitting
 from funcfreeze.computation.naming import Asked
-from funcfreeze.computation.sharing import is_live
 from funcfreeze.computation.specification import Specification, check_fits
 from funcfreeze.computation.state import State, lease_of
 from funcfreeze.computation.statistics import FrozenNorms
@@ -251,10 +250,9 @@ class Step:
         """
         state = check_fits(state, self.specification)
         lease_of(state).gradients = ()
-        if self.compiled is not None and not self.splitting.splits(batch) and not is_live(batch):
+        if self.compiled is not None and self._halves.make_one_graph(batch):
             return self.compiled.step(state, batch)
-        half = self._halves.half(state, batch)
-        return self._update(state, half)
+        return self._update(state, self._halves.half(state, batch))
 
     def compute(self, state: State, batch: Any, *, per_loss: bool = False) -> Half:
         """The first half of a step: one forward and its backward. The state is not spent.

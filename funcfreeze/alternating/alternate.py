@@ -46,8 +46,7 @@ def alternate(
         shared: `shared(model, batch)`, run once a call before the first member, on the parameters that the call began
             with. What it returns is given to all losses that name `shared`. Members that are routed into it
             differentiate through its graph, others find it detached.
-        compile: as in `Step`, for every member. What is shared, and the backward of members that walk through it, are
-            eager.
+        compile: as in `Step`, for every member. What is shared is computed eagerly, forward and back.
         donate: as in `Step`.
         engine: as in `Step`, for every member.
 

@@ -308,6 +308,11 @@ class Members:
         for field, names in (("clocks", state.clocks), ("optimizer", kept)):
             yield from (f"{field}[{name!r}]: the State does not have it" for name in self.steps if name not in names)
             yield from (f"{field}[{name!r}]: no member is called so" for name in names if name not in self.steps)
+        if missing := [name for name in self._first.specification.targets if name not in state.targets]:
+            yield (
+                f"targets: the members have {', '.join(missing)}, the State does not, since it was made before they "
+                "were declared; alternation.adopt(state) makes them"
+            )
 
 
 def _named(fields: Fields) -> dict[str, Any]:

@@ -84,14 +84,15 @@ class Sharing:
         wanted = frozenset[str]().union(*(routed[name] for name in asking))
         paths, params = self.evaluation.plan.paths, self.evaluation.leaves(progress.params)
         finally_do: list[Callable[[], None]] = []
+        buffers = self._buffers(progress, [*states], asking)
         with grad_mode(True):
             leaves = [param.detach().requires_grad_(path in wanted) for path, param in zip(paths, params, strict=True)]
             watch = None
             if not self.evaluation.seen.watched:
-                watch = self.evaluation.watch(progress.params, progress.buffers)
+                watch = self.evaluation.watch(progress.params, buffers)
             try:
                 with noticing_hooks() as noticed:
-                    _, beside = self.evaluation.call(leaves, progress.buffers, batch, finally_do, watch)
+                    _, beside = self.evaluation.call(leaves, buffers, batch, finally_do, watch)
             finally:
                 for end in finally_do:
                     end()
@@ -108,6 +109,16 @@ class Sharing:
             params={**progress.params, **beside.written} if beside.written else progress.params,
             buffers={**progress.buffers, **beside.buffers},
         )
+
+    def _buffers(self, progress: Progress, names: Sequence[str], asking: Sequence[str]) -> Mapping[str, Tensor]:
+        """The buffers, with copies of twins that a member moves before another may walk through their values."""
+        if "targets" not in self.evaluation.asked:
+            return progress.buffers
+        movers = [name for name in names if self.steps[name].computation.evaluation.targets.declared]
+        if not any(names.index(walker) > names.index(mover) for walker in asking for mover in movers):
+            return progress.buffers
+        constants = self.evaluation.functional.constants
+        return {path: value.clone() if path in constants else value for path, value in progress.buffers.items()}
 
 
 @dataclass(eq=False)

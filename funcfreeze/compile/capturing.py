@@ -24,6 +24,7 @@ from funcfreeze.compile.private import DynamoConfigured, leave_unguarded
 from funcfreeze.compile.problems import NEEDS_VALUES, Moved, explained, is_the_users, raised_by
 from funcfreeze.compile.program import Program, compile_step
 from funcfreeze.compile.stand_ins import StandIns
+from funcfreeze.compile.through import Through
 from funcfreeze.computation.back_door import raise_misuse
 from funcfreeze.computation.computation import Computation
 from funcfreeze.computation.sharing import taken_apart
@@ -48,15 +49,19 @@ class Capturing:
 
     Args:
         computation: what a step computes.
+        eager: the same as eager code computes it, for the errors that users know.
         options: how to compile.
         donate: whether a step overwrites the state it is given, or copies of it.
         state: the first state.
     """
 
-    def __init__(self, computation: Computation, options: Options, donate: bool, state: Listed) -> None:
+    def __init__(
+        self, computation: Computation, eager: Computation, options: Options, donate: bool, state: Listed
+    ) -> None:
         self._programs: list[tuple[Expected, Program]] = []
         self._options = options
         self._computation = computation
+        self._eager = eager
         self._donate = donate
         self._layouts: list[Layout] = []
         functional, routing = computation.evaluation.functional, computation.routing
@@ -76,13 +81,13 @@ class Capturing:
             own, fullgraph=True, dynamic=options.dynamic, backend=_backend_of(weakref.ref(self))
         )
 
-    def __call__(self, state: Listed, batch: Any) -> tuple[dict[str, Any], Run]:
+    def __call__(self, state: Listed, batch: Any, through: Through | None = None) -> tuple[dict[str, Any], Run]:
         """Take a step that overwrites the state's tensors; returns the metrics, losses among them, and the rest."""
         with grad_mode(True), DynamoConfigured():
             self._stand_ins.follow(state)
             call = Call(state)
             try:
-                found, reassigned = self._called(call, batch)
+                found, reassigned = self._called(call, batch, through)
             except Exception as error:
                 self._raise(raised_by(error), call, batch)
         run = _run_of(call)
@@ -90,13 +95,15 @@ class Capturing:
         buffers = state.overwritten({**run.buffers, **state.unless_skipped(reassigned, run.found)})
         return {**found.losses, **metrics, **run.measured}, run._replace(buffers=buffers)
 
-    def _called(self, call: Call, batch: Any) -> tuple[Captured, dict[str, Tensor]]:
+    def _called(self, call: Call, batch: Any, through: Through | None) -> tuple[Captured, dict[str, Tensor]]:
         """What Dynamo gives, and the buffers that the forward put in the place of others."""
         evaluation = self._computation.evaluation
         module, losses, declared = evaluation.functional.module, evaluation.losses, evaluation.plan.losses
         norms, targets = evaluation.frozen_norms, evaluation.targets
         stores = self._stand_ins.stores
         own, shared = taken_apart(batch)
+        if through is not None:
+            shared = {"shared": through.shown(self._stand_ins.tensors)}
         evaluation.refuse_unmet(shared)
         named = {**evaluation.named, **shared}
         moved: Hashable = None
@@ -126,7 +133,7 @@ class Capturing:
             raise error
         if is_the_users(error):
             with attributes_kept(self._computation.evaluation.functional.modules):
-                self._computation.gradients(*call.state.layout.fields(call.state.tensors), batch)
+                self._eager.gradients(*call.state.layout.fields(call.state.tensors), batch)
         found = explained(error)
         if isinstance(error, AttributeError | ImportError | TypeError | AssertionError):
             note_on_torch(found)
@@ -210,7 +217,7 @@ class Expected:
         self._paths = [(index, path) for index, path in enumerate(places) if path is not None]
         self._is_expected = [path is not None for path in places]
         self._others = [index for index, path in enumerate(places) if path is None]
-        self._own = {index for index, path in self._paths if inputs[index] is stand_ins.own[path]}
+        self._own = {index for index, path in self._paths if inputs[index] is stand_ins.own.get(path)}
         self._exchanges = -1
         self._tensors: list[Tensor] = []
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from funcfreeze.compile.layout import Listed
 from funcfreeze.compile.options import Options
+from funcfreeze.compile.through import Through
 from funcfreeze.computation.computation import Computation
 from funcfreeze.computation.finite import Found
 from funcfreeze.gradients import Routing
@@ -70,31 +71,42 @@ class Compilation:
         self.options = options
         self._computation = computation
         self._donate = donate
-        self._capturings: dict[tuple[bool, ...], Capturing] = {}
+        self._capturings: dict[tuple[Any, ...], Capturing] = {}
 
     @property
     def traces(self) -> int:
         """How many times it has been traced and compiled so far."""
         return sum(capturing.traces for capturing in self._capturings.values())
 
-    def __call__(self, routing: Routing, state: Listed, batch: Any) -> tuple[dict[str, Any], Run]:
+    def __call__(
+        self, routing: Routing, state: Listed, batch: Any, through: Through | None = None
+    ) -> tuple[dict[str, Any], Run]:
         """Take a step that overwrites the state's tensors; returns the metrics, losses among them, and the rest.
 
         What requires grad in the forward depends on the routes that are active: each set of them has its own graphs.
+
+        Args:
+            routing: which loss may update what now.
+            state: whose tensors are overwritten; where what is shared are leaves, these come last of its parameters.
+            batch: what `losses` is given.
+            through: what is shared, as leaves.
         """
+        key = routing.active if through is None else through.key
         with self._computation.evaluation.functional.alone:
-            if routing.active not in self._capturings:
-                self._capturings[routing.active] = self._first(routing, state)
-            return self._capturings[routing.active](state, batch)
+            if key not in self._capturings:
+                self._capturings[key] = self._first(routing, state, through)
+            return self._capturings[key](state, batch, through)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Compilation:
         own = copy.deepcopy(self._computation, memo)
         return Compilation(own, self.options, self._donate)  # compiled anew when it is called
 
-    def _first(self, routing: Routing, state: Listed) -> Capturing:
+    def _first(self, routing: Routing, state: Listed, through: Through | None) -> Capturing:
         try:
             from funcfreeze.compile.capturing import Capturing
         except (ImportError, AttributeError) as error:
             note_on_torch(error)
             raise
-        return Capturing(replace(self._computation, now=routing), self.options, self._donate, state)
+        eager = replace(self._computation, now=routing)
+        computation = eager if through is None else replace(self._computation, now=through.routing)
+        return Capturing(computation, eager, self.options, self._donate, state)

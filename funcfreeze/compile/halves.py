@@ -31,10 +31,16 @@ class Halves:
     splitting: Splitting
     compiled: CompiledStep | None
 
+    def make_one_graph(self, batch: Any) -> bool:
+        """Whether a compiled step takes this batch with its update in the same graph."""
+        return not self.splitting.splits(batch) and not is_live(batch)
+
     def half(self, state: State, batch: Any) -> Half:
         """As the step is: compiled, or eager."""
-        if self.compiled is None or is_live(batch):
+        if self.compiled is None:
             return self.eager(state, batch)
+        if is_live(batch):
+            return self.compiled.compute_through(state, batch) or self.eager(state, batch)
         parts = self.splitting.parts(batch)
         if parts is None:
             return self.compiled.compute(state, batch)

@@ -14,9 +14,11 @@ from torch import Tensor
 from funcfreeze.compile.compiled import Compilation, Run
 from funcfreeze.compile.layout import Listed
 from funcfreeze.compile.options import Options
+from funcfreeze.compile.through import Through
 from funcfreeze.compile.updated import CompiledUpdate, refuse_sparse
 from funcfreeze.computation.half import Half
 from funcfreeze.computation.microbatches import Shares
+from funcfreeze.computation.sharing import WithShared
 from funcfreeze.computation.state import Fields, Lease, State, known_count, lease_of, listing_of, make_state
 from funcfreeze.computation.targets import Moves, move
 from funcfreeze.computation.updating import Updating
@@ -71,14 +73,25 @@ class CompiledStep:
             self._parts = Compilation(computation, self.options, donate=False)
         return self._half(self._parts, state, part)
 
-    def _half(self, compilation: Compilation, state: State, batch: Any) -> Half:
+    def compute_through(self, state: State, batch: WithShared) -> Half | None:
+        """The first half of a step that walks through what is shared, or None if that is for eager code."""
+        computation = self._updating.computation.at(state)
+        is_plain = computation.loss_scale is None and not computation.evaluation.functional.parameter_hooks()
+        through = Through.of(batch, computation.routing) if is_plain else None
+        if through is None:
+            return None
+        half = self._half(self._gradients, state, batch, through)
+        return half.replace(gradients=tied(through.walked(half.gradients), self._updating.specification.tied_params))
+
+    def _half(self, compilation: Compilation, state: State, batch: Any, through: Through | None = None) -> Half:
         routing = self._updating.computation.at(state).routing
         with grad_mode(False):
             params, buffers, optimizer, step = state.fields
             constants = self._updating.computation.evaluation.functional.constants
             apart = {path: buffer if path in constants else buffer.clone() for path, buffer in buffers.items()}
-            own = {path: param.detach() for path, param in params.items()}
-            metrics, run = compilation(routing, Listed.of(own, apart, optimizer, step), batch)
+            others = {} if through is None else through.tensors
+            own = {path: tensor.detach() for path, tensor in {**params, **others}.items()}
+            metrics, run = compilation(routing, Listed.of(own, apart, optimizer, step), batch, through)
         specification, given_back = self._updating.specification, run.optimizer
         assert isinstance(given_back, _GivenBack)
         return Half(
@@ -152,7 +165,7 @@ class CompiledStep:
             params[path].copy_(run.params[path])
         if moves:
             left = {**buffers, **run.buffers}
-            move(moves, left, {**params, **new}, left, found)
+            run = run._replace(buffers={**run.buffers, **move(moves, left, {**params, **new}, left, found)})
         if updating.donate:
             lease.spent = True
         else:

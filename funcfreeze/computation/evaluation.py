@@ -199,6 +199,10 @@ class Evaluation:
                 return self.losses(module, own, **self.named, **shared)
             with watch:
                 return self.losses(module, own, **self.named, **shared)
+        except KeyError as error:
+            if "targets" in self.named and error.args and error.args[0] not in self.targets.by_name:
+                error.add_note(f"the names in `targets` are {', '.join(self.targets.by_name)}")
+            raise
         except RuntimeError as error:
             refuse_constants(error, given, self.plan.routed)
             raise

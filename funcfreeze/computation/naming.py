@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
+from torch import nn
+
 NAMES = ("shared", "targets")
 """What may be asked for: what members of an alternation share, and averaged twins."""
 
@@ -37,8 +39,9 @@ class Asked:
     @staticmethod
     def by(function: Callable[..., object]) -> Asked:
         """What the parameters after the first two say: those two are model and batch, however they are called."""
+        called = function.forward if isinstance(function, nn.Module) else function  # which __call__ does not name
         try:
-            parameters = [*inspect.signature(function).parameters.values()]
+            parameters = [*inspect.signature(called).parameters.values()]
         except (TypeError, ValueError):  # written in C, without a signature
             return Asked((), ())
         positional = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]

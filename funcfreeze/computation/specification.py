@@ -30,7 +30,7 @@ class Specification:
         optimizer: the optimizer's initial state with tensors that have no storage.
         tied_params: other names of parameters, with the path that each is known by.
         tied_buffers: the same for buffers.
-        targets: the parameters and buffers of each twin.
+        targets: the parameters of each twin, and its buffers, of which a forward may change the shape: None.
         tied_targets: other names of each twin's.
     """
 
@@ -39,7 +39,7 @@ class Specification:
     optimizer: Any
     tied_params: Mapping[str, str]
     tied_buffers: Mapping[str, str]
-    targets: Mapping[str, Mapping[str, Shape]]
+    targets: Mapping[str, Mapping[str, Shape | None]]
     tied_targets: Mapping[str, Mapping[str, str]]
 
     @staticmethod
@@ -48,7 +48,7 @@ class Specification:
         functional, plan = evaluation.functional, evaluation.plan
         params, buffers = functional.present_parameters(), functional.present_buffers()
         twins = {**functional.present_constants(), **buffers}
-        targets = {name: twin_paths(name, twins) for name in functional.twins}
+        targets = {name: _twin_paths(name, twins) for name in functional.twins}
         known = {key for paths in targets.values() for key in paths.values()}
         shapeless = {path: torch.empty_like(params[path], device="meta", requires_grad=False) for path in plan.routed}
         return Specification(
@@ -57,7 +57,10 @@ class Specification:
             transform.init(shapeless),
             other_names(functional.module, "_parameters"),
             other_names(functional.module, "_buffers"),
-            {name: _shapes({path: twins[key] for path, key in paths.items()}) for name, paths in targets.items()},
+            {
+                name: {path: _shape(twins[key]) if key in functional.constants else None for path, key in paths.items()}
+                for name, paths in targets.items()
+            },
             {
                 name: {**other_names(twin, "_parameters"), **other_names(twin, "_buffers")}
                 for name, twin in functional.twins.items()
@@ -82,7 +85,11 @@ class Specification:
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Shape]:
-    return {path: (tuple(tensor.shape), tensor.dtype) for path, tensor in tensors.items()}
+    return {path: _shape(tensor) for path, tensor in tensors.items()}
+
+
+def _shape(tensor: Tensor) -> Shape:
+    return tuple(tensor.shape), tensor.dtype
 
 
 def check_fits(state: object, wanted: Specification) -> State:
@@ -130,7 +137,7 @@ def check_fits(state: object, wanted: Specification) -> State:
     return make_state(fields, lease_of(state), wanted, count=known_count(state))
 
 
-def twin_paths(name: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def _twin_paths(name: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Path in a twin -> path beside the model's, of all tensors of a twin among these."""
     start = in_twin(name, "")
     return {key.removeprefix(start): key for key in tensors if key.startswith(start)}
@@ -141,15 +148,17 @@ def _target_problems(wanted: Specification, state: State) -> Iterator[str]:
         if name not in wanted.targets:
             yield f"targets[{name!r}]: the State has it, the Step does not declare it"
             continue
-        for path, (shape, dtype) in wanted.targets[name].items():
+        for path, shape in wanted.targets[name].items():
             seen = given.get(path)
             if not isinstance(seen, Tensor):
                 yield f"targets[{name!r}][{path!r}]: the Step has it, the State does not"
-            elif tuple(seen.shape) != shape or seen.dtype != dtype:
+            elif shape is not None and _shape(seen) != shape:
                 yield (
-                    f"targets[{name!r}][{path!r}]: the Step has shape {shape} and {dtype}, the State has shape "
+                    f"targets[{name!r}][{path!r}]: the Step has shape {shape[0]} and {shape[1]}, the State has shape "
                     f"{tuple(seen.shape)} and {seen.dtype}"
                 )
+        for path in given.keys() - wanted.targets[name].keys():
+            yield f"targets[{name!r}][{path!r}]: the State has it, the Step does not"
     if missing := [name for name in wanted.targets if name not in state.targets]:
         yield (
             f"targets: the Step has {', '.join(missing)}, the State does not, since it was made before they were "

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from funcfreeze.computation.back_door import form_of
 from funcfreeze.computation.finite import Found
 from funcfreeze.declare.ema import Ema
 from funcfreeze.declare.plan import raise_problems
@@ -164,8 +165,8 @@ def move(
     params: Mapping[str, Tensor],
     buffers: Mapping[str, Tensor],
     found: Found | None,
-) -> None:
-    """Overwrite the twins that move.
+) -> dict[str, Tensor]:
+    """Overwrite the twins that move; returns the buffers of theirs that take another form, which a forward may give.
 
     Args:
         moves: which, and what is kept of each.
@@ -174,10 +175,16 @@ def move(
         buffers: path -> its buffers as the forward left them.
         found: what of the step is not finite, if that is looked for: nothing moves in a step that is skipped.
     """
+    renewed: dict[str, Tensor] = {}
     for name, target, decay in moves:
         averaged, copied = _followed(name, target, params, buffers)
         if isinstance(decay, float) and decay == 0:
             averaged, copied = {}, {**averaged, **copied}
+        others = {path for path, value in {**averaged, **copied}.items() if form_of(value) != form_of(twins[path])}
+        for path in others:  # a mean with what was there has no meaning
+            value = averaged.pop(path, None)
+            value = copied.pop(path) if value is None else value
+            renewed[path] = value.clone() if found is None else choose(found.skip, twins[path], value, path).clone()
         if found is not None:  # what is kept comes out as it was, bit by bit
             means = {path: _mean(twins[path], value, decay) for path, value in averaged.items()}
             new = {**means, **copied}
@@ -185,14 +192,17 @@ def move(
         if copied:
             torch._foreach_copy_([twins[path] for path in copied], [*copied.values()])
         _average([twins[path] for path in averaged], [*averaged.values()], decay)
+    return renewed
 
 
 def _followed(
     name: str, target: Target, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What a twin's tensors are averaged with, and what others are copies of, by the twin's paths."""
-    averaged = {in_twin(name, path): params[followed] for path, followed in target.twin.parameters.items()}
+    averaged: dict[str, Tensor] = {}
     copied: dict[str, Tensor] = {}
+    for path, followed in target.twin.parameters.items():
+        (averaged if _is_floating(params[followed]) else copied)[in_twin(name, path)] = params[followed]
     if target.declared.buffers != "own":
         for path, followed in target.twin.buffers.items():
             is_mean = target.declared.buffers == "averaged" and _is_floating(buffers[followed])

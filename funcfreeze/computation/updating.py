@@ -77,7 +77,7 @@ class Updating:
             buffers = found.kept("buffer", state.fields[1], half.buffers)
             params |= found.kept("parameter", state.params, half.written)
         buffers = {**twins, **buffers}
-        move(moves, buffers, params, buffers, found)
+        buffers |= move(moves, buffers, params, buffers, found)
         if self.donate:
             lease.spent = True
         else:  # both states hold these now: neither may write to them

@@ -14,6 +14,7 @@ from torch import Tensor
 from funcfreeze.declare.plan_data import number_from_data, number_to_data
 from funcfreeze.declare.timing import ALWAYS, Timing, as_count, timing_problems
 from funcfreeze.schedules.calling import value_at
+from funcfreeze.schedules.schedule import Schedule
 
 Decay = float | Tensor | Callable[[Any], float | Tensor]
 """What is kept of a twin when it moves: a number from 0 to 1, a 0-d tensor, or a schedule of the owner's clock."""
@@ -175,10 +176,22 @@ def _part(module_path: str) -> str:
     return "the model" if module_path == "*" else module_path
 
 
+_COUNTS = torch.cat([torch.arange(100), torch.logspace(2, 7, 200, dtype=torch.float64).long()])
+"""Counts at which a schedule is looked at."""
+
+
 def _decay_problems(decay: object) -> Iterator[str]:
     if isinstance(decay, Tensor):
         if decay.ndim != 0 or not decay.is_floating_point():
             yield f"a decay that is a tensor is 0-d and floating, got shape {tuple(decay.shape)} and {decay.dtype}"
+        elif not 0 <= decay <= 1:
+            yield f"decay is from 0 to 1, got {decay!r}"
+    elif isinstance(decay, Schedule):
+        values = decay(_COUNTS)
+        outside = ((values < -1e-9) | (values > 1 + 1e-9)).nonzero().flatten().tolist()
+        if outside:
+            count, value = _COUNTS[outside[0]], values[outside[0]]
+            yield f"decay is from 0 to 1, and {decay!r} is {float(value):g} at count {int(count)}"
     elif isinstance(decay, Real) and not isinstance(decay, bool):
         if not 0 <= float(decay) <= 1:
             yield f"decay is from 0 to 1, got {decay!r}"

@@ -78,7 +78,7 @@ def timing_problems(every: object, start: object, stop: object, reset: object) -
         yield f"start is an int of at least 0, got {_shown(start)}"
     if stop is not None and not _is_count(stop, 0):
         yield f"stop is an int above start, or None for no end; got {_shown(stop)}"
-    elif isinstance(stop, int) and _is_count(start, 0) and stop <= start:  # type: ignore[operator]  # start is a count
+    elif isinstance(stop, int) and isinstance(start, int) and _is_count(start, 0) and stop <= start:
         yield f"stop is an int above start, got stop={stop} and start={start}: it would never be its turn"
     if not isinstance(reset, bool):
         yield f"reset is True or False, got {_shown(reset)}"

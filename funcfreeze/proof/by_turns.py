@@ -95,6 +95,8 @@ def _given(
     named = {"targets": twins.modules} if "targets" in sharing.evaluation.asked else {}
     with torch.enable_grad():
         value = sharing.function(module, batch, **named)
+    if named:
+        twins.renew()
     given = WithShared(batch, value, {}, Live({}, frozenset(), [], True))
     return lambda name: given if sharing.asks(name) else batch
 

@@ -42,6 +42,14 @@ class TwinsByHand:
         """By name."""
         return {name: twin.module for name, twin in self._twins.items()}
 
+    def renew(self) -> None:
+        """Give the twins other tensors with the same values: a graph goes through those that they had."""
+        for own in self._functionals.values():
+            for path, tensor in own.present_parameters().items():
+                other = nn.Parameter(tensor.detach().clone(), requires_grad=False)
+                for module, name in own.parameters[path]:
+                    module._parameters[name] = other
+
     def named(self, step: Step) -> dict[str, Any]:
         """What a step's losses are given by name, with the twins in the modes that they should be in."""
         targets = step.computation.evaluation.targets

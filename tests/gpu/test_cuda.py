@@ -191,3 +191,49 @@ def test_a_state_of_torchs_whose_counts_are_on_the_cpu_goes_on(compile):
         torch.testing.assert_close(state.params[path], parameter.detach(), rtol=1e-4, atol=1e-5)
         assert state.optimizer[path]["step"].device.type == "cuda"
         assert float(state.optimizer[path]["step"]) == float(optimizer.state[parameter]["step"]) == 4.0
+
+
+@pytest.mark.parametrize("compile", [False, True, GRAPHS], ids=["eager", "inductor", "CUDA graphs"])
+@pytest.mark.parametrize("decay", [0.9, 0.0, "schedule", "tensor"])
+def test_turns_twins_and_what_is_shared_wait_for_nothing(compile, decay):
+    """Members of which one rests at times, a twin that rests too, a graph that both use; and the numbers of a loop."""
+    decays = {"schedule": ff.schedules.linear(0.5, 1.0, 8), "tensor": torch.tensor(0.9, device="cuda")}
+    model = network()
+    start = {path: parameter.detach().clone() for path, parameter in model.named_parameters()}
+    plain = copy.deepcopy(model)
+
+    def features(model, batch):
+        return model["encoder"](batch[0])
+
+    def critic(model, batch, *, shared, targets):
+        return {"dom": F.cross_entropy(model["dom"](shared), batch[2]) + targets["twin"](shared).square().mean()}
+
+    def encoder(model, batch, *, shared):
+        return {"cls": F.cross_entropy(model["cls"](shared), batch[1])}
+
+    sgd, twin = ff.optim.sgd(0.1), ff.ema("cls", decays.get(decay, decay), every=2)
+    step = ff.alternate(
+        {
+            "critic": ff.Step(model, critic, {"dom": "dom"}, optimizer=sgd, targets={"twin": ff.ema("cls", 0.5)}),
+            "encoder": ff.Step(model, encoder, {"cls": ["cls", "encoder"]}, optimizer=sgd, targets={"slow": twin}),
+        },
+        every={"encoder": 2},
+        shared=features,
+        compile=compile,
+    )
+    state, given = step.init(), batches(12)
+    for batch in given[:8]:
+        state, _ = step(state, batch)
+    with waiting_is_an_error():
+        for batch in given[8:]:
+            state, _ = step(state, batch)
+    for number, batch in enumerate(given):
+        h = plain["encoder"](batch[0])
+        dom = [*plain["dom"].parameters()]
+        rows = torch.autograd.grad(F.cross_entropy(plain["dom"](h.detach()), batch[2]), dom)
+        cls = [*plain["cls"].parameters(), *plain["encoder"].parameters()]
+        more = torch.autograd.grad(F.cross_entropy(plain["cls"](h), batch[1]), cls) if number % 2 == 0 else ()
+        with torch.no_grad():
+            for parameter, gradient in [*zip(dom, rows, strict=True), *zip(cls, more, strict=False)]:
+                parameter -= 0.1 * gradient
+    assert_same_displacement(state, start, plain, rtol=1e-3)
