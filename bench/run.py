@@ -150,16 +150,14 @@ def _count(measure: str, peer: Peer, contender: Contender) -> Any:
         return Absent("not measurable", "a replayed CUDA graph shows no operators").to_dict()
     if contender.measured:
         return Absent("not measurable", "torch does not see what it runs").to_dict()
+    found = products(contender)
     if measure == "matmuls":
-        return products(contender)
+        return found
+    if not found["convolutions"]:
+        return found["multiply_adds"]
     if not peer.compiled:
         return multiply_adds(contender)
-    found = products(contender)
-    if found["convolutions"]:
-        return Absent(
-            "not measurable", "the profiler does not say which half of a convolution's backward ran"
-        ).to_dict()
-    return found["multiply_adds"]
+    return Absent("not measurable", "the profiler does not say which half of a convolution's backward ran").to_dict()
 
 
 def _attempt(f: Callable[[], Any]) -> Any:

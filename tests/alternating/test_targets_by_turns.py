@@ -306,5 +306,7 @@ def test_what_is_wrong_with_members_targets():
     other = ff.alternate(members({"q": q}, {"actor": ff.ema("actor", 0.5)}))
     batch = transitions(1)[0]
     one(other.init(), batch)  # who moves them is not the state's affair
-    with pytest.raises(ValueError, match=r"(?s)targets: the members have q, actor, the State does not.*alternation.adopt\(state\)"):
+    with pytest.raises(
+        ValueError, match=r"(?s)targets: the members have q, actor, the State does not.*alternation.adopt\(state\)"
+    ):
         one(one.init().replace(targets={}), batch)
