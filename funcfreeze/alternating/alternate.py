@@ -170,7 +170,7 @@ def _refuse_unmet(members: Mapping[str, Step], shared: object, engine: str) -> N
         ]
         problems += [f"what is shared: {what}" for what in Asked.by(shared).unmet(_names_of_targets(evaluations))]
     if problems:
-        raise ValueError(lines("the members' losses ask for what nobody gives them:", problems))
+        raise ValueError(lines("the members and what they share:", problems))
 
 
 def _names_of_targets(evaluations: Mapping[str, Evaluation]) -> tuple[str, ...]:

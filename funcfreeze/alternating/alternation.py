@@ -120,7 +120,8 @@ class Alternation:
                 "give the batch whole"
             )
         states = {name: self._members.seen_by(name, progress) for name in names}
-        shared, after = sharing.run(progress, states, batch)
+        with sharing.telling():
+            shared, after = sharing.run(progress, states, batch)
         return lambda name: shared.given_to(name, batch) if sharing.asks(name) else batch, after
 
     def compute(self, state: State, batch: Any, *, member: str, per_loss: bool = False) -> Half:

@@ -29,7 +29,7 @@ from funcfreeze.computation.state import (
     make_state,
     renew,
 )
-from funcfreeze.computation.updating import apart_from, owned
+from funcfreeze.computation.updating import apart_from, copied_leaf, owned
 from funcfreeze.declare.timing import Timing
 from funcfreeze.optim.transform import lines
 from funcfreeze.step import Step
@@ -152,7 +152,7 @@ class Members:
         if not self._compiled:
             if not lease.borrowed_optimizer:
                 return progress
-            own = {name: optree.tree_map(_cloned, kept) for name, kept in progress.optimizers.items()}
+            own = {name: optree.tree_map(copied_leaf, kept) for name, kept in progress.optimizers.items()}
             return replace(progress, optimizers=own, lease=Lease(borrowed=lease.borrowed))
         if progress.listings and not lease.borrowed_optimizer and lease.borrowed.isdisjoint(self._routed):
             return progress
@@ -317,10 +317,6 @@ class Members:
 
 def _named(fields: Fields) -> dict[str, Any]:
     return dict(zip(("params", "buffers", "optimizers", "step"), fields, strict=True))
-
-
-def _cloned(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _of_member(state: State, name: str) -> State:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -15,14 +16,14 @@ from typing import Any
 from torch import Tensor
 
 from funcfreeze.alternating.members import Progress
-from funcfreeze.computation.evaluation import NOTHING, Evaluation
+from funcfreeze.computation.evaluation import Evaluation
 from funcfreeze.computation.naming import Asked
 from funcfreeze.computation.sharing import WithShared
 from funcfreeze.computation.state import State
 from funcfreeze.computation.statistics import FrozenNorms
 from funcfreeze.declare.plan import Plan
 from funcfreeze.declare.plans import Plans
-from funcfreeze.gradients.graph import NO_LEAF, Graph, gradient_edge, read_graph
+from funcfreeze.gradients.graph import NO_LEAF, Graph, gradient_edge, read_graph, refuse_reentrant
 from funcfreeze.gradients.hooks import noticing_hooks
 from funcfreeze.gradients.law import Live
 from funcfreeze.gradients.modes import grad_mode
@@ -50,7 +51,7 @@ class Sharing:
 
     @staticmethod
     def of(function: Function, steps: Mapping[str, Step], plans: Plans) -> Sharing:
-        """A function over the members' model."""
+        """A function over the members' model. Norms that one of those who ask for it freezes are frozen in it."""
         some = next(iter(steps.values())).computation.evaluation
         rows = tuple(plans.rows)
         losses = tuple(f"{member}.{loss}" for member, plan in plans.items() for loss in plan.losses)
@@ -58,7 +59,7 @@ class Sharing:
             some.functional,
             partial(_as_metric, function),
             Plan(losses, rows),
-            FrozenNorms(None, ()),
+            FrozenNorms.union(step.computation.evaluation.frozen_norms for step in steps.values() if asks(step)),
             some.targets,
             Asked.by(function),
         )
@@ -66,7 +67,7 @@ class Sharing:
 
     def asks(self, member: str) -> bool:
         """Whether a member's losses name it."""
-        return "shared" in self.steps[member].computation.evaluation.asked
+        return asks(self.steps[member])
 
     def run(self, progress: Progress, states: Mapping[str, State], batch: Any) -> tuple[Shared, Progress]:
         """Run it, for the members of one call.
@@ -81,7 +82,8 @@ class Sharing:
         """
         routed = {name: _routed(self.steps[name], state) for name, state in states.items()}
         asking = [name for name in states if self.asks(name)]
-        wanted = frozenset[str]().union(*(routed[name] for name in asking))
+        until = [*states].index(asking[-1]) + 1  # who walks has to know what others have updated by then
+        wanted = frozenset[str]().union(*[*routed.values()][:until])
         paths, params = self.evaluation.plan.paths, self.evaluation.leaves(progress.params)
         finally_do: list[Callable[[], None]] = []
         buffers = self._buffers(progress, [*states], asking)
@@ -96,19 +98,29 @@ class Sharing:
             finally:
                 for end in finally_do:
                     end()
-        beside = beside or NOTHING
+        assert beside is not None, "what is shared comes as a metric"
         value = beside.metrics["shared"]
         live = {path: leaf for path, leaf in zip(paths, leaves, strict=True) if leaf.requires_grad}
         hooked = noticed.nodes if noticed.all_known else None
         reach = Reach.of(value, live)
         raise_conflicts(reach, routed, asking)
         walkers = [name for name in asking if reach.of_member(routed[name])]
-        shared = Shared(value, live, Live({}, frozenset(map(id, live.values())), hooked, False), walkers, reach, routed)
+        known = Live({}, frozenset(map(id, live.values())), hooked, False)
+        shared = Shared(value if walkers else _detached(value), live, known, walkers, reach, routed)
         return shared, replace(
             progress,
             params={**progress.params, **beside.written} if beside.written else progress.params,
             buffers={**progress.buffers, **beside.buffers},
         )
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Inside, what is raised is noted to come from what is shared."""
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"raised by what the members of an alternation share: {name_of(self.function)}")
+            raise
 
     def _buffers(self, progress: Progress, names: Sequence[str], asking: Sequence[str]) -> Mapping[str, Tensor]:
         """The buffers, with copies of twins that a member moves before another may walk through their values."""
@@ -145,12 +157,15 @@ class Shared:
         """The batch, and what is shared, as one member is given it."""
         value = self.value
         if member not in self.walkers:
-            return WithShared(batch, _detached(value), {}, self.live)
+            return WithShared(batch, _detached(value), {}, None)
         self.walkers.remove(member)
         if not self.walkers:
             self.value = _detached(value)
-        own = {path: self.leaves[path] for path in self.reach.of_member(self.routed[member])}
-        return WithShared(batch, value, own, self.live._replace(retain=bool(self.walkers)))
+        order = [*self.routed]
+        updated = frozenset[str]().union(*(self.routed[name] for name in order[: order.index(member)]))
+        leaves = {path: self.leaves[path] for path in self.reach.at if path not in updated}
+        others = frozenset(self.reach.at) - frozenset(leaves)
+        return WithShared(batch, value, leaves, self.live._replace(retain=bool(self.walkers)), others)
 
 
 @dataclass(frozen=True)
@@ -172,6 +187,7 @@ class Reach:
         """Of tensors in containers, down to these leaves."""
         tensors = [leaf for leaf in flatten(value)[0] if isinstance(leaf, Tensor) and leaf.requires_grad]
         graph, _ = read_graph([gradient_edge(tensor) for tensor in tensors], [*leaves.values()], None)
+        refuse_reentrant(graph)
         paths = [*leaves]
         ends = zip(graph.leaves[::2], graph.leaves[1::2], strict=True)
         return Reach(paths, graph, {paths[leaf]: node for node, leaf in ends if leaf != NO_LEAF})
@@ -241,6 +257,11 @@ def _conflicts(reach: Reach, routed: Mapping[str, AbstractSet[str]], asking: Seq
             if both := sorted(met & routed[before]):
                 more = f" and {len(both) - 4} more" if len(both) > 4 else ""
                 yield f"member {name!r}, after {before!r} has updated {', '.join(both[:4])}{more}"
+
+
+def asks(step: Step) -> bool:
+    """Whether a step's losses name what is shared."""
+    return "shared" in step.computation.evaluation.asked
 
 
 def name_of(function: Function) -> str:

@@ -112,8 +112,8 @@ class Capturing:
             stores.look()
             around, self._call = self._call, call
             give_back_flags = norms.hold()
-            targets.set_modes()
             try:
+                targets.set_modes()
                 stores.put()
                 traces = self.traces
                 found = self._captured(losses, module, own, named, declared, norms.norms, key)

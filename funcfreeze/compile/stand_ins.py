@@ -40,7 +40,13 @@ class StandIns:
         self, functional: FunctionalModule, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], grad: Set[str]
     ) -> None:
         constants = functional.present_constants()
-        own = {**functional.present_parameters(), **constants, **functional.present_buffers()}
+        held = functional.present_buffers()
+        own = {  # the twins first: they are in the memory of what they follow, which is known by its own name
+            **constants,
+            **{path: held[path] for path in held if path in functional.of_twins},
+            **functional.present_parameters(),
+            **{path: held[path] for path in held if path not in functional.of_twins},
+        }
         self.own = own
         self._memories = _by_address(own)
         self.tensors: dict[str, Tensor] = {

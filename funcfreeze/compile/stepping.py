@@ -81,7 +81,11 @@ class CompiledStep:
         if through is None:
             return None
         half = self._half(self._gradients, state, batch, through)
-        return half.replace(gradients=tied(through.walked(half.gradients), self._updating.specification.tied_params))
+        functional, buffers = computation.evaluation.functional, state.fields[1]
+        copies = {path: tensor if path in functional.constants else tensor.clone() for path, tensor in buffers.items()}
+        with functional.holding(batch.held(state.params), copies):  # for what is computed once more
+            gradients = through.walked(half.gradients)
+        return half.replace(gradients=tied(gradients, self._updating.specification.tied_params))
 
     def _half(self, compilation: Compilation, state: State, batch: Any, through: Through | None = None) -> Half:
         routing = self._updating.computation.at(state).routing

@@ -16,7 +16,7 @@ from torch import Tensor
 from funcfreeze.computation.sharing import WithShared
 from funcfreeze.gradients.explained import explained, walking
 from funcfreeze.gradients.graph import gradient_edge
-from funcfreeze.gradients.law import Routing
+from funcfreeze.gradients.law import Live, Routing
 from funcfreeze.gradients.sums import add
 from funcfreeze.gradients.walk import walk
 from funcfreeze.model.containers import Structure, flatten
@@ -27,14 +27,16 @@ class Through:
     """What is shared, as leaves of a compiled half.
 
     Attributes:
-        given: the batch, with the live graph.
+        live: the graph.
+        into: path -> leaf of it, of the parameters that the member may update.
         routing: the member's routing, in which these leaves come last.
         tensors: by the names that they have there.
         leaves: all that is shared, tensors of the live graph among it.
         structure: of that.
     """
 
-    given: WithShared
+    live: Live
+    into: Mapping[str, Tensor]
     routing: Routing
     tensors: Mapping[str, Tensor]
     leaves: Sequence[Any]
@@ -43,14 +45,18 @@ class Through:
     @staticmethod
     def of(given: WithShared, routing: Routing) -> Through | None:
         """What can be compiled so, or None."""
+        before = given.live
+        assert before is not None, "there is nothing to walk through"
         leaves, structure = flatten(given.shared)
         live = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
         tensors = {f"shared[{index}]": leaf for index, leaf in enumerate(live)}
-        is_hooked = given.live.hooked is None or bool(given.live.hooked) or any(map(_has_hooks, live))
-        weights = _alike(routing, given.leaves)
+        is_hooked = before.hooked is None or bool(before.hooked) or any(map(_has_hooks, live))
+        paths = [routing.paths[index] for index in sorted(routing.routed)]
+        into = {path: given.leaves[path] for path in paths if path in given.leaves}
+        weights = _alike(routing, into)
         if is_hooked or weights is None:
             return None
-        return Through(given, _with_leaves(routing, tensors, weights), tensors, leaves, structure)
+        return Through(before, into, _with_leaves(routing, tensors, weights), tensors, leaves, structure)
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -80,12 +86,12 @@ class Through:
         with explained(walking, self.routing.losses):
             below = walk(
                 [gradient_edge(self.tensors[name]) for name in arriving],
-                [*self.given.leaves.values()],
+                [*self.into.values()],
                 [*arriving.values()],
-                retain_graph=self.given.live.retain,
+                retain_graph=self.live.retain,
                 create_graph=False,
             )
-        for path, gradient in zip(self.given.leaves, below, strict=True):
+        for path, gradient in zip(self.into, below, strict=True):
             total = add(found.get(path), gradient)
             if total is not None:
                 found[path] = total

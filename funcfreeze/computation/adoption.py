@@ -24,7 +24,8 @@ class Adoption:
     """What became of another step's state.
 
     Attributes:
-        kept: what was taken over: `params.<path>`, `buffers.<path>`, `optimizer.<path>` and `optimizer.loss_scale`.
+        kept: what was taken over: `params.<path>`, `buffers.<path>`, `targets.<name>.<path>`, `optimizer.<path>` and
+            `optimizer.loss_scale`.
         afresh: what this step has and the other state has not, or has in another form, and why.
         left: what the other state has and this step does not.
 

@@ -115,7 +115,9 @@ class Evaluation:
             buffers: its buffers, and the twins' parameters among them.
         """
         guarded = by_memory({**params, **{path: buffers[path] for path in self.functional.constants}})
-        own = {**by_memory(self.functional.present_buffers()), **by_memory(self.functional.present_parameters())}
+        held = self.functional.present_buffers()
+        own_buffers = {path: tensor for path, tensor in held.items() if path not in self.functional.of_twins}
+        own = {**by_memory(own_buffers), **by_memory(self.functional.present_parameters())}
         return Watch({memory: path for memory, path in own.items() if memory not in guarded}, guarded)
 
     def call(

@@ -18,26 +18,36 @@ class WithShared:
     Attributes:
         batch: as the user gave it.
         shared: what `losses` finds under that name, detached unless there is a graph to walk.
-        leaves: path -> the leaf of that graph, of the parameters at which it is differentiated; none if it is detached.
-        live: that graph, as engines know it, but for its leaves.
+        leaves: path -> the leaf of that graph, of parameters that nobody has updated since; none if it is detached.
+        live: that graph, as engines know it, but for its leaves; None if it is detached.
+        updated: the paths of its other leaves. What activation checkpointing computes once more with their parameters
+            has to require grad, as it did.
     """
 
     batch: Any
     shared: Any
     leaves: Mapping[str, Tensor]
-    live: Live
+    live: Live | None
+    updated: frozenset[str] = frozenset()
 
     def in_routing(self, routing: Routing) -> Routing:
         """The routing of a member, with that graph."""
-        if not self.leaves:
+        if self.live is None:
             return routing
         leaves = {index: self.leaves[path] for index, path in enumerate(routing.paths) if path in self.leaves}
-        return replace(routing, live=self.live._replace(leaves=leaves))
+        others = frozenset(index for index, path in enumerate(routing.paths) if path in self.updated)
+        differentiable = routing.differentiable | (others - routing.routed)
+        return replace(routing, live=self.live._replace(leaves=leaves), differentiable=differentiable)
+
+    def held(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """These parameters, with that graph's leaves in their place."""
+        others = {path: params[path].detach().requires_grad_() for path in self.updated}
+        return {**params, **others, **self.leaves}
 
 
 def is_live(batch: Any) -> bool:
     """Whether the batch comes with a graph, which only an eager half walks."""
-    return isinstance(batch, WithShared) and bool(batch.leaves)
+    return isinstance(batch, WithShared) and batch.live is not None
 
 
 def taken_apart(batch: Any) -> tuple[Any, dict[str, Any]]:

@@ -153,11 +153,13 @@ class State:
         unknown = [name for name in changes if name not in FIELDS]
         if unknown:
             raise TypeError(f"a State has {', '.join(FIELDS)}; got {', '.join(unknown)}")
-        named = {
+        named: dict[str, Any] = {
             name: by_first_names(changes[name], before)
             for name, before in (("params", self.params), ("buffers", self.buffers))
             if name in changes
         }
+        if "targets" in changes:
+            named["targets"] = self._twins_by_first_names(changes["targets"])
         changes |= named
         fields = dict(zip(FIELDS, self._live, strict=True)) | changes
         if "params" in changes:
@@ -167,6 +169,11 @@ class State:
         self._lease.borrowed_optimizer |= "optimizer" in changes
         count = None if "step" in changes else self._count
         return make_state(tuple(fields[name] for name in FIELDS), self._lease, count=count)
+
+    def _twins_by_first_names(self, given: Any) -> dict[str, Mapping[str, Tensor]]:
+        if not isinstance(given, Mapping) or not all(isinstance(tensors, Mapping) for tensors in given.values()):
+            raise TypeError("targets goes by name and then by path, as in {'teacher': {'weight': tensor}}")
+        return {name: by_first_names(tensors, self.targets.get(name, {})) for name, tensors in given.items()}
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"a State is frozen; make another with state.replace({name}=...)")

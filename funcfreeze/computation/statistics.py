@@ -6,7 +6,7 @@ every flag is the user's. Dynamo guards the flags, so compiled code sees them as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +71,18 @@ class FrozenNorms:
         else:
             return FrozenNorms(None, ())
         return FrozenNorms(declared, tuple(norms[path] for path in declared.norms))
+
+    @staticmethod
+    def union(several: Iterable[FrozenNorms]) -> FrozenNorms:
+        """The norms of all of these, over one module."""
+        paths: dict[str, nn.Module] = {}
+        selectors: dict[str, None] = {}
+        for frozen in several:
+            if frozen.declared is not None:
+                paths |= zip(frozen.declared.norms, frozen.norms, strict=True)
+                selectors |= dict.fromkeys(frozen.declared.declared)
+        declared = FrozenStatistics(tuple(paths), tuple(selectors)) if paths else None
+        return FrozenNorms(declared, tuple(paths.values()))
 
     def hold(self) -> Callable[[], None]:
         """Put the norms into eval mode; what is returned gives them back their flags, and must be called."""

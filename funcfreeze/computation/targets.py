@@ -1,8 +1,8 @@
 """Averaged twins of parts of a model: what a step declares, and how they move after its update.
 
 Their tensors go with the buffers through everything that a step computes (see `FunctionalModule`): a forward may write
-to a twin's buffers, and only reads its parameters. They move here, outside of any graph: one kernel for all of one
-dtype, so that no graph is made for the steps in which some rest.
+to a twin's buffers, and only reads its parameters. They move here, outside of any graph: it is one pass, and there is
+no graph more for the steps in which some rest.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Targets:
         return {
             in_twin(name, path): followed
             for name, target in self.by_name.items()
-            for path, followed in {**target.twin.parameters, **target.twin.buffers}.items()
+            for path, followed in target.twin.followed.items()
         }
 
     def begun(self, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -145,7 +145,7 @@ class Targets:
         found: dict[str, Tensor] = {}
         for name in names:
             twin = self.by_name[name].twin
-            for path, followed in {**twin.parameters, **twin.buffers}.items():
+            for path, followed in twin.followed.items():
                 if followed in found:
                     raise ValueError(f"{followed}: more than one of the targets {', '.join(names)} has a twin of it")
                 found[followed] = buffers[in_twin(name, path)]
@@ -154,8 +154,16 @@ class Targets:
 
 def moved_by(moves: Moves) -> set[str]:
     """The paths of all tensors of the twins that move."""
+    return {in_twin(name, path) for name, target, _ in moves for path in target.twin.followed}
+
+
+def following_buffers(moves: Moves) -> set[str]:
+    """The paths of the twins' buffers that are overwritten."""
     return {
-        in_twin(name, path) for name, target, _ in moves for path in (*target.twin.parameters, *target.twin.buffers)
+        in_twin(name, path)
+        for name, target, _ in moves
+        if target.declared.buffers != "own"
+        for path in target.twin.buffers
     }
 
 
@@ -219,7 +227,7 @@ def _average(twins: Sequence[Tensor], values: Sequence[Tensor], decay: float | T
         others.append(value)
     for (device, dtype), (mine, others) in alike.items():
         if isinstance(decay, Tensor):
-            part = (1 - decay).to(device, dtype, non_blocking=True)
+            part = (1 - decay).to(device, dtype, non_blocking=device.type != "cpu")
             torch._foreach_lerp_(mine, others, [part] * len(mine))
         else:
             torch._foreach_lerp_(mine, others, 1 - decay)

@@ -17,7 +17,7 @@ from funcfreeze.computation.half import Half
 from funcfreeze.computation.renewal import refuse_other_state, renewed
 from funcfreeze.computation.specification import Specification
 from funcfreeze.computation.state import Fields, Lease, State, by_path, count_of, known_count, lease_of, make_state
-from funcfreeze.computation.targets import Moves, move, moved_by
+from funcfreeze.computation.targets import Moves, following_buffers, move, moved_by
 from funcfreeze.declare.names import is_own
 from funcfreeze.declare.selectors import closest
 from funcfreeze.gradients.modes import grad_mode
@@ -61,7 +61,7 @@ class Updating:
             for path, p in state.params.items()
         } | dict(half.written)
         owned = self.donate and not lease.borrowed_optimizer
-        optimizer = state.optimizer if owned else optree.tree_map(_copy, state.optimizer)
+        optimizer = state.optimizer if owned else optree.tree_map(copied_leaf, state.optimizer)
         optimizer = self.renewed(optimizer, params, state)
         step = state.step + 1
         moves = self.moving(state)
@@ -76,7 +76,8 @@ class Updating:
             metrics |= found.metrics
             buffers = found.kept("buffer", state.fields[1], half.buffers)
             params |= found.kept("parameter", state.params, half.written)
-        buffers = {**twins, **buffers}
+        # a half keeps what it has, and the forward may have put somebody else's tensor in a buffer's place
+        buffers = {**twins, **buffers, **{path: buffers[path].clone() for path in following_buffers(moves)}}
         buffers |= move(moves, buffers, params, buffers, found)
         if self.donate:
             lease.spent = True
@@ -271,5 +272,6 @@ def apart_from(params: Mapping[str, Tensor], optimizer: Any) -> Any:
     return optree.tree_map(apart, optimizer)
 
 
-def _copy(leaf: Any) -> Any:
+def copied_leaf(leaf: Any) -> Any:
+    """A leaf of an optimizer's state, with memory of its own."""
     return leaf.clone() if isinstance(leaf, Tensor) else leaf

@@ -45,9 +45,16 @@ class Ema:
     mode: str | None = None
 
     def __str__(self) -> str:
+        return self.told()
+
+    def told(self, owner: str | None = None) -> str:
+        """In words, as one that moves after a member's update if its name is given."""
         what = "copy" if isinstance(self.decay, Real) and self.decay == 0 else f"ema {_shown(self.decay)}"
-        told = [what if self.timing == ALWAYS else f"{what} {self.timing}", f"{self.buffers} buffers"]
-        return ", ".join([*told, *([] if self.mode is None else [f"{self.mode} mode"])])
+        how = what if self.timing == ALWAYS else f"{what} {self.timing}"
+        after = [] if owner is None else [f"after {owner}"]
+        return ", ".join(
+            [how, *after, f"{self.buffers} buffers", *([] if self.mode is None else [f"{self.mode} mode"])]
+        )
 
     def decay_at(self, step: Tensor) -> float | Tensor:
         """The decay at a count of its owner's clock.
@@ -149,10 +156,8 @@ def shown_targets(targets: Sequence[tuple[str, Ema]], owner: str | None = None) 
     """
     alike: dict[str, list[str]] = {}
     for name, declared in targets:
-        how, rest = str(declared).split(", ", 1)
-        told = ", ".join([how, *([] if owner is None else [f"after {owner}"]), rest])
         of = "" if name == declared.module_path else f" of {_part(declared.module_path)}"
-        alike.setdefault(told, []).append(f"{name}{of}")
+        alike.setdefault(declared.told(owner), []).append(f"{name}{of}")
     for told, names in alike.items():
         yield f"{', '.join(names)}: {told}"
 

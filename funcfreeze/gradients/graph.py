@@ -87,6 +87,19 @@ def read_graph(
     return Graph(tuple(kinds), tuple(degrees), tuple(edges), tuple(ends), tuple(roots), known), nodes
 
 
+def refuse_reentrant(graph: Graph) -> None:
+    """Refuse a graph with parameters that nobody can see.
+
+    Raises:
+        RuntimeError: reentrant activation checkpointing is in it.
+    """
+    if any(kind.__name__ == "CheckpointFunctionBackward" for kind in set(graph.kinds)):
+        raise RuntimeError(
+            "the forward uses reentrant activation checkpointing, whose parameters autograd cannot see; call "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        )
+
+
 def leaves_below(loss: Tensor) -> Iterator[Tensor]:
     """The leaf tensors that a loss's graph ends in."""
     nodes = [gradient_edge(loss).node] if loss.requires_grad else []

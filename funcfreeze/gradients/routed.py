@@ -12,7 +12,14 @@ from torch.autograd.graph import GradientEdge, Node
 from funcfreeze.declare.routes import scalar_like
 from funcfreeze.gradients.explained import explained, walking
 from funcfreeze.gradients.forward import Forward, forward
-from funcfreeze.gradients.graph import NO_LEAF, Graph, gradient_edge, losses_at_other_leaves, read_graph
+from funcfreeze.gradients.graph import (
+    NO_LEAF,
+    Graph,
+    gradient_edge,
+    losses_at_other_leaves,
+    read_graph,
+    refuse_reentrant,
+)
 from funcfreeze.gradients.hooks import Noticed, note_temporary_hooks, noticing_hooks
 from funcfreeze.gradients.law import Evaluate, Live, OtherLeaf, Outcome, Routing, SeparateOutcome
 from funcfreeze.gradients.modes import grad_mode
@@ -145,11 +152,7 @@ def read_losses(
     """
     edges = [None if loss is None or not loss.requires_grad else gradient_edge(loss) for loss in losses]
     structure, nodes = read_graph(edges, leaves, hooked)
-    if any(kind.__name__ == "CheckpointFunctionBackward" for kind in set(structure.kinds)):
-        raise RuntimeError(
-            "the forward uses reentrant activation checkpointing, whose parameters autograd cannot see; call "
-            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
-        )
+    refuse_reentrant(structure)
     return LiveGraph(structure, nodes, [None if loss is None else seed_of(loss, seed) for loss in losses])
 
 

@@ -138,6 +138,12 @@ class FunctionalModule:
         with _EXCHANGING:
             return {path: present(sites[0], "_parameters") for path, sites in self.constants.items()}
 
+    @cached_property
+    def of_twins(self) -> frozenset[str]:
+        """The paths of all tensors of twins."""
+        start = tuple(in_twin(name, "") for name in self.twins)
+        return frozenset(path for path in (*self.constants, *self.buffers) if path.startswith(start))
+
     def buffer(self, path: str) -> Tensor | None:
         """The buffer that is in the module now, or None if it is gone."""
         module, name = self.buffers[path][0]
@@ -319,11 +325,23 @@ class FunctionalModule:
                 yield f"the forward removed buffer {path} or set it to None; give it a value instead, zeros for example"
         yield from self.problems_with_new_ones()
 
+    def _changed_parts(self) -> Iterator[str]:
+        """Parts that have other parts than when the sites were noted, which twins do not follow."""
+        before = dict(zip(map(id, self.modules), self.held, strict=True))
+        for path, part in self.module.named_modules():
+            if id(part) in before and held_by(part)[2] != before[id(part)][2]:
+                yield (
+                    f"{path or 'the model'} has other parts than when the Step was built, and a twin is copied then: "
+                    "build the Step after the model is complete"
+                )
+
     def problems_with_new_ones(self) -> Iterator[str]:
         """Parameters and buffers that the module holds by now, and did not when its sites were noted."""
         empty = all(module.__dict__[store].get(name) is None for module, store, name in self.empty)
         if empty and all(map(eq, map(held_by, self.modules), self.held)):
             return
+        if self.twins:
+            yield from self._changed_parts()
         of_parameters = {**self.parameters, **self.constants}
         for noun, store, known in (("parameter", "_parameters", of_parameters), ("buffer", "_buffers", self.buffers)):
             sites = {(id(module), name) for held in known.values() for module, name in held}

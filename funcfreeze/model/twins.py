@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import nn
 
@@ -17,7 +18,7 @@ class Twin:
 
     Attributes:
         module: the copy.
-        original: the part.
+        pairs: every part of the original, as it was when it was copied, with its copy.
         parameters: path in the copy -> path in the model of the parameter that it follows.
         buffers: the same for buffers.
 
@@ -30,7 +31,7 @@ class Twin:
     """
 
     module: nn.Module
-    original: nn.Module
+    pairs: tuple[tuple[nn.Module, nn.Module], ...]
     parameters: Mapping[str, str]
     buffers: Mapping[str, str]
 
@@ -40,14 +41,32 @@ class Twin:
         original = model if path == "*" else clear_modules(model)[path]
         module = copy_of(original)
         module.requires_grad_(False)
-        return Twin(module, original, _followed(model, original, "_parameters"), _followed(model, original, "_buffers"))
+        _share_memory(original, module)
+        return Twin(
+            module,
+            tuple(zip(original.modules(), module.modules(), strict=True)),
+            _followed(model, original, "_parameters"),
+            _followed(model, original, "_buffers"),
+        )
 
     def set_mode(self, mode: str | None) -> None:
         """Put the copy into train or eval mode; None is the original's, part by part."""
-        for own, copied in zip(self.original.modules(), self.module.modules(), strict=True):
+        for own, copied in self.pairs:
             training = own.training if mode is None else mode == "train"
             if copied.training is not training:  # a write would have a compiler look again
                 vars(copied)["training"] = training
+
+    @cached_property
+    def followed(self) -> dict[str, str]:
+        """Path in the copy -> path in the model, of parameters and buffers."""
+        return {**self.parameters, **self.buffers}
+
+
+def _share_memory(original: nn.Module, copied: nn.Module) -> None:
+    """Have the copy's tensors in the original's memory: their values are a state's, and nobody reads these."""
+    for store in ("_parameters", "_buffers"):
+        for (_, own), (_, sites) in zip(grouped(original, store), grouped(copied, store), strict=True):
+            present(sites[0], store).data = present(own[0], store).detach()
 
 
 def _followed(model: nn.Module, part: nn.Module, store: str) -> dict[str, str]:

@@ -14,6 +14,7 @@ from funcfreeze.alternating.alternate import alternate
 from funcfreeze.alternating.alternation import Alternation
 from funcfreeze.computation.sharing import WithShared
 from funcfreeze.computation.state import State
+from funcfreeze.computation.statistics import FrozenNorms
 from funcfreeze.declare.plan_table import group_rows
 from funcfreeze.gradients.law import Live
 from funcfreeze.proof.comparison import COARSE_TOLERANCE, TOLERANCES, Seen, buffer_checks, exactly
@@ -93,10 +94,11 @@ def _given(
     if sharing is None or not any(map(sharing.asks, names)):
         return lambda name: batch
     named = {"targets": twins.modules} if "targets" in sharing.evaluation.asked else {}
-    with torch.enable_grad():
+    frozen = FrozenNorms.of(module, None, sharing.evaluation.frozen_norms.declared)
+    with torch.enable_grad(), frozen.holding():
         value = sharing.function(module, batch, **named)
     if named:
-        twins.renew()
+        twins.renew()  # a graph goes through those that they had
     given = WithShared(batch, value, {}, Live({}, frozenset(), [], True))
     return lambda name: given if sharing.asks(name) else batch
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from funcfreeze.computation.naming import Asked
 from funcfreeze.computation.state import State
 from funcfreeze.computation.targets import Targets
-from funcfreeze.model.copying import copy_of
 from funcfreeze.model.functional import FunctionalModule
 from funcfreeze.proof.report import Check
 from funcfreeze.step import Step
@@ -29,9 +27,9 @@ class TwinsByHand:
     """
 
     def __init__(self, targets: Targets, module: nn.Module, state: State) -> None:
-        over = targets.over(module)
-        self._twins = {name: replace(target.twin, module=copy_of(target.twin.module)) for name, target in over.items()}
+        self._twins = {name: target.twin for name, target in targets.over(module).items()}
         self._functionals = {name: FunctionalModule.of(twin.module) for name, twin in self._twins.items()}
+        self.renew()  # they are in the copy's memory
         for name, twin in self._twins.items():
             values = state.targets[name]
             parameters, buffers = ({path: values[path] for path in paths} for paths in (twin.parameters, twin.buffers))
@@ -43,8 +41,9 @@ class TwinsByHand:
         return {name: twin.module for name, twin in self._twins.items()}
 
     def renew(self) -> None:
-        """Give the twins other tensors with the same values: a graph goes through those that they had."""
+        """Give the twins other tensors with the same values."""
         for own in self._functionals.values():
+            own.exchange_buffers(lambda buffer: buffer.detach().clone())
             for path, tensor in own.present_parameters().items():
                 other = nn.Parameter(tensor.detach().clone(), requires_grad=False)
                 for module, name in own.parameters[path]:

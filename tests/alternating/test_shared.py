@@ -393,6 +393,17 @@ def test_an_error_leaves_the_state_as_it_was(options):
         torch.testing.assert_close(one.params[path], tensor)
 
 
+def test_an_error_in_what_is_shared():
+    def fails(model, real):
+        raise KeyError("mine")
+
+    step = ff.alternate(alternation(dcgan()).members, shared=fails)
+    state = step.init()
+    with pytest.raises(KeyError, match="(?s)mine.*raised by what the members of an alternation share: fails"):
+        step(state, images(1)[0])
+    assert int(state.step) == 0
+
+
 def test_a_member_that_would_walk_where_another_has_updated():
     model = {"encoder": nn.Linear(3, 4), "head": nn.Linear(4, 1)}
     sgd = ff.optim.sgd(0.1)
@@ -478,3 +489,93 @@ def test_a_batch_called_shared_is_a_batch():
     model = nn.Linear(2, 1)
     step = ff.Step(model, lambda net, shared: {"l": net(shared).mean()}, {"l": "*"}, optimizer=ADAM)
     step(step.init(), torch.randn(3, 2))
+
+
+@pytest.mark.parametrize("options", [{}, {"compile": GRAPH}, {"donate": False}])
+def test_a_member_that_does_not_ask_counts_too(options):
+    """torch's fused kernels bump no version: nobody else would notice that values are old."""
+    model = {"gen": nn.Linear(3, 3), "disc": nn.Linear(3, 1)}
+    sgd = ff.optim.sgd(0.1)
+    members = {
+        "disc": ff.Step(model, lambda m, b: {"d": m["disc"](b).mean()}, {"d": "disc"}, optimizer=sgd),
+        "gen": ff.Step(model, lambda m, b, *, shared: {"g": shared.mean()}, {"g": "gen"}, optimizer=sgd),
+    }
+    step = ff.alternate(members, shared=lambda m, b: m["disc"](m["gen"](b)).tanh(), **options)
+    with pytest.raises(ValueError, match="member 'gen', after 'disc' has updated disc.bias, disc.weight"):
+        step(step.init(), torch.randn(2, 3))
+    step = ff.alternate(dict(reversed(members.items())), shared=lambda m, b: m["disc"](m["gen"](b)).tanh(), **options)
+    step(step.init(), torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("options", [{}, {"compile": GRAPH}])
+@pytest.mark.parametrize("walkers", [1, 2])
+def test_checkpointing_in_what_is_shared(options, walkers):
+    """It is computed once more while the member walks, on the values and with the flags of the first time."""
+    model = {name: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)) for name in ("one", "two")}
+    start = copy.deepcopy(model)
+
+    def plainly(model, batch):
+        return [model["one"](batch).tanh(), model["two"](batch).tanh()]
+
+    def made(model, batch):
+        return checkpoint(lambda batch: tuple(plainly(model, batch)), batch, use_reentrant=False)
+
+    def member(index, name):
+        return ff.Step(
+            model,
+            lambda m, b, *, shared: {"loss": shared[index].square().mean() + m[name](b).mean()},
+            {"loss": name},
+            optimizer=ff.optim.sgd(0.5),
+        )
+
+    names = ["one", "two"][:walkers]
+    step = ff.alternate({name: member(index, name) for index, name in enumerate(names)}, shared=made, **options)
+    batches = [torch.randn(5, 3) for _ in range(4)]
+    state, _ = run(step, batches)
+    plain = copy.deepcopy(start)
+    for batch in batches:
+        shared = plainly(plain, batch)
+        for index, name in enumerate(names):
+            parameters = [*plain[name].parameters()]
+            loss = shared[index].square().mean() + plain[name](batch).mean()
+            gradients = torch.autograd.grad(loss, parameters)
+            with torch.no_grad():
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter -= 0.5 * gradient
+    assert_moved_alike(state, plain, start)
+
+
+@pytest.mark.parametrize("options", [{}, {"compile": GRAPH}])
+def test_reentrant_checkpointing_is_refused(options):
+    model = {"gen": nn.Linear(3, 3)}
+    step = ff.alternate(
+        {"gen": ff.Step(model, lambda m, b, *, shared: {"g": shared.mean()}, {"g": "gen"}, optimizer=ADAM)},
+        shared=lambda m, b: checkpoint(m["gen"], b.requires_grad_(), use_reentrant=True),
+        **options,
+    )
+    with pytest.raises(RuntimeError, match="reentrant activation checkpointing, whose parameters autograd cannot see"):
+        step(step.init(), torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("options", [{}, {"compile": GRAPH}])
+def test_statistics_that_a_member_freezes_are_frozen_in_what_is_shared(options):
+    model = {"gen": nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), "disc": nn.Linear(4, 1)}
+    step = ff.alternate(
+        {
+            "gen": ff.Step(
+                model,
+                lambda m, b, *, shared: {"g": m["disc"](shared).mean()},
+                {"g": "gen"},
+                optimizer=ff.optim.sgd(0.1),
+                frozen_statistics="gen",
+            )
+        },
+        shared=lambda m, b: m["gen"](b),
+        **options,
+    )
+    state = step.init()
+    state, _ = step(state, torch.randn(5, 3))
+    assert int(state.buffers["gen.1.num_batches_tracked"]) == 0
+    assert torch.equal(state.buffers["gen.1.running_mean"], torch.zeros(4))
+    assert model["gen"][1].training
+    assert ff.verify(step, state, torch.randn(5, 3)).ok

@@ -382,3 +382,102 @@ def test_a_name_that_nobody_declared():
     step = step_of(nn.Linear(4, 4), losses=mistyped)
     with pytest.raises(KeyError, match=r"(?s)techer.*twin"):
         step(step.init(), batches(1)[0])
+
+
+def test_a_part_that_the_model_got_later():
+    """Nothing stays held: the module has its own tensors, and others may go on."""
+    model = nn.ModuleDict({"net": nn.Sequential(nn.Linear(4, 4))})
+    step = ff.Step(
+        model,
+        lambda m, x, *, targets: {"fit": (m["net"](x) - targets["twin"](x)).square().mean()},
+        {"fit": "*"},
+        optimizer=ff.optim.sgd(0.1),
+        targets={"twin": ff.ema("net", 0.5)},
+    )
+    state, own = step.init(), model["net"][0].weight
+    model["net"].append(nn.Dropout(0.5))
+    with pytest.raises(RuntimeError, match=r"^net has other parts than when the Step was built, and a twin is copied"):
+        step(state, batches(1)[0])
+    assert model["net"][0].weight is own
+
+
+@pytest.mark.parametrize("buffers", ["copied", "averaged"])
+def test_a_half_is_applied_twice(buffers):
+    """And the forward may have put the batch in a buffer's place: nobody's tensors are written to."""
+
+    class Keeping(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.register_buffer("last", torch.zeros(6, 4))
+
+        def forward(self, x):
+            self.last = x
+            return super().forward(x)
+
+    model = nn.ModuleDict({"net": Keeping()})
+    step = ff.Step(
+        model,
+        lambda m, x, *, targets: {"fit": (m["net"](x) - targets["twin"](x)).square().mean()},
+        {"fit": "*"},
+        optimizer=ff.optim.sgd(0.1),
+        targets={"twin": ff.ema("net", 0.5, buffers=buffers)},
+        donate=False,
+    )
+    state, batch = step.init(), torch.randn(6, 4)
+    given = batch.clone()
+    half = step.compute(state, batch)
+    before = {path: buffer.clone() for path, buffer in half.buffers.items()}
+    one, _ = step.apply_gradients(state, half)
+    kept = copy.deepcopy(one.targets["twin"])
+    other, _ = step.apply_gradients(state, half)
+    for path, tensor in kept.items():
+        assert torch.equal(one.targets["twin"][path], tensor)
+        assert torch.equal(other.targets["twin"][path], tensor)
+    assert all(torch.equal(half.buffers[path], buffer) for path, buffer in before.items())
+    step(state, batch)
+    assert torch.equal(batch, given)
+
+
+def test_a_tied_twin_is_replaced_by_any_name():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+            self.two.weight = self.one.weight
+
+        def forward(self, x):
+            return self.two(self.one(x))
+
+    step = step_of(Tied())
+    state = step.init()
+    replaced = state.replace(targets={"twin": {"two.weight": torch.zeros(4, 4)}})
+    assert torch.equal(replaced.targets["twin"]["one.weight"], torch.zeros(4, 4))
+    with pytest.raises(TypeError, match="targets goes by name and then by path, as in {'teacher'"):
+        state.replace(targets=nn.Linear(2, 2))
+    step(replaced, batches(1)[0])
+
+
+def test_a_schedule_in_the_plan_of_members():
+    one = ff.ema("net", ff.schedules.cosine(0.996, 1.0, 10_000), mode="eval")
+    step = ff.alternate({"a": step_of(nn.Linear(4, 4), one)})
+    assert "\ntargets  twin of net: ema cosine(a=0.996, b=1.0, steps=10000), after a, own buffers, eval mode" in str(
+        step.plan
+    )
+
+
+def test_a_twin_keeps_no_values_of_its_own():
+    """The state has them: the copy's tensors are in the model's memory."""
+    model = nn.ModuleDict({"net": nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))})
+    step = ff.Step(
+        model,
+        lambda m, x, *, targets: {"fit": (m["net"](x) - targets["twin"](x)).square().mean()},
+        {"fit": "*"},
+        optimizer=ff.optim.sgd(0.1),
+        targets={"twin": ff.ema("net", 0.5)},
+    )
+    twin = step.functional.twins["twin"]
+    for own, copied in zip(model["net"].state_dict().values(), twin.state_dict().values(), strict=True):
+        assert own.data_ptr() == copied.data_ptr()
+    before = copy.deepcopy(model.state_dict())
+    step(step.init(), batches(1)[0])
+    assert all(torch.equal(tensor, before[path]) for path, tensor in model.state_dict().items())
