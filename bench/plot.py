@@ -68,7 +68,9 @@ def _against_the_recipe(axes: Any, data: Mapping[str, Any]) -> None:
         )
     axes.axvline(1.0, color="#cccccc", linewidth=1, zorder=1)
     axes.set_xscale("log")
-    ticks = [tick for tick in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if _inside(axes.get_xlim(), tick)]
+    coarse, fine = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20), (0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.4)
+    shown, finer = ([tick for tick in ticks if _inside(axes.get_xlim(), tick)] for ticks in (coarse, fine))
+    ticks = shown if len(shown) > 1 else finer
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_yticks(range(len(names)), [data["workloads"][name]["name"] for name in names])
