@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Print how far every contender is from the recipe after two steps; exit with 1 if one is, or if one fails."""
+    """Print how far every contender is from the reference after two steps; exit with 1 if one is, or if one fails."""
     options.measures, wrong = [], False
     for data in matrix(options):
         name, workload = list(data["workloads"].items())[-1]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import funcfreeze as ff
-from bench.workloads.workload import Workload
+from bench.workloads.program import Program
+from bench.workloads.workload import NOT_WRITTEN, Workload
 
 POOL = 8
 """Batches are made beforehand and taken in turn: making them is not part of a step."""
@@ -63,6 +64,7 @@ class Absent:
 
 
 Build = Callable[[Workload, torch.device], "Contender | Absent"]
+BuildProgram = Callable[[Program, torch.device], Contender]
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Peer:
     Attributes:
         label: what tables call it.
         builder: makes a contender of a workload.
+        program: makes one of a whole training loop; None where nobody wrote it.
         requires: modules that it imports beside torch.
         cuda: whether it is there on CUDA devices only.
         compiled: whether it runs generated code, in which operators are not dispatched one by one.
@@ -81,6 +84,7 @@ class Peer:
 
     label: str
     builder: Build
+    program: BuildProgram | None = None
     requires: tuple[str, ...] = ()
     cuda: bool = False
     compiled: bool = False
@@ -92,28 +96,30 @@ class Peer:
         """What it requires and is not installed."""
         return tuple(name for name in self.requires if find_spec(name) is None)
 
-    def build(self, workload: Workload, device: torch.device) -> Contender | Absent:
+    def build(self, workload: Workload | Program, device: torch.device) -> Contender | Absent:
         """A contender that has taken no step yet, or why there is none."""
         if self.missing:
             return Absent("not installed", f"needs {', '.join(self.missing)}")
         if self.cuda and device.type != "cuda":
             return Absent("not here", "CUDA graphs need a CUDA device")
-        return self.builder(workload, device)
+        if isinstance(workload, Workload):
+            return self.builder(workload, device)
+        return Absent("not written", NOT_WRITTEN) if self.program is None else self.program(workload, device)
 
 
-def model_on(workload: Workload, device: torch.device) -> nn.Module:
+def model_on(workload: Workload | Program, device: torch.device) -> nn.Module:
     """The contender's own copy of the model."""
     return copy.deepcopy(workload.model).to(device)
 
 
-def pool(workload: Workload, device: torch.device) -> list[Any]:
+def pool(workload: Workload | Program, device: torch.device) -> list[Any]:
     """Fresh batches, the same for every contender."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         return [optree.tree_map(lambda tensor: tensor.to(device), workload.batch()) for _ in range(POOL)]
 
 
-def batches_on(workload: Workload, device: torch.device) -> Iterator[Any]:
+def batches_on(workload: Workload | Program, device: torch.device) -> Iterator[Any]:
     """The pool, over and over."""
     return itertools.cycle(pool(workload, device))
 

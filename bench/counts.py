@@ -16,7 +16,7 @@ CONVOLUTIONS = ("aten::convolution", "aten::convolution_backward")
 
 
 def multiply_adds(step: Callable[[], object]) -> int:
-    """Multiply-adds in matrix products and convolutions, by dispatch: eager code only."""
+    """Multiply-adds in matrix products and convolutions, by dispatch: of eager code, differentiated once."""
     with FlopCounterMode(display=False) as counter:
         step()
     return counter.get_total_flops() // 2

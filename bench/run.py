@@ -17,9 +17,9 @@ from bench import alone, workloads
 from bench.contender import Absent, Contender, Peer
 from bench.counts import multiply_adds, products
 from bench.machine import describe, versions
-from bench.peers import OURS, PEERS
+from bench.peers import OURS, PEERS, REFERENCES
 from bench.timing import interleaved, median_ratio, quartiles, steps_per_run
-from bench.workloads.workload import Workload
+from bench.workloads import Program, Workload
 
 MEASURES = ("time", "first-step", "memory", "multiply-adds", "matmuls")
 IN_PROCESS = ("time", "multiply-adds", "matmuls")
@@ -89,12 +89,12 @@ def measure_workload(name: str, options: Options, device: torch.device) -> dict[
 
 
 def _build(
-    workload: Workload, options: Options, device: torch.device, results: dict[str, dict[str, Any]]
+    workload: Workload | Program, options: Options, device: torch.device, results: dict[str, dict[str, Any]]
 ) -> dict[str, Contender]:
-    """Contenders that have proved, in their first two steps, that they make the update the recipe makes."""
+    """Contenders that have proved, in their first two steps, that they make the update the reference makes."""
     contenders: dict[str, Contender] = {}
     reference: Mapping[str, Tensor] | None = None
-    for peer in sorted(options.peers, key=lambda peer: peer != "recipe"):
+    for peer in sorted(options.peers, key=lambda peer: [peer != first for first in REFERENCES]):
         say(f"  {peer}")
         built = _attempt(partial(_two_steps, PEERS[peer], workload, device))
         if isinstance(built, dict):
@@ -102,22 +102,24 @@ def _build(
             continue
         contender, moved = built
         contenders[peer] = contender
-        if peer == "recipe":
+        if peer in REFERENCES and reference is None:
             reference = moved
         elif reference is not None and PEERS[peer].routed:
             results[peer]["difference"] = difference(moved, reference)
     return {peer: contenders[peer] for peer in options.peers if peer in contenders}
 
 
-def _two_steps(peer: Peer, workload: Workload, device: torch.device) -> dict[str, Any] | tuple[Contender, Any]:
+def _two_steps(
+    peer: Peer, workload: Workload | Program, device: torch.device
+) -> dict[str, Any] | tuple[Contender, Any]:
     """A contender and where two steps took it; or why it is absent."""
     contender = peer.build(workload, device)
     if isinstance(contender, Absent):
         return contender.to_dict()
+    before = {path: p.detach().clone() for path, p in contender.parameters().items()}
     contender.take(2)
-    before = dict(workload.model.named_parameters())
     after = contender.parameters()
-    return contender, {path: p.detach().cpu() - before[path].detach() for path, p in after.items()}
+    return contender, {path: (p.detach() - before[path]).cpu() for path, p in after.items()}
 
 
 def difference(moved: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float:
@@ -148,16 +150,14 @@ def _count(measure: str, peer: Peer, contender: Contender) -> Any:
         return Absent("not measurable", "a replayed CUDA graph shows no operators").to_dict()
     if contender.measured:
         return Absent("not measurable", "torch does not see what it runs").to_dict()
+    found = products(contender)
     if measure == "matmuls":
-        return products(contender)
+        return found
+    if not found["convolutions"]:
+        return found["multiply_adds"]
     if not peer.compiled:
         return multiply_adds(contender)
-    found = products(contender)
-    if found["convolutions"]:
-        return Absent(
-            "not measurable", "the profiler does not say which half of a convolution's backward ran"
-        ).to_dict()
-    return found["multiply_adds"]
+    return Absent("not measurable", "the profiler does not say which half of a convolution's backward ran").to_dict()
 
 
 def _attempt(f: Callable[[], Any]) -> Any:

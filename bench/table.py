@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.peers import OURS, PEERS
+from bench.peers import OURS, PEERS, REFERENCES
 
 Result = Mapping[str, Any]
 SAME = 0.2
@@ -88,6 +88,11 @@ def best_of(results: Mapping[str, Result], peers: list[str]) -> str | None:
     return min(timed, key=lambda peer: milliseconds(results[peer]["time"])) if timed else None
 
 
+def reference(results: Mapping[str, Result]) -> str | None:
+    """The peer that the others are measured by, if any was timed."""
+    return next((peer for peer in REFERENCES if value(results.get(peer, {}), "time") is not None), None)
+
+
 def standing(results: Mapping[str, Result], *, eager: bool) -> tuple[str, str, float] | None:
     """Our best contender, the best of the others, and the median of their ratios; or None where one side is absent."""
     rivals = [peer for peer in results if PEERS[peer].routed and not (eager and PEERS[peer].compiled)]
@@ -147,14 +152,23 @@ def differences(data: Mapping[str, Any]) -> str:
         if "difference" in result
     ]
     if not found:
-        return "Updates were not compared: the recipe was not among the contenders."
+        return "Updates were not compared: neither the recipe nor a loop by hand was among the contenders."
     worst, peer, name = max(found)
+    who = _compared_with(data)
     if worst > SAME:
-        return f"**Not everybody makes the same update**: {peer} is {worst:.1g} away from the recipe in {name}."
+        return f"**Not everybody makes the same update**: {peer} is {worst:.1g} away from {who} in {name}."
     return (
-        "After two steps every contender but the summed loss stands where the recipe does; the largest relative "
+        f"After two steps every contender but the summed loss stands where {who} does; the largest relative "
         f"difference of displacements, in float32, is {worst:.1g} ({peer}, {name}). `python -m bench check` compares "
         "them in float64."
+    )
+
+
+def _compared_with(data: Mapping[str, Any]) -> str:
+    """Whose update the others were compared with."""
+    absent = {"absent" in workload["results"].get("recipe", {"absent": ""}) for workload in data["workloads"].values()}
+    return {(False,): "the recipe", (True,): "the loop by hand"}.get(
+        (*absent,), "the recipe, or else the loop by hand,"
     )
 
 

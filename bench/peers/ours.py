@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import funcfreeze as ff
 from bench.contender import Contender, batches_on, model_on, waiter
+from bench.workloads.program import Program
 from bench.workloads.workload import Workload
 
 
@@ -36,3 +38,25 @@ def build(workload: Workload, device: torch.device, *, compile: bool | Mapping[s
     model = model_on(workload, device)
     step = ff.Step(model, workload.losses, workload.routes, optimizer=transform(workload), compile=compile)
     return contender(step, workload, device)
+
+
+def program(program: Program, device: torch.device, *, compile: bool | Mapping[str, Any] = False) -> Contender:
+    """The step as it was written; a step of the bench is as many calls of it as are in the program's own period."""
+    batches = batches_on(program, device)
+    step = program.ours(model_on(program, device), compile)
+    state = step.init()
+
+    def run() -> None:
+        nonlocal state
+        for _ in range(program.calls):
+            state, _ = step(state, next(batches))
+
+    def parameters() -> dict[str, Tensor]:
+        averages = {
+            f"targets.{name}.{path}": tensor
+            for name, target in state.targets.items()
+            for path, tensor in target.items()
+        }
+        return {**state.params, **averages}
+
+    return Contender(run, waiter(device), parameters)

@@ -13,14 +13,16 @@ import pytest
 from plain_ways import FOLDER, ROOT, skip_if_by_hand
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
-INSTALL = r'pip install -c constraints\.txt "\.\[examples\]"( deepspeed)?'
+INSTALL = r'pip install -c constraints\.txt ("\.\[examples\]"( deepspeed)?|\.)'
 FIRST_LINE = re.compile(rf"# (?P<install>{INSTALL}) && (?P<launcher>python|torchrun --nproc-per-node 2) (?P<path>\S+)")
 FRAMEWORKS = {  # the first thing that each needs beside torch, or before it
     "accelerate_loop": "accelerate",
+    "byol": "sklearn",
     "ddp": "sklearn",
     "deepspeed_loop": "deepspeed",
     "lightning_module": "lightning",
     "plain_loop": "sklearn",
+    "sac": "torch",
     "trainer_lora": "peft",
 }
 RUNNER = pathlib.Path(__file__).parent / "beside_torchvision.py"
