@@ -65,7 +65,8 @@ class Updating:
         optimizer = self.renewed(optimizer, params, state)
         step = state.step + 1
         moves = self.moving(state)
-        twins = self.twins(state, moves)
+        moved = moved_by(moves)
+        twins = self.twins(state, moved)
         finite, buffers = computation.finite, dict(half.buffers)
         metrics = {**half.losses, **self.metrics(state, half)}
         flag = None if finite is None else lost(half.losses, step.device)
@@ -82,9 +83,9 @@ class Updating:
         if self.donate:
             lease.spent = True
         else:  # both states hold these now: neither may write to them
-            lease.borrowed |= (params.keys() - routed) | (twins.keys() - moved_by(moves))
+            lease.borrowed |= (params.keys() - routed) | (twins.keys() - moved)
         kept = [gradient for gradient in gradients.values() if gradient.is_cpu]
-        held = Lease(borrowed=lease.borrowed - copied - half.written.keys() - moved_by(moves), gradients=kept)
+        held = Lease(borrowed=lease.borrowed - copied - half.written.keys() - moved, gradients=kept)
         fields = self.specification.named((params, buffers, optimizer, step))
         return make_state(fields, held, self.specification, count=known_count(state, 1)), metrics
 
@@ -93,12 +94,12 @@ class Updating:
         targets = self.computation.evaluation.targets
         return targets.moving(count_of(state), state.step) if targets.by_name else ()
 
-    def twins(self, state: State, moves: Moves) -> dict[str, Tensor]:
+    def twins(self, state: State, moved: Set[str]) -> dict[str, Tensor]:
         """The parameters of all targets, copied where they move and somebody else may hold them."""
         constants = self.computation.evaluation.functional.constants
         if not constants:
             return {}
-        tensors, moved = state.fields[1], moved_by(moves)
+        tensors = state.fields[1]
         copied = moved & lease_of(state).borrowed if self.donate else moved
         return {path: tensors[path].clone() if path in copied else tensors[path] for path in constants}
 

@@ -52,7 +52,8 @@ def let_go_of_graphs(modules: Iterable[nn.Module], since: int) -> None:
         own = vars(module)
         for name in own.keys() - _OF_TORCH:
             value = own[name]
-            if type(value) not in _HOLDS_NOTHING:
+            kind = type(value)
+            if kind not in _HOLDS_NOTHING and not (kind is tuple and _HOLDS_NOTHING.issuperset(map(type, value))):
                 kept = _detached(value, since, seen)
                 if kept is not value:
                     own[name] = kept
