@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from funcfreeze.alternating.members import Progress
+from funcfreeze.alternating.reach import Reach, raise_conflicts
 from funcfreeze.computation.evaluation import Evaluation
 from funcfreeze.computation.naming import Asked
 from funcfreeze.computation.sharing import WithShared
@@ -23,13 +24,11 @@ from funcfreeze.computation.state import State
 from funcfreeze.computation.statistics import FrozenNorms
 from funcfreeze.declare.plan import Plan
 from funcfreeze.declare.plans import Plans
-from funcfreeze.gradients.graph import NO_LEAF, Graph, gradient_edge, read_graph, refuse_reentrant
 from funcfreeze.gradients.hooks import noticing_hooks
 from funcfreeze.gradients.law import Live
 from funcfreeze.gradients.modes import grad_mode
 from funcfreeze.model.containers import LEAVES, flatten, hidden_tensors
 from funcfreeze.model.memory import memory_of
-from funcfreeze.optim.transform import lines
 from funcfreeze.step import Step
 
 Function = Callable[..., Any]
@@ -108,10 +107,8 @@ class Sharing:
         raise_conflicts(reach, routed, asking)
         walkers = [name for name in asking if reach.of_member(routed[name])]
         known = Live({}, frozenset(map(id, live.values())), hooked, False)
-        memories = frozenset(map(memory_of, progress.params.values())) - {None}
-        shared = Shared(value, live, known, walkers, reach, routed, memories)
-        if not walkers:
-            shared.let_go()
+        detached = _detached(value, frozenset(map(memory_of, progress.params.values())) - {None})
+        shared = Shared(value if walkers else None, detached, live, known, walkers, reach, routed)
         return shared, replace(
             progress,
             params={**progress.params, **beside.written} if beside.written else progress.params,
@@ -150,145 +147,36 @@ class Shared:
     """What one call shares. The graph is let go with the last member that walks through it.
 
     Attributes:
-        value: what the function returned, on a live graph.
+        value: what the function returned, on a live graph; None when nobody walks through it any more.
+        detached: the same without the graph.
         leaves: path -> leaf of that graph, of those that require grad.
         live: that graph, as engines know it.
         walkers: the members that still have to walk through it, in their order.
         reach: which parameters it depends on.
         routed: member -> the parameters that it may update now.
-        memories: of the parameters.
     """
 
     value: Any
+    detached: Any
     leaves: Mapping[str, Tensor]
     live: Live
     walkers: list[str]
     reach: Reach
     routed: Mapping[str, AbstractSet[str]]
-    memories: frozenset[int | None]
-
-    def let_go(self) -> None:
-        """Keep the graph no longer."""
-        self.value = self._detached()
-
-    def _detached(self) -> Any:
-        """Without the graph, and without memory of parameters, which members overwrite."""
-        leaves, structure = flatten(self.value)
-        return structure.unflatten(
-            [
-                leaf
-                if not isinstance(leaf, Tensor)
-                else leaf.detach().clone()
-                if memory_of(leaf) in self.memories
-                else leaf.detach()
-                for leaf in leaves
-            ]
-        )
 
     def given_to(self, member: str, batch: Any) -> WithShared:
         """The batch, and what is shared, as one member is given it."""
         value = self.value
         if member not in self.walkers:
-            return WithShared(batch, self._detached(), {}, None)
+            return WithShared(batch, self.detached, {}, None)
         self.walkers.remove(member)
         if not self.walkers:
-            self.let_go()
+            self.value = None
         order = [*self.routed]
         updated = frozenset[str]().union(*(self.routed[name] for name in order[: order.index(member)]))
         leaves = {path: self.leaves[path] for path in self.reach.at if path not in updated}
         others = frozenset(self.reach.at) - frozenset(leaves)
         return WithShared(batch, value, leaves, self.live._replace(retain=bool(self.walkers)), others)
-
-
-@dataclass(frozen=True)
-class Reach:
-    """Which parameters a graph depends on.
-
-    Attributes:
-        paths: of the leaves.
-        graph: its structure.
-        at: path -> the node in which the graph ends there.
-    """
-
-    paths: Sequence[str]
-    graph: Graph
-    at: Mapping[str, int] = field(default_factory=dict)
-
-    @staticmethod
-    def of(value: Any, leaves: Mapping[str, Tensor]) -> Reach:
-        """Of tensors in containers, down to these leaves."""
-        tensors = [leaf for leaf in flatten(value)[0] if isinstance(leaf, Tensor) and leaf.requires_grad]
-        graph, _ = read_graph([gradient_edge(tensor) for tensor in tensors], [*leaves.values()], None)
-        refuse_reentrant(graph)
-        paths = [*leaves]
-        ends = zip(graph.leaves[::2], graph.leaves[1::2], strict=True)
-        return Reach(paths, graph, {paths[leaf]: node for node, leaf in ends if leaf != NO_LEAF})
-
-    def of_member(self, routed: AbstractSet[str]) -> list[str]:
-        """The parameters that a member may update and that the graph depends on."""
-        return [path for path in self.at if path in routed]
-
-    def met(self, routed: AbstractSet[str]) -> set[str]:
-        """The parameters below the nodes that lead to those that a member may update.
-
-        Also what these nodes only look at: whether one has saved a value, or has it computed once more as activation
-        checkpointing does, does not show.
-        """
-        above: dict[int, set[int]] = {}
-        for node, below in enumerate(self._children):
-            for child in below:
-                above.setdefault(child, set()).add(node)
-        leading = _walked([self.at[path] for path in self.of_member(routed)], lambda node: above.get(node, set()))
-        found = _walked([*leading], self._children.__getitem__)
-        return {path for path, node in self.at.items() if node in found}
-
-    @cached_property
-    def _children(self) -> list[set[int]]:
-        children, start = [], 0
-        for degree in self.graph.degrees:
-            children.append({child for child in self.graph.edges[start : start + 2 * degree : 2] if child >= 0})
-            start += 2 * degree
-        return children
-
-
-def _walked(start: Sequence[int], following: Callable[[int], AbstractSet[int]]) -> set[int]:
-    """All nodes on the ways from some."""
-    pending, seen = [*start], set(start)
-    for node in pending:  # grows while it is walked
-        new = following(node) - seen
-        seen |= new
-        pending += new
-    return seen
-
-
-def raise_conflicts(reach: Reach, routed: Mapping[str, AbstractSet[str]], asking: Sequence[str]) -> None:
-    """Refuse members that walk through values which others have overwritten by then.
-
-    Raises:
-        ValueError: naming the members and the parameters.
-    """
-    problems = [*_conflicts(reach, routed, asking)]
-    if problems:
-        raise ValueError(
-            lines(
-                "what is shared is computed once, before any member runs, and these would walk back through it where "
-                "its values are old by then:",
-                [
-                    *problems,
-                    "let the member that walks run first, or compute in its own losses what depends on these",
-                ],
-            )
-        )
-
-
-def _conflicts(reach: Reach, routed: Mapping[str, AbstractSet[str]], asking: Sequence[str]) -> Iterator[str]:
-    order = [*routed]
-    for name in asking:
-        met = reach.met(routed[name])
-        for before in order[: order.index(name)]:
-            if both := sorted(met & routed[before]):
-                more = f" and {len(both) - 4} more" if len(both) > 4 else ""
-                yield f"member {name!r}, after {before!r} has updated {', '.join(both[:4])}{more}"
 
 
 def asks(step: Step) -> bool:
@@ -331,6 +219,18 @@ def _refuse_hidden(value: Any) -> None:
             f"what is shared is tensors, in containers of any kind; got {', '.join(found)}: return the tensors, and "
             "make the object of them where it is used"
         )
+
+
+def _detached(value: Any, memories: AbstractSet[int | None]) -> Any:
+    """Without the graph, and without memory of parameters, which members overwrite."""
+
+    def apart(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.detach().clone() if memory_of(leaf) in memories else leaf.detach()
+
+    leaves, structure = flatten(value)
+    return structure.unflatten(map(apart, leaves))
 
 
 def _as_metric(function: Function, model: Any, batch: Any, **named: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
