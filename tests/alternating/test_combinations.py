@@ -258,7 +258,7 @@ def assert_equal_to_the_loop(seed, **run):
         assert step.traces <= 12, step.traces
 
 
-@pytest.mark.parametrize("number", range(24))
+@pytest.mark.parametrize("number", [pytest.param(n, marks=SLOW if n > 11 else ()) for n in range(24)])
 def test_random_combinations(number):
     assert_equal_to_the_loop(int(os.environ["FUNCFREEZE_TEST_SEED"]) + number)
 

@@ -16,7 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import funcfreeze as ff
 
 GRAPH = {"backend": "aot_eager"}
-RUNS = [{}, {"donate": False}, {"engine": "toggle"}, {"compile": GRAPH}, {"compile": GRAPH, "donate": False}]
+SLOWLY = pytest.param({"compile": GRAPH}, marks=pytest.mark.slow)
+RUNS = [
+    {},
+    {"donate": False},
+    {"engine": "toggle"},
+    {"compile": GRAPH},
+    pytest.param({"compile": GRAPH, "donate": False}, marks=pytest.mark.slow),
+]
 ADAM = ff.optim.adam(2e-3, betas=(0.5, 0.999))
 
 
@@ -246,7 +253,7 @@ def test_weights_on_the_way_through(weights, traces):
     state, _ = step(state, torch.randn(7, 3))  # of another size
 
 
-@pytest.mark.parametrize("options", [{}, {"compile": GRAPH}])
+@pytest.mark.parametrize("options", [{}, SLOWLY])
 def test_hooks_and_checkpoints_in_what_is_shared(options):
     """A hook on a parameter sees what comes through the shared graph and past it, once for each loss."""
     model = {"gen": nn.Sequential(nn.Linear(3, 4), nn.Tanh()), "disc": nn.Linear(4, 1)}
@@ -557,7 +564,7 @@ def test_reentrant_checkpointing_is_refused(options):
         step(step.init(), torch.randn(2, 3))
 
 
-@pytest.mark.parametrize("options", [{}, {"compile": GRAPH}])
+@pytest.mark.parametrize("options", [{}, SLOWLY])
 def test_statistics_that_a_member_freezes_are_frozen_in_what_is_shared(options):
     model = {"gen": nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), "disc": nn.Linear(4, 1)}
     step = ff.alternate(
@@ -709,7 +716,7 @@ def test_tensors_in_an_object_that_is_no_container(options):
         step(step.init(), torch.randn(2, 3))
 
 
-@pytest.mark.parametrize("options", [{}, {"donate": False}, {"compile": GRAPH}])
+@pytest.mark.parametrize("options", [{}, {"donate": False}, SLOWLY])
 def test_a_parameter_that_is_shared_is_as_it_was(options):
     """Its memory is overwritten by then."""
     model = {"emb": nn.Linear(3, 3, bias=False), "head": nn.Linear(3, 3, bias=False)}
@@ -733,7 +740,7 @@ def test_a_parameter_that_is_shared_is_as_it_was(options):
     assert not torch.equal(state.params["emb.weight"], start)
 
 
-@pytest.mark.parametrize("options", [{}, {"compile": GRAPH}])
+@pytest.mark.parametrize("options", [{}, SLOWLY])
 def test_inference_mode_around_it(options):
     step, (first, second) = alternation(dcgan(), **options), images(2)
     with torch.inference_mode():
