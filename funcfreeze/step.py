@@ -222,6 +222,7 @@ class Step:
                 schedule is compared at `step`) and all parameters that only one of the two has.
         """
         self.computation.evaluation.refuse_unmet()
+        self.computation.evaluation.warn_of_still_statistics()
         return begin(self.computation, self.specification, copy, optimizer, step)
 
     def __call__(self, state: State, batch: Any) -> tuple[State, dict[str, Any]]:

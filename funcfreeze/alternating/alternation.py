@@ -73,6 +73,11 @@ class Alternation:
         turns = self._members.turns
         counts = {name: None if name in running or step is None else turns[name].before(step) for name in self.members}
         first = next(iter(self.members.values()))
+        asked = [member.computation.evaluation.asked for member in self.members.values()]
+        if self._sharing is not None:
+            asked.append(self._sharing.evaluation.asked)
+        if not any("targets" in names for names in asked):
+            first.computation.evaluation.targets.warn_of_still_statistics(stacklevel=3)
         base = begin(first.computation, first.specification, copy, None, step)
         states = {
             name: begin(member.computation, member.specification, copy, running.get(name), counts[name])

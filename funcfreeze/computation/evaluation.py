@@ -97,6 +97,11 @@ class Evaluation:
         if unmet:
             raise ValueError("\n".join(unmet))
 
+    def warn_of_still_statistics(self) -> None:
+        """Warn where `losses` calls no twin and one has statistics of its own."""
+        if "targets" not in self.asked:
+            self.targets.warn_of_still_statistics(stacklevel=4)
+
     @cached_property
     def unrouted(self) -> frozenset[str]:
         """The parameters that no loss may update. A forward may write to them, as momentum encoders do."""

@@ -50,7 +50,7 @@ class FrozenNorms:
             RouteError: everything that is wrong with the selection, or what the plan names and the module does not
                 have, or both are given and differ.
         """
-        found = part_leaves(module, _has_statistics)
+        found = part_leaves(module, has_statistics)
         norms = {leaf.path: norm for norm, leaf in found}
         if selection is not None:
             declared = _resolved(selection, module, [leaf for _, leaf in found])
@@ -119,7 +119,7 @@ class FrozenNorms:
         ]
 
 
-def _has_statistics(module: nn.Module) -> bool:
+def has_statistics(module: nn.Module) -> bool:
     """Whether it moves statistics in train mode, and normalises by them in eval mode."""
     return isinstance(module, _NormBase) and module.track_running_stats and module.running_mean is not None
 

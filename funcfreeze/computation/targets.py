@@ -7,6 +7,7 @@ no graph more for the steps in which some rest.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from funcfreeze.computation.back_door import form_of
 from funcfreeze.computation.finite import Found
+from funcfreeze.computation.statistics import has_statistics
 from funcfreeze.declare.ema import Ema
 from funcfreeze.declare.plan import raise_problems
 from funcfreeze.declare.selectors import closest
@@ -113,6 +115,18 @@ class Targets:
             for name, target in self.by_name.items()
             for path, followed in target.twin.followed.items()
         }
+
+    def warn_of_still_statistics(self, stacklevel: int) -> None:
+        """Warn of norms' statistics that nothing moves, where no losses call the twins: no good for evaluation."""
+        for name, target in self.by_name.items():
+            norms = [norm for norm in target.twin.module.modules() if has_statistics(norm)]
+            if norms and target.declared.buffers == "own":
+                warnings.warn(
+                    f"no losses name `targets`, so nothing moves the running statistics of target {name!r}: it keeps "
+                    f"those that the {len(norms)} norms of {target.declared.module_path!r} begin with. For evaluation "
+                    'say buffers="copied" or buffers="averaged"',
+                    stacklevel=stacklevel,
+                )
 
     def begun(self, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies of what the twins follow: what they begin with."""

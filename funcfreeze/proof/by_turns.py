@@ -17,7 +17,7 @@ from funcfreeze.computation.state import State
 from funcfreeze.computation.statistics import FrozenNorms
 from funcfreeze.declare.plan_table import group_rows
 from funcfreeze.gradients.law import Live
-from funcfreeze.proof.comparison import COARSE_TOLERANCE, TOLERANCES, Seen, buffer_checks, exactly
+from funcfreeze.proof.comparison import COARSE_TOLERANCE, TOLERANCES, Seen, buffer_checks, coarsest, exactly
 from funcfreeze.proof.copies import cast, cast_state, module_copy
 from funcfreeze.proof.recipe import Recipe, random_numbers, with_torchs_random_numbers
 from funcfreeze.proof.report import Check, Report
@@ -38,9 +38,18 @@ def by_turns(step: Alternation, state: State, batch: Any, steps: int, alone: Map
     told = [
         replace(check, subject=f"{name}: {check.subject}") for name, report in alone.items() for check in report.checks
     ]
-    kinds = {report.facts["dtype"] for report in alone.values()} or {"float64"}
-    checks = (*told, *_checks(step, state, batch, steps, torch.float64 if is_double else None))
-    facts = {"dtype": ", ".join(sorted(kinds)), "calls": steps}
+    because = next((report.facts["because"] for report in alone.values() if "because" in report.facts), None)
+    try:
+        own = [*_checks(step, state, batch, steps, torch.float64 if is_double else None)]
+    except (RuntimeError, TypeError, ValueError) as error:
+        if not is_double:
+            raise
+        is_double, because = False, f"float64 failed: {type(error).__name__}, {str(error).splitlines()[0]}"
+        own = [*_checks(step, state, batch, steps, None)]
+    kinds = {report.facts["dtype"] for report in alone.values()}
+    kinds.add("float64" if is_double else str(coarsest(state.params)).removeprefix("torch."))
+    checks = (*told, *own)
+    facts = {"dtype": ", ".join(sorted(kinds)), "calls": steps, **({} if because is None else {"because": because})}
     return Report(f"alternation, engine {step.engine!r}, against the loop by hand", checks, facts)
 
 
@@ -73,8 +82,7 @@ def _checks(step: Alternation, state: State, batch: Any, steps: int, dtype: torc
             seen.compare_losses(theirs[name], metrics[name])
         if call == int(start.step):
             seen.compare_buffers(now.buffers, functional.present_buffers())
-    floating = [tensor.dtype for tensor in start.params.values() if tensor.is_floating_point() or tensor.is_complex()]
-    near, far = TOLERANCES.get(max(floating, key=lambda kind: torch.finfo(kind).eps), COARSE_TOLERANCE)
+    near, far = TOLERANCES.get(coarsest(start.params), COARSE_TOLERANCE)
     yield exactly("turns", wrong, f"{steps} calls")
     yield Check("losses in turn", (), seen.losses, far)
     apart = seen.displacements(mine.plan.rows, start.params, now.params, functional.present_parameters())

@@ -150,6 +150,12 @@ def _size(gradient: Tensor) -> Tensor:
     return (gradient.to_dense() if gradient.is_sparse else gradient).abs()
 
 
+def coarsest(params: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype with the fewest digits."""
+    floating = [tensor.dtype for tensor in params.values() if tensor.is_floating_point() or tensor.is_complex()]
+    return max(floating, key=lambda kind: torch.finfo(kind).eps)
+
+
 def checks(
     step: Step, seen: Seen, recipe: Recipe, start: State, end: State, tolerances: tuple[float, float]
 ) -> Iterator[Check]:

@@ -16,7 +16,7 @@ from funcfreeze.computation.specification import check_fits
 from funcfreeze.computation.state import State
 from funcfreeze.model.watching import Watch, by_memory
 from funcfreeze.proof.by_turns import by_turns
-from funcfreeze.proof.comparison import COARSE_TOLERANCE, TOLERANCES, Seen, checks
+from funcfreeze.proof.comparison import COARSE_TOLERANCE, TOLERANCES, Seen, checks, coarsest
 from funcfreeze.proof.copies import cast, cast_state, module_copy
 from funcfreeze.proof.recipe import Recipe, random_numbers, with_torchs_random_numbers
 from funcfreeze.proof.report import Report
@@ -116,8 +116,7 @@ def _compare(
             seen.note_reads(original.seen, start, recipe.functional)
         recipe.update(gradients, number)
         seen.compare_written(mine.plan, start.params, now.params, recipe.functional.present_parameters())
-    kinds = [tensor.dtype for tensor in start.params.values() if tensor.is_floating_point() or tensor.is_complex()]
-    kind = max(kinds, key=lambda kind: torch.finfo(kind).eps)
+    kind = coarsest(start.params)
     return Report(
         f"engine {step.engine!r} against the recipe",
         tuple(checks(mine, seen, recipe, start, now, TOLERANCES.get(kind, COARSE_TOLERANCE))),

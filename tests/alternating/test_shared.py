@@ -762,3 +762,28 @@ def test_a_parameter_at_which_losses_differentiate():
     gradients = step.gradients(state, batch, member="one")
     losses(model, batch, shared=two_places(model, batch))["loss"].backward()
     torch.testing.assert_close(gradients["enc.weight"], model["enc"].weight.grad)
+
+
+def test_verify_where_what_is_shared_wants_its_own_dtype():
+    def disc(model, batch, *, shared):
+        return {"d": model["disc"](shared).mean()}
+
+    def gen(model, batch, *, shared):
+        return {"g": -model["disc"](shared).mean()}
+
+    model = {"gen": nn.Linear(4, 6).float(), "disc": nn.Linear(6, 1).float()}
+    step = ff.alternate(
+        {
+            "disc": ff.Step(
+                model, lambda m, b, *, shared: {"d": m["disc"](shared).mean()}, {"d": "disc"}, optimizer=ADAM
+            ),
+            "gen": ff.Step(
+                model, lambda m, b, *, shared: {"g": -m["disc"](shared).mean()}, {"g": "gen"}, optimizer=ADAM
+            ),
+        },
+        shared=lambda m, b: m["gen"](torch.randn(len(b), 4, dtype=torch.float32)),
+    )
+    report = ff.verify(step, step.init(), torch.randn(8, 6, dtype=torch.float32))
+    assert report.ok, report
+    assert report.facts["dtype"] == "float32"
+    assert report.facts["because"].startswith("float64 failed: RuntimeError, mat1 and mat2 must have the same dtype")

@@ -481,3 +481,26 @@ def test_a_twin_keeps_no_values_of_its_own():
     before = copy.deepcopy(model.state_dict())
     step(step.init(), batches(1)[0])
     assert all(torch.equal(tensor, before[path]) for path, tensor in model.state_dict().items())
+
+
+def test_an_average_for_evaluation_whose_statistics_stand_still():
+    """Nothing calls it, so its own statistics stay 0 and 1: a warning, where the caller is."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+
+    def step_with(**options):
+        return ff.Step(
+            net,
+            lambda model, x: {"fit": model(x).square().mean()},
+            {"fit": "*"},
+            optimizer=ff.optim.sgd(0.1),
+            targets={"average": ff.ema("*", 0.5, **options)},
+        )
+
+    told = r"nothing moves the running statistics of target 'average': .* 1 norms of '\*' .* buffers=\"copied\" or"
+    for step in (step_with(), ff.alternate({"one": step_with()})):
+        with pytest.warns(UserWarning, match=told) as seen:
+            step.init()
+        assert [warning.filename for warning in seen] == [__file__]
+    step = step_with(buffers="copied")
+    state, _ = step(step.init(), torch.randn(6, 4))
+    torch.testing.assert_close(state.targets["average"]["1.running_mean"], state.buffers["1.running_mean"])

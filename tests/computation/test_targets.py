@@ -127,7 +127,12 @@ def test_who_names_targets_gets_them():
         state, _ = step(step.init(), given)
         torch.testing.assert_close(dict(state.params), dict(wanted.params), rtol=0, atol=0)
         torch.testing.assert_close(dict(state.targets["teacher"]), dict(wanted.targets["teacher"]), rtol=0, atol=0)
-    step = make(model, losses=lambda model, x, **others: ({"fit": model["online"](x).sum()}, {"others": [*others]}))
+    copied = ff.ema("online", 0.5, buffers="copied")
+
+    def anything(model, x, **others):
+        return {"fit": model["online"](x).sum()}, {"others": [*others]}
+
+    step = make(model, average=copied, losses=anything)
     assert step(step.init(), given)[1]["others"] == []
 
 
@@ -340,7 +345,10 @@ def test_no_random_numbers_are_drawn_for_it():
         return {"fit": F.mse_loss(model["online"](x), x[:, :1].expand(-1, 5))}
 
     given = batches(3)
-    for average in (ff.ema("online", 0.5), ff.ema("*", lambda count: count / (1 + count), buffers="averaged")):
+    for average in (
+        ff.ema("online", 0.5, buffers="copied"),
+        ff.ema("*", lambda count: count / (1 + count), buffers="averaged"),
+    ):
         model = network()
         step = make(model, average=average, losses=apart)
         state = step.init()
