@@ -774,12 +774,8 @@ def test_verify_where_what_is_shared_wants_its_own_dtype():
     model = {"gen": nn.Linear(4, 6).float(), "disc": nn.Linear(6, 1).float()}
     step = ff.alternate(
         {
-            "disc": ff.Step(
-                model, lambda m, b, *, shared: {"d": m["disc"](shared).mean()}, {"d": "disc"}, optimizer=ADAM
-            ),
-            "gen": ff.Step(
-                model, lambda m, b, *, shared: {"g": -m["disc"](shared).mean()}, {"g": "gen"}, optimizer=ADAM
-            ),
+            "disc": ff.Step(model, disc, {"d": "disc"}, optimizer=ADAM),
+            "gen": ff.Step(model, gen, {"g": "gen"}, optimizer=ADAM),
         },
         shared=lambda m, b: m["gen"](torch.randn(len(b), 4, dtype=torch.float32)),
     )
