@@ -135,7 +135,10 @@ class Alternation:
         return lambda name: shared.given_to(name, batch) if sharing.asks(name) else batch, after
 
     def compute(self, state: State, batch: Any, *, member: str, per_loss: bool = False) -> Half:
-        """The first half of a member's step, whether or not it is its turn; see `Step.compute`."""
+        """The first half of a member's step, whether or not it is its turn; see `Step.compute`.
+
+        What members share is computed for it alone.
+        """
         one, progress = self._one(member), self._members.start(state)
         given, after = self._given(progress, [member], batch)
         half = one.compute(self._members.seen_by(member, after), given(member), per_loss=per_loss)
