@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +18,18 @@ EVERY, FIRST, PENALTY, RATE, BETAS = 5, 4, 10.0, 1e-4, (0.0, 0.9)
 Nets = nn.ModuleDict
 
 
-def _critic_losses(nets: Nets, batch: Any) -> dict[str, Tensor]:
+def _slope(critic: nn.Module, mixed: Tensor, compile: bool | Options | None) -> Tensor:
+    """The critic's gradient at its input: as people write it, and as every Dynamo takes it."""
+    if compile:
+        return torch.func.grad(lambda mixed: critic(mixed).sum())(mixed)
+    mixed.requires_grad_()
+    return torch.autograd.grad(critic(mixed).sum(), mixed, create_graph=True)[0]
+
+
+def _critic_losses(nets: Nets, batch: Any, compile: bool | Options) -> dict[str, Tensor]:
     real, noise, part, _ = batch
     fake = nets["gen"](noise)
-    mixed = (part * real + (1 - part) * fake).requires_grad_()
-    (slope,) = torch.autograd.grad(nets["critic"](mixed).sum(), mixed, create_graph=True)
+    slope = _slope(nets["critic"], part * real + (1 - part) * fake, compile)
     return {
         "score": nets["critic"](fake).mean() - nets["critic"](real).mean(),
         "penalty": PENALTY * (slope.norm(dim=1) - 1).square().mean(),
@@ -35,7 +43,8 @@ def _gen_losses(nets: Nets, batch: Any) -> dict[str, Tensor]:
 
 def _ours(nets: Nets, compile: bool | Options) -> Alternation:
     adam = ff.optim.adam(RATE, betas=BETAS)
-    critic = ff.Step(nets, _critic_losses, {"score": "critic", "penalty": "critic"}, optimizer=adam)
+    losses = partial(_critic_losses, compile=compile)
+    critic = ff.Step(nets, losses, {"score": "critic", "penalty": "critic"}, optimizer=adam)
     gen = ff.Step(nets, _gen_losses, {"fool": "gen"}, optimizer=adam)
     return ff.alternate({"critic": critic, "gen": gen}, every={"gen": EVERY}, start={"gen": FIRST}, compile=compile)
 
@@ -47,16 +56,10 @@ def _by_hand(nets: Nets, compile: Options | None) -> Loop:
     critic_optimizer = torch.optim.Adam(critic.parameters(), RATE, betas=BETAS, fused=True)
     calls = itertools.count()
 
-    def slope(mixed: Tensor) -> Tensor:
-        if compile is not None:  # Dynamo does not take autograd.grad(create_graph=True)
-            return torch.func.grad(lambda mixed: critic(mixed).sum())(mixed)
-        mixed.requires_grad_()
-        return torch.autograd.grad(critic(mixed).sum(), mixed, create_graph=True)[0]
-
     def find_critic_loss(real: Tensor, noise: Tensor, part: Tensor) -> Tensor:
         with torch.no_grad():
             fake = gen(noise)
-        steep = slope(part * real + (1 - part) * fake).norm(dim=1)
+        steep = _slope(critic, part * real + (1 - part) * fake, compile is not None).norm(dim=1)
         return critic(fake).mean() - critic(real).mean() + PENALTY * (steep - 1).square().mean()
 
     def find_gen_loss(noise: Tensor) -> Tensor:
