@@ -14,6 +14,7 @@ from funcfreeze.alternating.sharing import Sharing
 from funcfreeze.computation.acting import Names
 from funcfreeze.computation.adoption import Adoption
 from funcfreeze.computation.beginning import begin
+from funcfreeze.computation.finite import SKIPPED
 from funcfreeze.computation.half import Half
 from funcfreeze.computation.microbatches import Microbatches
 from funcfreeze.computation.state import State, known_count, lease_of, make_state
@@ -107,7 +108,8 @@ class Alternation:
         if self._sharing is not None:
             progress = self._members.owned(progress)
         given, after = self._given(progress, names, batch)
-        progress, undo = self._members.moved(progress, after)
+        before = progress
+        progress, kept = self._members.moved(before, after)
         try:
             for name in names:
                 progress = self._members.owned(progress)
@@ -116,9 +118,15 @@ class Alternation:
                 progress = progress.after(name, own)
         except BaseException:
             if not progress.ran:
-                undo()
+                self._members.undone(before, kept)
             raise
+        skipped = [seen[SKIPPED] for name, seen in metrics.items() if kept and SKIPPED in seen and self._asks(name)]
+        if skipped and len(skipped) == sum(map(self._asks, names)):  # what is shared came to nothing, then
+            progress = self._members.unless(skipped, progress, kept)
         return self._members.ended(state, progress), metrics
+
+    def _asks(self, name: str) -> bool:
+        return self._sharing is not None and self._sharing.asks(name)
 
     def _given(self, progress: Progress, names: Sequence[str], batch: Any) -> tuple[Callable[[str], Any], Progress]:
         """What each member of a call is given as its batch, and the state after what they share was computed."""

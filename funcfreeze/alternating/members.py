@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -31,6 +31,7 @@ from funcfreeze.computation.state import (
 )
 from funcfreeze.computation.updating import apart_from, copied_leaf, owned
 from funcfreeze.declare.timing import Timing
+from funcfreeze.optim.skip import choose
 from funcfreeze.optim.transform import lines
 from funcfreeze.step import Step
 
@@ -168,26 +169,38 @@ class Members:
         renewed = Lease(borrowed=lease.borrowed - copied)
         return replace(progress, **_named(named), clocks=clocks, lease=renewed, listings=listings)
 
-    def moved(self, before: Progress, after: Progress) -> tuple[Progress, Callable[[], None]]:
-        """After something that left other buffers, and what undoes what is overwritten for that.
+    def moved(self, before: Progress, after: Progress) -> tuple[Progress, dict[str, Tensor]]:
+        """After something that left other buffers, and what these were.
 
         Compiled members take tensors that stay where they are, so these buffers are written over the others.
         """
-        if not before.listings or after is before:
-            return after, lambda: None
+        if after is before:
+            return after, {}
         new = {path: value for path, value in after.buffers.items() if value is not before.buffers[path]}
-        if any(form_of(value) != form_of(before.buffers[path]) for path, value in new.items()):
-            return replace(after, listings={}), lambda: None
+        if not before.listings or any(form_of(value) != form_of(before.buffers[path]) for path, value in new.items()):
+            return replace(after, listings={}), {path: before.buffers[path] for path in new}
         kept = {path: before.buffers[path].clone() for path in new}
         for path, value in new.items():
             before.buffers[path].copy_(value)
 
-        def undo() -> None:
-            for path, value in kept.items():
+        listings = before.listings if after.params is before.params else {}
+        return replace(after, buffers=before.buffers, listings=listings), kept
+
+    def undone(self, before: Progress, kept: Mapping[str, Tensor]) -> None:
+        """Write back what `moved` has written over."""
+        for path, value in kept.items():
+            if before.buffers[path] is not value:
                 before.buffers[path].copy_(value)
 
-        listings = before.listings if after.params is before.params else {}
-        return replace(after, buffers=before.buffers, listings=listings), undo
+    def unless(self, skipped: Sequence[Tensor], progress: Progress, kept: Mapping[str, Tensor]) -> Progress:
+        """With these buffers as they were, if all of these steps were skipped; nothing waits for the device."""
+        found = torch.stack([*skipped]).all().to(torch.float32)
+        new = {path: choose(found, old, progress.buffers[path], f"buffer {path}") for path, old in kept.items()}
+        if not progress.listings:
+            return replace(progress, buffers={**progress.buffers, **new})
+        for path, value in new.items():
+            progress.buffers[path].copy_(value)
+        return progress
 
     def seen_by(self, name: str, progress: Progress) -> State:
         """What a member sees of the state, the tensors of targets among its buffers, as it computes with them."""

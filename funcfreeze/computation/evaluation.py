@@ -152,7 +152,7 @@ class Evaluation:
         given = dict(zip(self.plan.paths, leaves, strict=True))
         for path, hook in self.functional.parameter_hooks():
             if given[path].requires_grad:
-                handle = given[path].register_hook(hook)  # type: ignore[no-untyped-call]
+                handle = given[path].register_hook(hook)  # type: ignore[no-untyped-call]  # torch's
                 finally_do.append(handle.remove)  # what is shared with others gets theirs from them
         constants = {path: buffers[path] for path in self.functional.constants}
         cloned = {path: tensor if path in constants else tensor.clone() for path, tensor in buffers.items()}

@@ -67,7 +67,7 @@ class Ema:
             return decay
         if isinstance(decay, Real):
             return float(decay)
-        found: float | Tensor = value_at(decay, step, partial(_checked, decay))  # type: ignore[arg-type]  # no number
+        found: float | Tensor = value_at(decay, step, partial(_checked, decay))  # type: ignore[arg-type]  # a function
         return found
 
     def to_dict(self) -> dict[str, Any]:

@@ -783,3 +783,29 @@ def test_verify_where_what_is_shared_wants_its_own_dtype():
     assert report.ok, report
     assert report.facts["dtype"] == "float32"
     assert report.facts["because"].startswith("float64 failed: RuntimeError, mat1 and mat2 must have the same dtype")
+
+
+@pytest.mark.parametrize("options", [{}, {"donate": False}, {"compile": GRAPH}])
+def test_statistics_come_out_of_a_skipped_call_as_they_were(options):
+    """What is shared has met the NaN before any member could skip; who does not skip keeps what it was given."""
+    model = dcgan()
+
+    def members(**of_gen):
+        skip = {"on_nonfinite": "skip"}
+        disc = ff.Step(model, disc_losses, {"real": "disc", "fake": "disc"}, optimizer=ADAM, **skip)
+        return {"disc": disc, "gen": ff.Step(model, gen_losses, {"fool": "gen"}, optimizer=ADAM, **of_gen)}
+
+    def made(model, real):
+        return model["gen"](torch.randn(len(real), 4, 1, 1) * real.mean().clamp(max=1.0))
+
+    step = ff.alternate(members(on_nonfinite="skip"), shared=made, **options)
+    state, _ = run(step, images(3))
+    before = copy.deepcopy(state)
+    state, metrics = step(state, torch.full((5, 1, 8, 8), float("nan")))
+    assert all(bool(seen["ff/skipped"]) for seen in metrics.values())
+    for field in ("params", "buffers"):
+        for path, tensor in getattr(before, field).items():
+            assert torch.equal(getattr(state, field)[path], tensor), path
+    state, metrics = step(state, images(1)[0])
+    assert int(state.buffers["gen.1.num_batches_tracked"]) == 4
+    assert all(bool(tensor.isfinite().all()) for tensor in state.buffers.values())
