@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,34 +13,29 @@ from funcfreeze.compile import CompiledStep, resolve
 from funcfreeze.compile.halves import Halves
 from funcfreeze.computation.acting import Names, call_with, shown
 from funcfreeze.computation.adoption import Adoption
-from funcfreeze.computation.arguments import check_arguments
 from funcfreeze.computation.beginning import begin, beside, take_over
+from funcfreeze.computation.building import Declarations, built
 from funcfreeze.computation.computation import Computation
-from funcfreeze.computation.evaluation import Evaluation, Losses
-from funcfreeze.computation.finite import Finite
+from funcfreeze.computation.conflicts import Conflicts, conflicts_of
+from funcfreeze.computation.evaluation import Losses
 from funcfreeze.computation.half import Half
-from funcfreeze.computation.loss_scale import LossScale, scaled
+from funcfreeze.computation.loss_scale import LossScale
 from funcfreeze.computation.microbatches import Count, Splitting
-from funcfreeze.computation.naming import Asked
 from funcfreeze.computation.specification import Specification, check_fits
 from funcfreeze.computation.state import State, lease_of
-from funcfreeze.computation.statistics import FrozenNorms
-from funcfreeze.computation.targets import Target, Targets
+from funcfreeze.computation.targets import Target
 from funcfreeze.computation.updating import Updating
 from funcfreeze.declare.ema import Ema
-from funcfreeze.declare.names import own_name_problems
-from funcfreeze.declare.plan import Plan, chosen, raise_problems, resolve_plan
+from funcfreeze.declare.overlaps import Merge, eager_rules
+from funcfreeze.declare.plan import Plan
 from funcfreeze.declare.routes import Selection
-from funcfreeze.gradients import Timetable, find_engine
 from funcfreeze.gradients.modes import grad_mode
-from funcfreeze.model.acceptance import as_module, refuse_unusable
+from funcfreeze.model.acceptance import as_module
 from funcfreeze.model.attributes import attributes_kept
 from funcfreeze.model.functional import FunctionalModule
 from funcfreeze.model.mapping import Model
-from funcfreeze.model.sites import module_leaves
 from funcfreeze.model.ties import tied
 from funcfreeze.optim import Transform
-from funcfreeze.optim.skip import skippable
 
 
 @dataclass(frozen=True, eq=False, init=False, repr=False)
@@ -76,6 +71,10 @@ class Step:
             finds by name, and which move after the step's update (see `ema`).
         on_nonfinite: "skip" leaves parameters, optimizer and buffers bit-identical where a loss or a gradient is not
             finite, without waiting for the device; "raise" does, waits, and raises (see `Finite`); "ignore" goes on.
+        merge: what becomes of the losses' gradients where two or more may update a parameter: a rule of
+            `funcfreeze.merge`, or selector -> rule. An entry is one joint decision about all of its parameters that two
+            or more losses may update; a loss that does not reach one of them is zero there. Rules see gradients with
+            the routes' weights. Everywhere else gradients add up.
 
     Attributes:
         plan: the resolved, frozen loss × parameter table; printable and comparable.
@@ -117,6 +116,7 @@ class Step:
     frozen_statistics: Selection | None
     targets: Mapping[str, Ema | Target] | None
     on_nonfinite: str
+    merge: Merge | None
     plan: Plan
     computation: Computation
     specification: Specification
@@ -142,31 +142,17 @@ class Step:
         frozen_statistics: Selection | None = None,
         targets: Mapping[str, Ema | Target] | None = None,
         on_nonfinite: str = "ignore",
+        merge: Merge | None = None,
     ) -> None:
-        computing = find_engine(engine)
-        check_arguments(losses, optimizer)
-        finite = Finite.of(on_nonfinite, is_scaled=loss_scale is not None)
-        module = as_module(model)
-        refuse_unusable(module)
-        leaves = module_leaves(module)
-        plan = resolve_plan(routes, leaves)
-        raise_problems([*own_name_problems("loss", plan.losses)])
-        norms = FrozenNorms.of(module, frozen_statistics, plan.frozen_statistics)
-        twins = Targets.of(targets, module, plan.targets, plan.paths)
-        plan = replace(plan, frozen_statistics=norms.declared, targets=twins.declared)
-        transform = optimizer if optimizer.bind is None else optimizer.bind(leaves)
-        transform = scaled(transform if finite is None else skippable(transform), loss_scale)
-        timetable = Timetable(plan, chosen(differentiable, leaves, "differentiable"))
-        functional = FunctionalModule.of(module, twins.modules)
-        functional.refuse_accumulation_hooks()
-        options = resolve(compile, module.parameters(), engine)
-        evaluation = Evaluation(functional, losses, plan, norms, twins, Asked.by(losses))
-        computation = Computation(evaluation, timetable, computing, transform, loss_scale, finite)
-        specification = Specification.of(evaluation, transform)
+        declared = Declarations(engine, differentiable, loss_scale, frozen_statistics, targets, on_nonfinite, merge)
+        computation, specification = built(model, losses, routes, optimizer, declared)
+        functional = computation.evaluation.functional
+        plan = computation.evaluation.plan
         updating = Updating(computation, specification, donate)
+        how = resolve(compile, functional.module.parameters(), engine, eager_rules(plan.merge))
         device = functional.present_parameters()[plan.routed[0]].device
         splitting = Splitting.of(microbatches, counts, plan.losses, device)
-        compiled = None if options is None else CompiledStep(updating, options)
+        compiled = None if how is None else CompiledStep(updating, how)
         vars(self).update(  # frozen: no attribute can be set
             model=model,
             losses=losses,
@@ -181,6 +167,7 @@ class Step:
             frozen_statistics=frozen_statistics,
             targets=targets,
             on_nonfinite=on_nonfinite,
+            merge=merge,
             plan=plan,
             computation=computation,
             specification=specification,
@@ -313,11 +300,22 @@ class Step:
         return tied(dict(gradients), self.specification.tied_params)
 
     def per_loss_gradients(self, state: State, batch: Any) -> dict[str, dict[str, Tensor]]:
-        """Each loss's gradients by path, weights applied; summed over the losses they are `gradients`."""
+        """Each loss's gradients by path, weights applied. They sum to `gradients`, but where a merge rule decides."""
         state = check_fits(state, self.specification)
         with self.functional.alone, attributes_kept(self.functional.modules):
             apart = self._halves.eager(state, batch, per_loss=True).per_loss
         return {loss: tied(dict(row), self.specification.tied_params) for loss, row in apart.items()}
+
+    def conflicts(self, state: State, batch: Any) -> Conflicts:
+        """Where losses meet: how long each one's gradient is, the angles between them, its share in the merged one.
+
+        By entry of `merge`, and for other parameters that two or more losses may update by module, as in the plan's
+        table. Updates nothing, and reads the numbers off the device. A step with merge rules has them among its
+        metrics, too: `ff/norm/<entry>`, `ff/cosine/<entry>`, `ff/weight/<entry>`, `ff/share/<entry>`.
+        """
+        state = check_fits(state, self.specification)
+        with self.functional.alone, attributes_kept(self.functional.modules):
+            return conflicts_of(self._halves.eager(state, batch, per_loss=True), self.plan)
 
     def call(self, state: State, f: Callable[..., Any], *args: Any, targets: Names = None) -> Any:
         """`f(model, *args)` with the state's tensors in the model: evaluation, acting, sampling.

@@ -138,7 +138,7 @@ def test_nothing_is_retained_that_no_later_call_needs():
     with step.functional.holding(params, {}):
         losses = workload.losses(step.module, workload.batch())
     graph, _ = read_graph([gradient_edge(losses[name]) for name in step.plan.losses], leaves, ())
-    passes = plan_passes(graph, Routing.of(step.plan).weights)
+    passes = plan_passes(graph, (routing := Routing.of(step.plan)).weights, routing.shared)
     assert len(passes) == 2
     assert not any(planned.retain for planned in passes)
     assert not any(planned.blocked for planned in passes)

@@ -13,7 +13,7 @@ import funcfreeze as ff
 PACKAGE = pathlib.Path(ff.__file__).parent
 
 FLOORS = [
-    ["schedules"],
+    ["schedules", "merge"],
     ["declare"],
     ["model"],
     ["gradients"],
@@ -84,7 +84,7 @@ def test_the_core_depends_on_torch_and_optree_alone():
 def test_the_public_surface():
     public = {name for name in vars(ff) if not name.startswith("_")}
     modules = {path.name.removesuffix(".py") for path in PACKAGE.iterdir()}
-    assert public - modules | {"optim", "schedules", "backward", "verify"} == {
+    assert public - modules | {"merge", "optim", "schedules", "backward", "verify"} == {
         "Alternation",
         "Half",
         "LossScale",
@@ -102,6 +102,7 @@ def test_the_public_surface():
         "grad",
         "grad_and_value",
         "kind",
+        "merge",
         "optim",
         "path",
         "plan",

@@ -16,6 +16,7 @@ from funcfreeze.compile.through import Through
 from funcfreeze.computation.computation import Computation
 from funcfreeze.computation.finite import Found
 from funcfreeze.gradients import Routing
+from funcfreeze.gradients.meeting import Met
 
 if TYPE_CHECKING:
     from funcfreeze.compile.capturing import Capturing
@@ -47,6 +48,8 @@ class Run(NamedTuple):
         measured: what the optimizer has measured, as metrics.
         gradients: large gradients on the CPU, kept only to keep their memory.
         found: what is not finite, if that is looked for: all that the step wrote is what was there then.
+        rows: of a part of a batch, for each loss the gradients that merge rules are to be shown.
+        met: what they saw.
     """
 
     outputs: list[Any]
@@ -56,6 +59,8 @@ class Run(NamedTuple):
     measured: Mapping[str, Tensor]
     gradients: list[Tensor]
     found: Found | None = None
+    rows: Mapping[str, Mapping[str, Tensor]] = {}
+    met: Mapping[str, Met] = {}
 
 
 class Compilation:

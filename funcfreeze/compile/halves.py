@@ -44,16 +44,23 @@ class Halves:
         parts = self.splitting.parts(batch)
         if parts is None:
             return self.compiled.compute(state, batch)
-        return self.splitting.accumulated(parts, partial(self._compiled_part, self.compiled, state))
+        half = self.splitting.accumulated(parts, partial(self._compiled_part, self.compiled, state))
+        return self._met(state, half)
 
     def eager(self, state: State, batch: Any, *, per_loss: bool = False) -> Half:
         """Eagerly, with each loss's gradients apart if wanted."""
         parts = self.splitting.parts(batch)
         if parts is not None:
-            return self.splitting.accumulated(parts, partial(self._part, state, per_loss=per_loss))
+            half = self.splitting.accumulated(parts, partial(self._part, state, per_loss=per_loss))
+            return self._met(state, half, keeps_rows=per_loss)
         computation = self.computation.at(state)
         run = computation.separately if per_loss else computation.gradients
         return run(*state.fields, batch)
+
+    def _met(self, state: State, half: Half, *, keeps_rows: bool = False) -> Half:
+        """With what the merge rules make of gradients that are accumulated."""
+        _, _, optimizer, step = state.fields
+        return self.computation.at(state).met(half, optimizer, step, keeps_rows=keeps_rows)
 
     def _part(
         self, state: State, part: Any, shares: Shares, *moved: Mapping[str, Tensor], per_loss: bool = False

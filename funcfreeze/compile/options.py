@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,17 +36,20 @@ class Options:
         return self.mode in ("reduce-overhead", "max-autotune") or bool(self.options.get("triton.cudagraphs"))
 
 
-def resolve(compile: object, params: Iterable[Tensor], engine: str = "routed") -> Options | None:
+def resolve(
+    compile: object, params: Iterable[Tensor], engine: str = "routed", eager_only: Sequence[str] = ()
+) -> Options | None:
     """The options, or None for an eager step.
 
     Args:
         compile: None (compiled on CUDA, eager elsewhere), a bool, or a mapping of `torch.compile`'s arguments.
         params: the model's parameters, whose device decides for None.
         engine: what differentiates; only the routed engine is compiled.
+        eager_only: what else in the step cannot be compiled, in words.
 
     Raises:
         TypeError: neither of these.
-        ValueError: a mapping with other keys, or another engine is to be compiled.
+        ValueError: a mapping with other keys, or what cannot be is to be compiled.
 
     >>> import torch
     >>> resolve(None, [torch.zeros(1)]) is None
@@ -62,6 +65,10 @@ def resolve(compile: object, params: Iterable[Tensor], engine: str = "routed") -
     if engine != "routed":
         if compile is not None and resolve(compile, params) is not None:
             raise ValueError(f"only the routed engine is compiled; use compile=False with engine={engine!r}")
+        return None
+    if eager_only:
+        if compile is not None and resolve(compile, params) is not None:
+            raise ValueError(f"{'; '.join(eager_only)}: this runs eagerly only; use compile=False")
         return None
     if compile is None:
         return Options() if any(param.device.type == "cuda" for param in params) else None

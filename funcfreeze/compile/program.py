@@ -22,6 +22,7 @@ from funcfreeze.compile.tail import Tail, take_off
 from funcfreeze.computation.back_door import raise_misuse, write_problem
 from funcfreeze.computation.computation import Computation, Optimized
 from funcfreeze.computation.finite import lost
+from funcfreeze.computation.merging import after_meeting, told
 from funcfreeze.declare.plan import Plan
 from funcfreeze.gradients.modes import grad_mode
 from funcfreeze.model.functional import constant_problem
@@ -254,7 +255,9 @@ def whole_step(
             outputs = [value.detach().clone() if isinstance(value, Tensor) else value for value in returned]
             new = {path: tensor.clone() for path, tensor in changed.items()}
             flag = None if computation.finite is None else lost(computed.losses, count.device)
-            after, measured, found = computation.optimize(computed.gradients, optimizer, params, count, flag)
+            optimized = computation.optimize(computed.gradients, optimizer, params, count, flag)
+            is_scaled, found = computation.loss_scale is not None, optimized.found
+            after = after_meeting(optimized.optimizer, computed.met, optimized.skip, is_scaled=is_scaled)
             if found is not None:
                 new = found.kept("buffer or parameter", {**params, **buffers}, new)
             return Run(
@@ -262,9 +265,11 @@ def whole_step(
                 {path: tensor for path, tensor in new.items() if path in layout.buffers},
                 {path: tensor for path, tensor in new.items() if path not in layout.buffers},
                 layout.written(optimizer, after),
-                measured,
+                {**optimized.measured, **told(computed.met)},
                 [gradient for gradient in computed.gradients.values() if _is_large(gradient)],
                 found,
+                computed.rows,
+                computed.met,
             )
 
     return step

@@ -17,11 +17,13 @@ from funcfreeze.compile.options import Options
 from funcfreeze.compile.through import Through, WalksInside
 from funcfreeze.compile.updated import CompiledUpdate, refuse_sparse
 from funcfreeze.computation.half import Half
+from funcfreeze.computation.merging import after_meeting, told
 from funcfreeze.computation.microbatches import Shares
 from funcfreeze.computation.sharing import WithShared
 from funcfreeze.computation.state import Fields, Lease, State, known_count, lease_of, listing_of, make_state
 from funcfreeze.computation.targets import Moves, move
 from funcfreeze.computation.updating import Updating
+from funcfreeze.gradients.meeting import Met
 from funcfreeze.gradients.modes import grad_mode
 from funcfreeze.model.ties import tied
 from funcfreeze.optim import Transform
@@ -101,6 +103,8 @@ class CompiledStep:
             others = {} if through is None else through.tensors
             own = {path: tensor.detach() for path, tensor in {**params, **others}.items()}
             metrics, run = compilation(routing, Listed.of(own, apart, optimizer, step), batch, through)
+            for name in told(run.met):
+                del metrics[name]
         specification, given_back = self._updating.specification, run.optimizer
         assert isinstance(given_back, _GivenBack)
         return Half(
@@ -112,19 +116,29 @@ class CompiledStep:
                 specification.tied_buffers,
             ),
             dict(run.params),
+            run.rows,
+            run.met,
         )
 
     def apply(self, state: State, half: Half) -> tuple[State, dict[str, Any]]:
         """The second half of a step: the new state, and all metrics."""
         moves = self._updating.moving(state)
         with grad_mode(False), self._taken(state) as (fields, listed):
-            metrics = {**half.losses, **self._updating.metrics(state, half)}
-            optimizer, measured, found = self._update(listed, half.gradients, half.losses)
+            metrics = {**half.losses, **self._updating.metrics(state, half), **told(half.met)}
+            optimizer, measured, found, skip = self._update(listed, half.gradients, half.losses)
+            optimizer = self._with_rules(fields[2], optimizer, listed, half.met, skip)
             buffers = listed.overwritten(listed.unless_skipped(half.buffers, found))
             written = half.written if found is None else found.kept("parameter", state.params, half.written)
             run = Run([], buffers, written, optimizer, measured, [], found)
             after, own = self._after(state, fields, listed, run, half.losses, moves)
             return after, {**metrics, **measured, **own}
+
+    def _with_rules(self, before: Any, after: Any, listed: Listed, met: Mapping[str, Met], skip: Tensor | None) -> Any:
+        """The optimizer's state after an update with what merge rules keep; None if all was overwritten in place."""
+        now = before if after is None else after
+        is_scaled = self._updating.computation.loss_scale is not None
+        new = after_meeting(now, met, skip, is_scaled=is_scaled)
+        return after if new is now else listed.layout.written(before, new)
 
     @contextmanager
     def _taken(self, state: State) -> Iterator[tuple[Fields, Listed]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import SparseAdam
 
+from funcfreeze.computation.merging import MERGE, keeps_rules, without_rules
 from funcfreeze.computation.specification import Specification
 from funcfreeze.computation.state import Fields, State, by_path
 from funcfreeze.computation.structure import entries, entries_at, in_several_places, with_entries
@@ -25,7 +26,7 @@ class Adoption:
 
     Attributes:
         kept: what was taken over: `params.<path>`, `buffers.<path>`, `targets.<name>.<path>`, `optimizer.<path>` and
-            `optimizer.loss_scale`.
+            `optimizer.loss_scale`, and `optimizer.merge.<entry>` where a rule keeps something.
         afresh: what this step has and the other state has not, or has in another form, and why.
         left: what the other state has and this step does not.
 
@@ -135,12 +136,30 @@ class _Notes:
         if _is_scaled(given):
             self.left.append("optimizer.loss_scale")
             return self.optimizer(own, begun, given["optimizer"], params, known)
+        if keeps_rules(own):
+            rules = self._rules(own[MERGE], given[MERGE] if keeps_rules(given) else {})
+            inner = self.optimizer(own["optimizer"], begun["optimizer"], without_rules(given), params, known)
+            return {MERGE: rules, "optimizer": inner}
+        if keeps_rules(given):
+            self._rules({}, given[MERGE])
+            return self.optimizer(own, begun, given["optimizer"], params, known)
         if _of_one_form(begun, given):
             self.kept.extend(dict.fromkeys(f"optimizer.{path}" for path, entry in entries(begun, params) if entry))
             if others := _beside_entries(begun, params):
                 self.kept.append(f"optimizer: {others} {_OTHERWISE}")
             return given
         return self.by_entries(own, begun, given, params, known)
+
+    def _rules(self, own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """What merge rules keep: the other's, where it is of the same rule for an entry of the same name and form."""
+        found: dict[str, Any] = {}
+        for label, kept in own.items():
+            fits = label in given and kept.keys() == given[label].keys() and _of_one_form(kept, given[label])
+            problem = None if fits else "the state does not have it" if label not in given else "the state has another"
+            self.note(f"optimizer.merge.{label}", problem)
+            found[label] = given[label] if fits else kept
+        self.left.extend(f"optimizer.merge.{label}" for label in given if label not in own)
+        return found
 
     def by_entries(self, own: Any, begun: Any, given: Any, params: Mapping[str, Tensor], known: Collection[str]) -> Any:
         """The optimizer's state, with what the other keeps for a parameter by the same names, wherever that is."""

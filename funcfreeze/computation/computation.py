@@ -20,6 +20,7 @@ from funcfreeze.computation.evaluation import NOTHING, Beside, Evaluation
 from funcfreeze.computation.finite import Finite, Found
 from funcfreeze.computation.half import Half
 from funcfreeze.computation.loss_scale import LossScale, scale_in, unscale
+from funcfreeze.computation.merging import states_in
 from funcfreeze.computation.microbatches import Shares, times
 from funcfreeze.computation.sharing import WithShared
 from funcfreeze.computation.state import State, count_of
@@ -27,23 +28,29 @@ from funcfreeze.declare.names import OWN, own_name_problems
 from funcfreeze.declare.plan import raise_problems
 from funcfreeze.gradients import Engine, Routing, Timetable
 from funcfreeze.gradients.law import Evaluate, OtherLeaf, Outcome, SeparateOutcome
+from funcfreeze.gradients.meeting import Apart, Met, meet
 from funcfreeze.gradients.returned import check_losses, exchanged
 from funcfreeze.gradients.sums import plus
 from funcfreeze.model.memory import memory_of
 from funcfreeze.model.watching import Watch, by_memory
 from funcfreeze.optim import Transform
 from funcfreeze.optim.reals import add_
-from funcfreeze.optim.skip import update_unless
+from funcfreeze.optim.skip import find_non_finite, update_unless
 from funcfreeze.optim.transform import apart, in_place_options
 
 Gave = TypeVar("Gave", Outcome, SeparateOutcome)
 
 
 class Differentiated(NamedTuple):
-    """Merged gradients by path, touched parameters only, and the present losses by name, detached and unweighted."""
+    """Merged gradients by path, touched parameters only, and the present losses by name, detached and unweighted.
+
+    Of a part of a batch `rows` are, for each loss, what rules are to be shown of it; else `met` is what they were.
+    """
 
     gradients: dict[str, Tensor]
     losses: Mapping[str, Tensor]
+    rows: Mapping[str, Mapping[str, Tensor]]
+    met: Mapping[str, Met]
 
 
 class Optimized(NamedTuple):
@@ -53,11 +60,13 @@ class Optimized(NamedTuple):
         optimizer: the optimizer's new state.
         measured: what it has measured, as metrics.
         found: what is not finite, if that is looked for.
+        skip: whether the step is skipped, 0-d, where merge rules that keep a state have to know.
     """
 
     optimizer: Any
     measured: Mapping[str, Tensor]
     found: Found | None
+    skip: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +118,9 @@ class Computation:
         self._refuse_other_leaves(outcome.other_leaves, params)
         _check_beside(losses, beside, params)
         gradients = self._unscaled(_touched(self.routing.paths, outcome.gradients), optimizer)
-        return Half(gradients, losses, beside.metrics, beside.buffers, beside.written)
+        rows = self._rows(outcome.apart, optimizer)
+        half = Half(gradients, losses, beside.metrics, beside.buffers, beside.written, rows)
+        return self.met(half, optimizer, step) if self.shares is None else half
 
     def differentiated(
         self, evaluate: Evaluate, params: Mapping[str, Tensor], optimizer: Any, step: Tensor
@@ -119,7 +130,11 @@ class Computation:
         with torch.no_grad():
             outcome = self.engine.merged(part.weighted(evaluate), list(params.values()), self.routing, step, seed)
         gradients = self._unscaled(_touched(self.routing.paths, outcome.gradients), optimizer)
-        return Differentiated(gradients, part.unweighted(outcome.losses))
+        rows, losses = self._rows(outcome.apart, optimizer), part.unweighted(outcome.losses)
+        if self.shares is not None:
+            return Differentiated(gradients, losses, rows, {})
+        half = self.met(Half(gradients, losses, {}, {}, {}, rows), optimizer, step)
+        return Differentiated(dict(half.gradients), losses, {}, half.met)
 
     def separately(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], optimizer: Any, step: Tensor, batch: Any
@@ -133,8 +148,49 @@ class Computation:
         rows = {loss: self._unscaled(_touched(self.routing.paths, row), optimizer) for loss, row in pairs}
         merged: dict[str, Tensor] = {}
         for row in rows.values():
-            merged |= {path: plus(merged[path], g) if path in merged else g for path, g in row.items()}
-        return Half(merged, losses, beside.metrics, beside.buffers, beside.written, rows)
+            summed = {path: g for path, g in row.items() if path not in self._ruled}
+            merged |= {path: plus(merged[path], g) if path in merged else g for path, g in summed.items()}
+        half = Half(merged, losses, beside.metrics, beside.buffers, beside.written, rows)
+        return self.met(half, optimizer, step, keeps_rows=True) if self.shares is None else half
+
+    def met(self, half: Half, optimizer: Any, step: Tensor, *, keeps_rows: bool = False) -> Half:
+        """A half with what the merge rules make of the losses' gradients where they meet.
+
+        Args:
+            half: with each loss's gradients, at least where a rule decides, in `per_loss`.
+            optimizer: the optimizer's state, which rules have theirs beside.
+            step: the number of steps taken so far.
+            keeps_rows: whether the losses' gradients were asked for.
+        """
+        routing = self.routing
+        if not routing.places:
+            return half
+        leaf = {path: index for index, path in enumerate(routing.paths)}
+        apart = [
+            {leaf[path]: g for path, g in half.per_loss.get(loss, {}).items() if path in self._ruled}
+            for loss in routing.losses
+        ]
+        states = states_in(optimizer, is_scaled=self.loss_scale is not None)
+        kept = half.per_loss if keeps_rows else {}
+        found = half.replace(per_loss=kept)
+        del half  # rules let go of the gradients they have read
+        with torch.no_grad():
+            merged, met = meet(routing, apart, found.losses, step, states)
+        both = {**found.gradients, **{routing.paths[index]: gradient for index, gradient in merged.items()}}
+        return found.replace(gradients={path: both[path] for path in routing.paths if path in both}, met=met)
+
+    @property
+    def _ruled(self) -> frozenset[str]:
+        """The paths of the parameters under a merge rule."""
+        return frozenset(self.routing.paths[leaf] for place in self.routing.places for leaf in place.leaves)
+
+    def _rows(self, apart: Apart, optimizer: Any) -> dict[str, dict[str, Tensor]]:
+        """For each loss the gradients that were kept apart, by path."""
+        paths = self.routing.paths
+        return {
+            loss: self._unscaled({paths[leaf]: gradient for leaf, gradient in row.items()}, optimizer)
+            for loss, row in zip(self.routing.losses, apart, strict=False)
+        }
 
     def _run(
         self,
@@ -189,6 +245,7 @@ class Computation:
         if self.finite is not None and lost is not None:
             found = self.finite.look(gradients, lost, step.device)
         skip = None if found is None else found.skip
+        told = skip if skip is not None or self.loss_scale is None else self._overflow(gradients, optimizer)
         for_scale = {} if found is None or self.loss_scale is None else {"found": found}
         transform = self.transform
         if transform.measuring is not None:
@@ -196,7 +253,7 @@ class Computation:
         if transform.in_place is not None:
             options = {"step": step, **for_scale} if for_scale else in_place_options(step, skip)
             commit = transform.in_place(gradients, optimizer, own, **options)
-            return Optimized(commit(), measured, found)
+            return Optimized(commit(), measured, found, told)
         if skip is None or for_scale:
             updates, optimizer = transform.update(gradients, optimizer, own, step=step, **for_scale)
         else:
@@ -212,7 +269,13 @@ class Computation:
             raise ValueError("\n".join(["the optimizer's updates do not fit the parameters:", *problems]))
         for path, update in apart(present, own.values()).items():
             add_(own[path], update)
-        return Optimized(optimizer, measured, found)
+        return Optimized(optimizer, measured, found, told)
+
+    def _overflow(self, gradients: Mapping[str, Tensor], optimizer: Any) -> Tensor | None:
+        """Whether a loss scale skips the step, for rules that keep a state."""
+        if not gradients or not states_in(optimizer, is_scaled=True):
+            return None
+        return find_non_finite(gradients.values(), scale_in(optimizer).device)
 
     def _seed(self, optimizer: Any) -> Tensor | None:
         """The cotangent that every loss starts with; None is one."""

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from funcfreeze.gradients.meeting import Met
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Half:
@@ -22,7 +24,9 @@ class Half:
         metrics: what `losses` returned beside them, detached.
         buffers: path -> every buffer as the forward left it.
         written: path -> the new value of every parameter that no loss may update and that the forward wrote to.
-        per_loss: loss -> path -> its own gradient, with its weights; their sums are `gradients`. Only if asked for.
+        per_loss: loss -> path -> its own gradient, with its weights; their sums are `gradients`, but where a merge rule
+            decides. Only if asked for.
+        met: label of an entry of `merge` -> what was seen where losses met there, and what its rule keeps from then on.
 
     >>> import torch
     >>> half = Half({"w": torch.ones(2)}, {"fit": torch.tensor(1.0)}, {}, {}, {})
@@ -33,7 +37,7 @@ class Half:
     >>> half.replace(grads={})
     Traceback (most recent call last):
         ...
-    TypeError: a Half has gradients, losses, metrics, buffers, written, per_loss; got grads
+    TypeError: a Half has gradients, losses, metrics, buffers, written, per_loss, met; got grads
     """
 
     gradients: Mapping[str, Tensor]
@@ -42,6 +46,7 @@ class Half:
     buffers: Mapping[str, Tensor]
     written: Mapping[str, Tensor]
     per_loss: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    met: Mapping[str, Met] = field(default_factory=dict)
 
     def replace(self, **changes: Any) -> Half:
         """The same with some fields exchanged; the others are shared. `apply_gradients` checks what it is given."""

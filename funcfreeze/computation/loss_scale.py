@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -208,7 +209,10 @@ def scale_in(optimizer: OptState) -> Tensor:
     return scale
 
 
-def unscale(gradients: Mapping[str, Tensor], scale: Tensor) -> dict[str, Tensor]:
+Key = TypeVar("Key")
+
+
+def unscale(gradients: Mapping[Key, Tensor], scale: Tensor) -> dict[Key, Tensor]:
     """The gradients divided by the scale, by GradScaler's arithmetic.
 
     float16 becomes float32: what the scale has saved would be lost again in float16.

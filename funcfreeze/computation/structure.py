@@ -34,6 +34,8 @@ def looks_like(state: Any, paths: Collection[str]) -> str:
         return f"a transform that keeps a {type(state).__name__}"
     if state.keys() == {"loss_scale", "optimizer"}:
         return f"{looks_like(state['optimizer'], paths)} under a loss scale"
+    if state.keys() == {"merge", "optimizer"}:
+        return f"{looks_like(state['optimizer'], paths)} beside merge rules that keep a state"
     if not state:
         return "nothing"
     if all(is_entry(key, kept, paths) for key, kept in state.items()):

@@ -14,6 +14,7 @@ from funcfreeze.computation.back_door import form_of, form_problem, refuse_late_
 from funcfreeze.computation.computation import Computation, not_sharing
 from funcfreeze.computation.finite import lost
 from funcfreeze.computation.half import Half
+from funcfreeze.computation.merging import after_meeting, told, without_rules
 from funcfreeze.computation.renewal import refuse_other_state, renewed
 from funcfreeze.computation.specification import Specification
 from funcfreeze.computation.state import Fields, Lease, State, count_of, known_count, lease_of, make_state
@@ -43,7 +44,7 @@ class Updating:
     def __post_init__(self) -> None:
         computation, initial = self.computation, self.specification.optimizer
         own = initial if computation.loss_scale is None else initial["optimizer"]
-        refuse_other_state(own, computation.timetable.resets, computation.evaluation.plan.routed)
+        refuse_other_state(without_rules(own), computation.timetable.resets, computation.evaluation.plan.routed)
 
     def update(self, state: State, half: Half) -> tuple[State, dict[str, Any]]:
         """The new state, and all metrics. Everything that can fail comes before the first write.
@@ -70,8 +71,9 @@ class Updating:
         finite, buffers = computation.finite, dict(half.buffers)
         metrics = {**half.losses, **self.metrics(state, half)}
         flag = None if finite is None else lost(half.losses, step.device)
-        optimizer, measured, found = computation.optimize(gradients, optimizer, params, state.step, flag)
-        metrics |= measured
+        optimizer, measured, found, skip = computation.optimize(gradients, optimizer, params, state.step, flag)
+        optimizer = after_meeting(optimizer, half.met, skip, is_scaled=computation.loss_scale is not None)
+        metrics |= {**measured, **told(half.met)}
         if finite is not None and found is not None:
             finite.refuse(found, half.losses, state.step)
             metrics |= found.metrics
@@ -139,6 +141,7 @@ class Updating:
             tied(half.buffers, self.specification.tied_buffers),
             written,
             {name: tied(row, self.specification.tied_params) for name, row in zip(half.per_loss, rows, strict=True)},
+            half.met,
         )
 
     def checked(self, state: State, half: object) -> Half:

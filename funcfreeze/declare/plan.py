@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from funcfreeze.declare.ema import Ema, cut_ties, shown_targets
+from funcfreeze.declare.overlaps import Overlap, resolve_merge
+from funcfreeze.declare.overlaps import told as told_overlaps
 from funcfreeze.declare.plan_data import routes_from_data, routes_to_data
 from funcfreeze.declare.plan_table import format_plan
 from funcfreeze.declare.routes import Declaration, Route, Selection, Weight, declare
@@ -91,7 +93,8 @@ class Plan:
     """The resolved loss × parameter table: which loss may update which parameters, with what weight.
 
     Printing it shows the table; plans compare by what they say. `frozen_statistics` are the norms that a `Step` keeps
-    from moving their running statistics, if it does, and `targets` are averaged twins of parts of the model.
+    from moving their running statistics, if it does, `targets` are averaged twins of parts of the model, and `merge`
+    says where a rule decides what becomes of the losses' gradients.
 
     >>> from torch import nn
     >>> net = nn.ModuleDict({"encoder": nn.Linear(4, 2), "head": nn.Linear(2, 1)})
@@ -113,11 +116,13 @@ class Plan:
     rows: tuple[Row, ...]
     frozen_statistics: FrozenStatistics | None = None
     targets: tuple[tuple[str, Ema], ...] = ()
+    merge: tuple[Overlap, ...] = ()
 
     def __str__(self) -> str:
         cut = cut_ties(self.targets, (row.names for row in self.rows))
         told = [*shown_targets(self.targets), *cut]
-        lines = [format_plan(self.losses, self.rows), *(f"targets  {line}" for line in told)]
+        lines = [format_plan(self.losses, self.rows), *told_overlaps(self.merge, self.rows)]
+        lines += [f"targets  {line}" for line in told]
         if self.frozen_statistics is not None:
             lines.append(f"frozen statistics  {self.frozen_statistics}")
         return "\n".join(lines)
@@ -140,7 +145,7 @@ class Plan:
 
     def at(self, count: int) -> Plan:
         """The plan of one count: the routes that are active then, at any time."""
-        return Plan(self.losses, tuple(row.at(count) for row in self.rows)) if self.timings else self
+        return Plan(self.losses, tuple(row.at(count) for row in self.rows), merge=self.merge) if self.timings else self
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data (strings, numbers, lists, dicts), ready for JSON. See `from_dict`."""
@@ -157,6 +162,7 @@ class Plan:
             ],
             **({} if self.frozen_statistics is None else {"frozen_statistics": _listed(self.frozen_statistics)}),
             **({"targets": {name: target.to_dict() for name, target in self.targets}} if self.targets else {}),
+            **({"merge": [overlap.to_dict() for overlap in self.merge]} if self.merge else {}),
         }
 
     @staticmethod
@@ -164,7 +170,7 @@ class Plan:
         """The plan that `to_dict` wrote down.
 
         Raises:
-            RouteError: the data is not a plan's, or holds a weight that is a function, which plain data cannot.
+            RouteError: the data is not a plan's, or holds a weight or rule that is a function, which such data cannot.
         """
         try:
             rows = tuple(
@@ -174,7 +180,8 @@ class Plan:
             frozen = data.get("frozen_statistics")
             statistics = None if frozen is None else FrozenStatistics(tuple(frozen["norms"]), tuple(frozen["declared"]))
             targets = tuple((name, Ema.from_dict(target)) for name, target in data.get("targets", {}).items())
-            return Plan(tuple(data["losses"]), rows, statistics, targets)
+            merge = tuple(map(Overlap.from_dict, data.get("merge", ())))
+            return Plan(tuple(data["losses"]), rows, statistics, targets, merge)
         except (KeyError, TypeError, AttributeError) as error:
             raise RouteError(f"this is not a plan's data: {type(error).__name__}: {error}") from error
 
@@ -183,14 +190,20 @@ def _listed(statistics: FrozenStatistics) -> dict[str, list[str]]:
     return {"norms": list(statistics.norms), "declared": list(statistics.declared)}
 
 
-def resolve_plan(routes: object, leaves: Sequence[Leaf]) -> Plan:
+def resolve_plan(routes: object, leaves: Sequence[Leaf], merge: object = None) -> Plan:
     """Resolve routes against parameters, or check that a `Plan` is one of these very parameters.
 
+    Args:
+        routes: loss -> what it may update, or a `Plan`.
+        leaves: the parameters.
+        merge: a rule, or selector -> rule, for where losses meet; None for those of the plan, if it is one.
+
     Raises:
+        TypeError: something in `merge` is no rule.
         RouteError: everything that is wrong with the declaration, at once.
     """
     if isinstance(routes, Plan):
-        return _of_these_parameters(routes, leaves)
+        return _merging(_of_these_parameters(routes, leaves), leaves, merge)
     if not isinstance(routes, Mapping) or not routes:
         shown = "an empty one" if isinstance(routes, Mapping) else f"{type(routes).__name__}: {routes!r}"
         raise RouteError(f'routes are a mapping such as {{"cls": "*", "adv": "encoder"}}, got {shown}')
@@ -210,7 +223,19 @@ def resolve_plan(routes: object, leaves: Sequence[Leaf]) -> Plan:
         for index, claimed in claims.items():
             claimed_by[index][loss] = claimed
     raise_problems(problems)
-    return Plan(tuple(routes), tuple(_row(leaf, claimed) for leaf, claimed in zip(leaves, claimed_by, strict=True)))
+    rows = tuple(_row(leaf, claimed) for leaf, claimed in zip(leaves, claimed_by, strict=True))
+    return _merging(Plan(tuple(routes), rows), leaves, merge)
+
+
+def _merging(plan: Plan, leaves: Sequence[Leaf], merge: object) -> Plan:
+    """The plan with merge rules."""
+    found = tuple(resolve_merge(merge, leaves, plan.rows, plan.losses))
+    if merge is None or found == plan.merge:
+        return plan
+    if plan.merge:
+        had = ", ".join(f"{overlap.label}: {overlap.rule}" for overlap in plan.merge)
+        raise RouteError(f"the plan has merge rules already ({had}); give merge= when it is made, or here, not both")
+    return replace(plan, merge=found)
 
 
 def _row(leaf: Leaf, claimed: Mapping[str, Sequence[Route]]) -> Row:
@@ -238,6 +263,22 @@ def refuse_what_steps_do(routes: object) -> None:
             "does while it calls the model; here you call it: put these norms into eval mode yourself (norm.eval()), "
             "and give the routes, or a plan of funcfreeze.plan(model, routes)"
         )
+
+
+def refuse_rules_with_state(plan: Plan) -> None:
+    """Refuse a plan whose merge rules keep a state, where there is no State to keep it in.
+
+    Raises:
+        RouteError: naming each.
+    """
+    raise_problems(
+        [
+            f"merge {overlap.label!r}: {overlap.rule} keeps a state from step to step, and there is none here; use it "
+            "in a Step, whose State holds it"
+            for overlap in plan.merge
+            if overlap.rule.init is not None
+        ]
+    )
 
 
 def raise_problems(problems: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from funcfreeze.declare.ema import cut_ties, shown_targets
+from funcfreeze.declare.overlaps import told
 from funcfreeze.declare.plan import Plan, Row
 from funcfreeze.declare.plan_table import format_plan
 from funcfreeze.declare.timing import ALWAYS, Timing
@@ -66,7 +67,12 @@ class Plans(Mapping[str, Plan]):
             for told in (*shown_targets(plan.targets, member), *cut_ties(plan.targets, names))
         ]
         shared = [f"shared  {self.shared}"] if self.shared else []
-        return "\n".join([format_plan(losses, self.rows, groups), *shared, *targets, *frozen])
+        merge = [
+            line.replace("merge  ", f"merge  {member}: ", 1)
+            for member, plan in self.plans.items()
+            for line in told(plan.merge, plan.rows)
+        ]
+        return "\n".join([format_plan(losses, self.rows, groups), *shared, *merge, *targets, *frozen])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON: each member's plan and turns."""

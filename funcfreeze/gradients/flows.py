@@ -5,7 +5,8 @@ The method, on the graph from the losses (top) to the parameters (bottom):
 1. `reach[n]` is the set of parameters below node n. Loss k is *live* at n if one of those is routed to it.
 2. A backward pass is linear in its cotangent. So where live losses would treat everything below n alike, their
    cotangents may be added at n and travel as one. What a loss does below n is its weight on every parameter there; a
-   weight that is the same all over may go into the cotangent at n, and what is left is the set of parameters.
+   weight that is the same all over may go into the cotangent at n, and what is left is the set of parameters. At a
+   parameter under a merge rule every loss has a weight of its own, so that nothing above it may be added.
 3. Cotangents that travel together are a *flow*, known by its losses and by whether the weight is already in it
    (`folded`). At a node where several flows would go on alike, they *stop*, and one merged flow enters there.
 """
@@ -137,7 +138,7 @@ def _starts(shape: Shape, weights: Weights, reach: Sequence[int]) -> Iterator[St
 def _folded(start: Start, weights: Weights, reach: int) -> Start:
     """The same start with the loss's weight in its seed, if it has one weight all over."""
     rest, weight = weights.left_below(start.flow, reach)
-    return start._replace(flow=Flow(start.flow.losses, True), weight=weight) if len(rest) == 1 else start
+    return start._replace(flow=Flow(start.flow.losses, True), weight=weight) if weights.may_fold(rest) else start
 
 
 def _merge(found: FlowMap, node: int, arrived: Sequence[Flow], reach: int) -> list[Flow]:
@@ -154,7 +155,7 @@ def _merge(found: FlowMap, node: int, arrived: Sequence[Flow], reach: int) -> li
         losses = 0
         for flow, _ in together:
             losses |= flow.losses
-        merged = Flow(losses, folded=len(rest) == 1)
+        merged = Flow(losses, folded=found.weights.may_fold(rest))
         for flow, weight in together:
             if flow != merged:
                 found.stops.setdefault(flow, {})[node] = (weight, merged)

@@ -4,14 +4,15 @@
 
     p is touched  ⇔  for some active route (k, p) autograd delivers a gradient of L_k at p, be it zero
 
-An untouched parameter has no gradient, which is not the same as a zero one.
+An untouched parameter has no gradient, which is not the same as a zero one. At a leaf under a merge rule the terms of
+the sum are kept apart, for the rule to make one of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -20,7 +21,9 @@ from torch.autograd.graph import Node
 from funcfreeze.declare.plan import Plan, raise_problems
 from funcfreeze.declare.routes import UNIT, Weight, weight_value
 from funcfreeze.declare.timed_routes import timed_routes
+from funcfreeze.gradients.sums import add
 from funcfreeze.gradients.weights import LossWeights
+from funcfreeze.merge.rule import Rule
 
 Evaluate = Callable[[list[Tensor]], tuple[Any, Any]]
 """The forward: parameters in the routing's order -> (what the user's `losses` returned, anything else)."""
@@ -42,6 +45,22 @@ class Live(NamedTuple):
     retain: bool
 
 
+class Place(NamedTuple):
+    """Where losses meet under a rule.
+
+    Attributes:
+        label: of the overlap.
+        rule: what decides.
+        leaves: the indices of its parameters.
+        losses: the indices of the losses that may update one of them.
+    """
+
+    label: str
+    rule: Rule
+    leaves: tuple[int, ...]
+    losses: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Routing:
     """A plan in index space, at one count (see `timetable`).
@@ -55,6 +74,8 @@ class Routing:
         active: of the plan's timings, in their order, which are active; stands for the routing beside others of a plan.
         resting: the losses of which some route is not active. They may hang on constants alone now.
         live: a graph that goes on into the losses', if there is one.
+        places: where losses meet under a rule other than the sum.
+        owners: the losses of the last weights, each one's own: of what is kept apart at leaves under a rule.
     """
 
     losses: tuple[str, ...]
@@ -65,6 +86,8 @@ class Routing:
     active: tuple[bool, ...] = ()
     resting: frozenset[str] = frozenset()
     live: Live | None = None
+    places: tuple[Place, ...] = ()
+    owners: tuple[int, ...] = ()
 
     @staticmethod
     def of(plan: Plan, differentiable: Set[int] = frozenset()) -> Routing:
@@ -82,13 +105,20 @@ class Routing:
         for loss in plan.losses:
             routed = ((leaf, row.weights[loss]) for leaf, row in enumerate(plan.rows) if loss in row.weights)
             weights.append(tuple((leaf, _number(terms, given)) for leaf, given in routed))
-        routing = Routing(plan.losses, plan.paths, tuple(weights), tuple(terms))
+        places = _places(plan)
+        rows, owners = _kept_apart(weights, terms, frozenset(leaf for place in places for leaf in place.leaves))
+        routing = Routing(plan.losses, plan.paths, rows, tuple(terms), places=places, owners=owners)
         return replace(routing, differentiable=frozenset(differentiable) - routing.routed)
 
     def says_as(self, other: Routing) -> bool:
         """Whether it says the same as another of the same plan."""
         mine, theirs = ((one.weights, one.resting, len(one.terms)) for one in (self, other))
         return mine == theirs and all(map(_alike, self.terms, other.terms))
+
+    @property
+    def shared(self) -> int:
+        """So many weights may be shared by losses; those after them are each one loss's own."""
+        return len(self.terms) - len(self.owners)
 
     @cached_property
     def routed(self) -> frozenset[int]:
@@ -110,6 +140,41 @@ class Routing:
         """The same at any step, where all weights are numbers."""
         changing = any(isinstance(weight, Tensor) or callable(weight) for terms in self.terms for weight in terms)
         return None if changing else [weight_value(terms, None) for terms in self.terms]
+
+
+def _places(plan: Plan) -> tuple[Place, ...]:
+    leaf = {path: index for index, path in enumerate(plan.paths)}
+    number = {loss: index for index, loss in enumerate(plan.losses)}
+    return tuple(
+        Place(
+            overlap.label,
+            overlap.rule,
+            tuple(leaf[path] for path in overlap.paths),
+            tuple(number[loss] for loss in overlap.losses),
+        )
+        for overlap in plan.merge
+        if overlap.paths and not overlap.rule.is_sum
+    )
+
+
+def _kept_apart(
+    weights: Sequence[LossWeights], terms: list[tuple[Weight, ...]], leaves: frozenset[int]
+) -> tuple[tuple[LossWeights, ...], tuple[int, ...]]:
+    """The weights, with an index of its own for every loss at these leaves, and whose these last indices are.
+
+    Terms are added for them.
+    """
+    own: dict[tuple[int, int], int] = {}
+    first = len(terms)
+    rows = tuple(
+        tuple(
+            (leaf, own.setdefault((loss, weight), first + len(own)) if leaf in leaves else weight)
+            for leaf, weight in row
+        )
+        for loss, row in enumerate(weights)
+    )
+    terms += [terms[weight] for _, weight in own]
+    return rows, tuple(loss for loss, _ in own)
 
 
 _NO_COUNT = (
@@ -158,16 +223,18 @@ class Outcome:
     outside the forward that requires grad carries a graph to it.
 
     Attributes:
-        gradients: for each leaf its merged gradient, or None where it is untouched.
+        gradients: for each leaf its merged gradient, or None where it is untouched, or where they are apart.
         losses: every present loss, unweighted, by name.
         rest: what the forward returned beside the losses.
         other_leaves: where else the losses' graph ends, if the engine looks.
+        apart: for each loss, leaf -> its gradient, at the leaves under a rule; empty without any.
     """
 
     gradients: Sequence[Tensor | None]
     losses: Mapping[str, Tensor]
     rest: Any
     other_leaves: Sequence[OtherLeaf] = ()
+    apart: Sequence[Mapping[int, Tensor]] = ()
 
 
 @dataclass(frozen=True)
@@ -177,6 +244,19 @@ class SeparateOutcome:
     gradients: Sequence[Sequence[Tensor | None]]
     losses: Mapping[str, Tensor]
     rest: Any
+
+
+def summed(outcome: SeparateOutcome, routing: Routing) -> Outcome:
+    """The merged gradients, from those of each loss; apart where a rule decides."""
+    ruled = {leaf for place in routing.places for leaf in place.leaves}
+    gradients = [
+        None if leaf in ruled else reduce(add, column)
+        for leaf, column in enumerate(zip(*outcome.gradients, strict=True))
+    ]
+    rows = [
+        {leaf: gradient for leaf in sorted(ruled) if (gradient := row[leaf]) is not None} for row in outcome.gradients
+    ]
+    return Outcome(gradients, outcome.losses, outcome.rest, apart=rows if ruled else ())
 
 
 class Engine(Protocol):
@@ -199,7 +279,7 @@ class Engine(Protocol):
         step: Tensor | None,
         seed: Tensor | None = None,
     ) -> Outcome:
-        """Every leaf's gradient, summed over the losses with their weights."""
+        """Every leaf's gradient, summed over the losses with their weights; apart at leaves under a rule."""
         ...
 
     def separate(

@@ -68,14 +68,15 @@ class Pass(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def plan_passes(graph: Graph, weights: tuple[LossWeights, ...]) -> tuple[Pass, ...]:
+def plan_passes(graph: Graph, weights: tuple[LossWeights, ...], shared: int) -> tuple[Pass, ...]:
     """The engine calls for a graph, in order; planned once for every structure.
 
     Args:
         graph: the structure of the autograd graph.
         weights: for each loss, which leaves it may update and with which weight.
+        shared: weight indices from here on are each one loss's own.
     """
-    shape, ready = Shape(graph), Weights(weights)
+    shape, ready = Shape(graph), Weights(weights, shared)
     forbidden = above_hooks(shape)
     while True:
         found = follow(shape, ready, forbidden)

@@ -8,7 +8,6 @@ and no loss's infinite derivative can spoil another's gradient.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -20,11 +19,10 @@ from funcfreeze.declare.routes import scalar_like
 from funcfreeze.gradients.explained import explained, inside, walking
 from funcfreeze.gradients.functorch import is_transforming
 from funcfreeze.gradients.hooks import noticing_hooks
-from funcfreeze.gradients.law import Evaluate, Outcome, Routing, SeparateOutcome
+from funcfreeze.gradients.law import Evaluate, Outcome, Routing, SeparateOutcome, summed
 from funcfreeze.gradients.modes import grad_mode
 from funcfreeze.gradients.returned import check_losses, detached, refuse_constants
 from funcfreeze.gradients.seed import seed_of
-from funcfreeze.gradients.sums import add
 from funcfreeze.gradients.weights import UNIT_WEIGHT, LossWeights
 from funcfreeze.model.containers import flatten
 from funcfreeze.model.wrappers import beneath
@@ -44,8 +42,7 @@ class Reference:
         seed: Tensor | None = None,
     ) -> Outcome:
         """The sum of every loss's gradients."""
-        apart = self._apart(evaluate, params, routing, step, seed)
-        return Outcome([reduce(add, column) for column in zip(*apart.gradients, strict=True)], apart.losses, apart.rest)
+        return summed(self._apart(evaluate, params, routing, step, seed), routing)
 
     def separate(
         self,

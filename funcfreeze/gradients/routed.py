@@ -27,7 +27,7 @@ from funcfreeze.gradients.outside import Outside, ends_outside
 from funcfreeze.gradients.passes import Captured, Entry, Pass, losses_walked, plan_passes
 from funcfreeze.gradients.returned import nothing
 from funcfreeze.gradients.seed import seed_of
-from funcfreeze.gradients.sums import add
+from funcfreeze.gradients.sums import add, plus
 from funcfreeze.gradients.walk import walk
 from funcfreeze.gradients.weights import UNIT_WEIGHT
 from funcfreeze.model.attributes import nodes_made
@@ -63,8 +63,10 @@ class Routed:
         # nothing but `graph` holds what it need not hold now, and lets it go as it is used up
         with grad_mode(carries):
             retain = before is not None and before.retain
-            gradients = planned_backward(graph, live.leaves, routing, weights, retain_graph=retain)
-        return Outcome(_cut(gradients, live.leaves) if carries else gradients, values, rest, others)
+            found = planned_backward(graph, live.leaves, routing, weights, retain_graph=retain)
+        if carries:
+            found = _cut(found, live.leaves)
+        return Outcome(found.merged, values, rest, others, found.apart)
 
     def separate(
         self,
@@ -100,10 +102,29 @@ def _kept(live: Forward, graph: LiveGraph, carries: bool) -> Callable[[Tensor], 
     return nothing
 
 
-def _cut(gradients: Sequence[Tensor | None], leaves: Sequence[Tensor]) -> list[Tensor | None]:
+class Gradients(NamedTuple):
+    """What a planned backward gives.
+
+    Attributes:
+        merged: for each leaf its merged gradient; None where it is untouched, or under a rule.
+        apart: for each loss, leaf -> its gradient, at leaves under a rule; empty without any.
+    """
+
+    merged: list[Tensor | None]
+    apart: list[dict[int, Tensor]]
+
+
+def _cut(found: Gradients, leaves: Sequence[Tensor]) -> Gradients:
     """The gradients, detached where they depend on nothing outside."""
     reached = Outside(leaves).reached_from
-    return [gradient if gradient is None or reached(gradient) else gradient.detach() for gradient in gradients]
+
+    def cut(gradient: Tensor) -> Tensor:
+        return gradient if reached(gradient) else gradient.detach()
+
+    return Gradients(
+        [None if gradient is None else cut(gradient) for gradient in found.merged],
+        [{leaf: cut(gradient) for leaf, gradient in row.items()} for row in found.apart],
+    )
 
 
 def _alone(
@@ -183,7 +204,7 @@ def planned_backward(
     weights: Sequence[float | Tensor],
     *,
     retain_graph: bool = False,
-) -> list[Tensor | None]:
+) -> Gradients:
     """Every leaf's merged gradient. The graph is used up: its list of nodes is emptied, so that memory goes as it can.
 
     But where grad mode is on, it is kept, and gradients carry a graph of their own.
@@ -195,13 +216,13 @@ def planned_backward(
         weights: the value of every weight index.
         retain_graph: keep the graph, list of nodes included.
     """
-    passes = plan_passes(graph.structure, routing.weights)
+    passes = plan_passes(graph.structure, routing.weights, routing.shared)
     nodes = {node: graph.nodes[node] for planned in passes for node in planned.done}
     if retain_graph:
         passes = tuple(planned._replace(retain=True) for planned in passes)
     else:
         graph.nodes.clear()
-    return _run(passes, nodes, leaves, graph.seeds, weights, routing.losses)
+    return _run(passes, nodes, leaves, graph.seeds, weights, routing)
 
 
 def _run(
@@ -210,27 +231,32 @@ def _run(
     leaves: Sequence[Tensor],
     seeds: Sequence[Tensor | None],
     weights: Sequence[float | Tensor],
-    names: Sequence[str],
-) -> list[Tensor | None]:
+    routing: Routing,
+) -> Gradients:
     """Make the engine calls; nodes are let go with the last call that mentions them, and the graph above with them."""
-    gradients: list[Tensor | None] = [None] * len(leaves)
+    merged: list[Tensor | None] = [None] * len(leaves)
+    apart: list[dict[int, Tensor]] = [{} for _ in routing.losses] if routing.owners else []
     slots: dict[int, Tensor] = {}
     for turn, planned in enumerate(passes):
         arriving = [(entry, _sum_up(entry, slots, seeds, weights)) for entry in planned.entries]
         entering = [(entry, cotangent) for entry, cotangent in arriving if cotangent is not None]
         if entering:
-            with explained(_walking, names, passes, turn):
+            with explained(_walking, routing.losses, passes, turn):
                 found = _call(planned, nodes, leaves, entering)
             ends = len(planned.leaves)
             for (leaf, _, weight), gradient in zip(planned.leaves, found[:ends], strict=True):
                 gradient = gradient if weight == UNIT_WEIGHT else _weighted(gradient, weights, weight)
-                gradients[leaf] = gradient if gradients[leaf] is None else add(gradients[leaf], gradient)
+                if weight < routing.shared:
+                    merged[leaf] = gradient if merged[leaf] is None else add(merged[leaf], gradient)
+                elif gradient is not None:
+                    own = apart[routing.owners[weight - routing.shared]]
+                    own[leaf] = plus(own[leaf], gradient) if leaf in own else gradient
             for exit, cotangent in zip(planned.exits, found[ends:], strict=True):
                 if cotangent is not None:
                     slots[exit.slot] = cotangent
         for node in planned.done:
             del nodes[node]
-    return gradients
+    return Gradients(merged, apart)
 
 
 def _walking(names: Sequence[str], passes: Sequence[Pass], turn: int) -> str:
@@ -285,4 +311,5 @@ def _sum_up(
 def _weighted(cotangent: Tensor | None, weights: Sequence[float | Tensor], weight: int) -> Tensor | None:
     if cotangent is None or weight == UNIT_WEIGHT:
         return cotangent
-    return cotangent * scalar_like(weights[weight], cotangent)
+    value = weights[weight]
+    return cotangent if isinstance(value, float) and value == 1.0 else cotangent * scalar_like(value, cotangent)

@@ -29,8 +29,10 @@ def accumulate(
     routing: Routing,
     weights: Sequence[float | Tensor],
     seed: Tensor | None = None,
-) -> None:
+) -> list[dict[int, Tensor]]:
     """Add every loss's weighted gradient to `.grad` of the leaves it may update, one backward after another.
+
+    Not where a rule decides: there each loss's is taken off `.grad` after its backward, and `.grad` is None in the end.
 
     Args:
         losses: scalar losses of one live graph, in the routing's order; None where absent.
@@ -38,7 +40,12 @@ def accumulate(
         routing: which loss may update which leaf.
         weights: the value of every weight index.
         seed: the cotangent that every loss starts with; None is one.
+
+    Returns:
+        For each loss, leaf -> its gradient, at leaves under a rule.
     """
+    ruled = sorted({leaf for place in routing.places for leaf in place.leaves})
+    apart: list[dict[int, Tensor]] = []
     for name, loss, row in zip(routing.losses, losses, routing.weights, strict=True):
         if loss is not None and loss.requires_grad and row:
             weighted = {index: weights[weight] for index, weight in row if weight != UNIT_WEIGHT}
@@ -52,6 +59,10 @@ def accumulate(
                 gradient = leaves[index].grad
                 scaled = None if gradient is None else gradient * scalar_like(weight, gradient)
                 leaves[index].grad = add(held[index], scaled)
+        apart.append({leaf: gradient for leaf in ruled if (gradient := leaves[leaf].grad) is not None})
+        for leaf in ruled:
+            leaves[leaf].grad = None
+    return apart
 
 
 _REFUSAL = (
@@ -79,7 +90,7 @@ class Toggle:
         if paths:
             raise RuntimeError(_REFUSAL.format(", ".join(paths)))
         live = _forward(evaluate, params, routing)
-        accumulate(live.losses, live.leaves, routing, routing.weight_values(step), seed)
+        apart = accumulate(live.losses, live.leaves, routing, routing.weight_values(step), seed)
         outside = Outside(live.leaves)
 
         def refuse(tensor: Tensor) -> bool:
@@ -87,7 +98,8 @@ class Toggle:
                 raise RuntimeError(_REFUSAL.format("a tensor that `losses` uses beside the parameters"))
             return False
 
-        return Outcome([leaf.grad for leaf in live.leaves], *live.let_go(routing, refuse))
+        gradients = [leaf.grad for leaf in live.leaves]
+        return Outcome(gradients, *live.let_go(routing, refuse), apart=apart if routing.places else ())
 
     def separate(
         self,
@@ -103,8 +115,8 @@ class Toggle:
         gradients = []
         for index in range(len(live.losses)):
             alone = [loss if turn == index else None for turn, loss in enumerate(live.losses)]
-            accumulate(alone, live.leaves, routing, weights, seed)
-            gradients.append([leaf.grad for leaf in live.leaves])
+            apart = accumulate(alone, live.leaves, routing, weights, seed)
+            gradients.append([apart[index].get(leaf, own.grad) for leaf, own in enumerate(live.leaves)])
             for leaf in live.leaves:
                 leaf.grad = None
         return SeparateOutcome(gradients, *live.let_go(routing, nothing))

@@ -22,9 +22,15 @@ class Flow(NamedTuple):
 
 
 class Weights:
-    """What each loss does to the leaves below a node."""
+    """What each loss does to the leaves below a node.
 
-    def __init__(self, weights: tuple[LossWeights, ...]) -> None:
+    Args:
+        weights: of the losses.
+        shared: weight indices from here on are each one loss's own: its gradient is to stay apart at these leaves.
+    """
+
+    def __init__(self, weights: tuple[LossWeights, ...], shared: int) -> None:
+        self.shared = shared
         self.of_leaf = [dict(row) for row in weights]
         self.leaves_with = [_leaves_with(row) for row in weights]
         self.support = [sum(mask for _, mask in masks) for masks in self.leaves_with]
@@ -44,9 +50,13 @@ class Weights:
         known = self._known.get((loss, reach))
         if known is None:
             rest = tuple((weight, mask & reach) for weight, mask in self.leaves_with[loss] if mask & reach)
-            known = (((UNIT_WEIGHT, rest[0][1]),), rest[0][0]) if len(rest) == 1 else (rest, UNIT_WEIGHT)
+            known = (((UNIT_WEIGHT, rest[0][1]),), rest[0][0]) if self.may_fold(rest) else (rest, UNIT_WEIGHT)
             self._known[loss, reach] = known
         return known
+
+    def may_fold(self, rest: Rest) -> bool:
+        """Whether what is left is one weight all over, which may go into the cotangent."""
+        return len(rest) == 1 and rest[0][0] < self.shared
 
     def at_leaf(self, flow: Flow, leaf: int) -> int:
         """The weight that a flow's gradient still lacks at a leaf."""

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from funcfreeze.declare.overlaps import Merge
 from funcfreeze.gradients.returned import check_losses
 from funcfreeze.gradients.routed import planned_backward
 from funcfreeze.gradients.sums import plus
 from funcfreeze.loops.external import with_gradients
 from funcfreeze.loops.freedom import note_call, without_hooks_where_free
-from funcfreeze.loops.live import as_count, parameters_and_routing, read_live
+from funcfreeze.loops.live import as_count, parameters_and_routing, read_live, values_of, with_rules
 from funcfreeze.loops.replicas import is_averaging, wrappers
 from funcfreeze.loops.uncompiled import uncompiled
 from funcfreeze.model.mapping import Model
@@ -26,6 +27,7 @@ def backward(
     *,
     step: int | Tensor | None = None,
     gradient: Mapping[str, Tensor] | None = None,
+    merge: Merge | None = None,
 ) -> None:
     """Accumulate every loss's gradient into `.grad` of the parameters it may update, as toggling `requires_grad` would.
 
@@ -42,6 +44,8 @@ def backward(
         model: the module whose parameters the losses were computed from, or a mapping of modules and parameters.
         step: the number of steps taken so far, for routes that are timed and weights that are schedules.
         gradient: for losses that are no scalars, by name, what `loss.backward(gradient=...)` would be given: constants.
+        merge: a rule for where losses meet, or selector -> rule (see `Step`); one that keeps a state is for a `Step`.
+            Rules that draw do so by `step`, without it from torch's global generator.
 
     Raises:
         RouteError: everything that is wrong with the routes or the losses, at once; or a route is timed and there is no
@@ -61,7 +65,7 @@ def backward(
             [0., 0.]]), tensor([1.]))
     """
     count = as_count(step)
-    parameters, routing = parameters_and_routing(model, routes, count)
+    parameters, routing = parameters_and_routing(model, routes, count, merge)
     if any(map(is_averaging, wrappers(model))):
         raise TypeError(
             "DistributedDataParallel is around the model, and averages gradients in loss.backward() alone: every rank "
@@ -71,10 +75,13 @@ def backward(
     weights = routing.weight_values(count)
     with torch.enable_grad():
         losses = with_gradients(losses, gradient)
-    graph = read_live(check_losses(losses, routing, takes_vectors=True), parameters)
+    present = check_losses(losses, routing, takes_vectors=True)
+    graph = read_live(present, parameters)
     graph = without_hooks_where_free(graph, parameters)
     with torch.inference_mode(False), torch.no_grad():
-        gradients = planned_backward(graph, parameters, routing, weights)
+        found = planned_backward(graph, parameters, routing, weights)
+        gradients = with_rules(found, routing, values_of(routing, present), count)
+        del found
         gradients.reverse()
         for parameter in parameters:  # each gradient is let go when it is in `.grad`: all twice would be the peak
             if (merged := gradients.pop()) is not None:

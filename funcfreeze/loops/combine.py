@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from funcfreeze.declare.overlaps import Merge
 from funcfreeze.declare.plan import Plan, resolve_plan
 from funcfreeze.declare.selectors import RouteError
 from funcfreeze.gradients import Routing
@@ -29,14 +30,19 @@ from funcfreeze.gradients.walk import at_end_of_backward, is_kept
 from funcfreeze.gradients.weights import UNIT_WEIGHT
 from funcfreeze.loops.external import with_gradients
 from funcfreeze.loops.freedom import Moment, hooked_anywhere, note_call, without_hooks_where_free
-from funcfreeze.loops.live import as_count, leaves_of, parameters_and_routing, read_live
+from funcfreeze.loops.live import as_count, leaves_of, parameters_and_routing, read_live, values_of, with_rules
 from funcfreeze.loops.replicas import averaged, begin_backward, unknown_to, waits_for_all, walks_other_outputs, wrappers
 from funcfreeze.loops.uncompiled import uncompiled
 from funcfreeze.model.mapping import Model
 
 
-def plan(model: Model, routes: object) -> Plan:
+def plan(model: Model, routes: object, *, merge: Merge | None = None) -> Plan:
     """The resolved table of which loss may update which parameters, without a `Step`: to print, and to pass on.
+
+    Args:
+        model: a module, or a mapping of modules and parameters.
+        routes: loss name -> which parameters it may update (see `Route`).
+        merge: a rule for where losses meet, or selector -> rule (see `Step`).
 
     Raises:
         RouteError: everything that is wrong with the routes, at once.
@@ -52,7 +58,7 @@ def plan(model: Model, routes: object) -> Plan:
     cls updates 4 of 4 parameters (9 of 9 elements)
     adv updates 2 of 4 parameters (6 of 9 elements)
     """
-    return resolve_plan(routes, leaves_of(model))
+    return resolve_plan(routes, leaves_of(model), merge)
 
 
 @uncompiled
@@ -63,6 +69,7 @@ def combine(
     *,
     step: int | Tensor | None = None,
     gradient: Mapping[str, Tensor] | None = None,
+    merge: Merge | None = None,
 ) -> Tensor:
     """One loss for all: its value is their plain sum, its `.backward()` gives every parameter its merged gradient.
 
@@ -92,6 +99,10 @@ def combine(
             a device waits for that.
         gradient: for losses that are no scalars, by name, what `loss.backward(gradient=...)` would be given: constants.
             Such a loss's value is the sum of its products with that.
+        merge: a rule for where losses meet, or selector -> rule (see `Step`), applied in every backward: where batches
+            are accumulated, to each, and under `DistributedDataParallel` on every rank before the average. The
+            cotangent multiplies what a rule makes of the losses' own gradients. One that keeps a state is for a
+            `Step`; rules that draw do so by `step`, without it from torch's global generator.
 
     Returns:
         A 0-d tensor, at least float32, on the device of the first loss that is present.
@@ -113,7 +124,7 @@ def combine(
             [0., 0.]]), tensor([1.]))
     """
     count = as_count(step)
-    parameters, routing = parameters_and_routing(model, routes, count)
+    parameters, routing = parameters_and_routing(model, routes, count, merge)
     weights = routing.weight_values(count)
     losses = with_gradients(losses, gradient)
     present = check_losses(losses, routing, inside_func=not torch.is_grad_enabled(), takes_vectors=True)
@@ -123,12 +134,13 @@ def combine(
     graph, parameters, routing = _read(present, parameters, routing)
     graph = without_hooks_where_free(graph, parameters)
     around = wrappers(model)
-    touched = {leaf for planned in plan_passes(graph.structure, routing.weights) for leaf, _, _ in planned.leaves}
+    passes = plan_passes(graph.structure, routing.weights, routing.shared)
+    touched = {leaf for planned in passes for leaf, _, _ in planned.leaves}
     _refuse_unknown(around, [(path, parameters[at]) for at, path in enumerate(routing.paths) if at in touched])
     wanted = sorted(touched | _waited_for(around, graph, parameters))
     values = [None if loss is None else loss.detach() for loss in present]
     is_shared = walks_other_outputs(around)
-    call = _Call(graph, values, parameters, routing, weights, wanted, around, is_shared, note_call())
+    call = _Call(graph, values, parameters, routing, weights, count, wanted, around, is_shared, note_call())
     # without any parameter to hang on it is still a loss: of absent losses alone, say
     inputs = [parameters[index] for index in wanted] or [torch.zeros((), requires_grad=True)]
     combined: Tensor = _Combined.apply(call, value, *inputs)  # type: ignore[no-untyped-call]  # torch's
@@ -194,6 +206,7 @@ class _Call:
         leaves: all leaves that the graph ends in.
         routing: which loss may update which leaf.
         weights: the value of every weight index.
+        count: the number of steps taken so far, if it is known.
         wanted: the leaves that get a gradient.
         around: what averages the gradients of the model's parameters.
         is_shared: whether the backward walks the graph once more, from other outputs of a forward.
@@ -205,6 +218,7 @@ class _Call:
     leaves: Sequence[Tensor]
     routing: Routing
     weights: Sequence[float | Tensor]
+    count: Tensor | None
     wanted: Sequence[int]
     around: Sequence[DistributedDataParallel]
     is_shared: bool
@@ -230,7 +244,7 @@ class _Call:
         if not keeps:
             self.graph = None
         with noticing_hooks() as noticed, _hooks_left_out([self.leaves[index] for index in self.wanted]):
-            found = planned_backward(
+            apart = planned_backward(
                 graph._replace(seeds=seeds),
                 self.leaves,
                 self.routing,
@@ -239,6 +253,8 @@ class _Call:
             )
         if noticed.all_known and not noticed.nodes:
             self.moment.handles += noticed.registrations  # of hooks that are gone
+        unit = torch.where(cotangent == 0, 1.0, cotangent)  # rules see what the losses' own gradients are
+        found = with_rules(apart, self.routing, values_of(self.routing, self.losses), self.count, unit)
         _spare_hooks([self.leaves[index] for index in self.wanted if found[index] is None])
         return [found[index] for index in self.wanted]
 

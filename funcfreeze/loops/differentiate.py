@@ -9,10 +9,12 @@ import optree
 import torch
 from torch import Tensor
 
-from funcfreeze.declare.plan import refuse_what_steps_do, resolve_plan
+from funcfreeze.declare.overlaps import Merge
+from funcfreeze.declare.plan import refuse_rules_with_state, refuse_what_steps_do, resolve_plan
 from funcfreeze.declare.selectors import Leaf
 from funcfreeze.gradients import Engine, Routing, find_engine
 from funcfreeze.gradients.functorch import is_transforming, refuse_constants
+from funcfreeze.gradients.meeting import meet
 from funcfreeze.model.pytree import flatten_by_path
 
 Losses = Callable[..., Any]
@@ -20,7 +22,12 @@ Losses = Callable[..., Any]
 
 
 def grad_and_value(
-    losses: Losses, routes: object, *, engine: str = "routed", has_aux: bool = False
+    losses: Losses,
+    routes: object,
+    *,
+    engine: str = "routed",
+    has_aux: bool = False,
+    merge: Merge | None = None,
 ) -> Callable[..., tuple[Any, Any]]:
     """A function that computes every loss once and the merged gradient of all, in `torch.func`'s order.
 
@@ -32,6 +39,8 @@ def grad_and_value(
         engine: "routed", "reference" or "toggle".
         has_aux: whether `losses` returns something beside the losses. Its tensors follow the rule below, in containers
             of the same types (dataclasses and mappings of any kind among them).
+        merge: a rule for where losses meet, or selector -> rule (see `Step`); one that keeps a state is for a `Step`.
+            Rules that draw do so from torch's global generator.
 
     Returns:
         `f(params, *args) -> (grads, losses)`, or `(grads, (losses, aux))`. `grads` has the structure of `params`, with
@@ -90,16 +99,23 @@ def grad_and_value(
         if key not in known:
             refuse_what_steps_do(routes)
             known.clear()  # a loop has one structure
-            known[key] = Routing.of(resolve_plan(routes, [_leaf(paths[place], leaves[place]) for place in places]))
+            plan = resolve_plan(routes, [_leaf(paths[place], leaves[place]) for place in places], merge)
+            refuse_rules_with_state(plan)
+            known[key] = Routing.of(plan)
 
         def evaluate(given: list[Tensor]) -> tuple[Any, Any]:
             returned = losses(optree.tree_unflatten(structure, _with(leaves, places, given)), *args)
             return _pair(returned) if has_aux else (returned, None)
 
         able = _under_transforms(engine) if is_transforming() else chosen
-        outcome = able.merged(evaluate, [leaves[place] for place in places], known[key], None)
+        routing = known[key]
+        outcome = able.merged(evaluate, [leaves[place] for place in places], routing, None)
         values = dict(outcome.losses)
-        gradients = _with([None] * len(leaves), places, outcome.gradients)
+        merged = [*outcome.gradients]
+        if routing.places:
+            for leaf, gradient in meet(routing, outcome.apart, values, None, {})[0].items():
+                merged[leaf] = gradient
+        gradients = _with([None] * len(leaves), places, merged)
         return gradients, structure, (values, outcome.rest) if has_aux else values
 
     def traced(params: Any, *args: Any) -> tuple[dict[int, Tensor], Any]:
@@ -126,7 +142,14 @@ def grad_and_value(
     return transformed
 
 
-def grad(losses: Losses, routes: object, *, engine: str = "routed", has_aux: bool = False) -> Callable[..., Any]:
+def grad(
+    losses: Losses,
+    routes: object,
+    *,
+    engine: str = "routed",
+    has_aux: bool = False,
+    merge: Merge | None = None,
+) -> Callable[..., Any]:
     """As `grad_and_value`, without the losses: `f(params, *args) -> grads`, or `(grads, aux)` with `has_aux`.
 
     >>> import torch
@@ -134,7 +157,7 @@ def grad(losses: Losses, routes: object, *, engine: str = "routed", has_aux: boo
     >>> f({"a": torch.tensor(2.0), "b": torch.tensor(3.0), "c": torch.tensor(4.0)})
     {'a': tensor(4.), 'b': tensor(1.), 'c': tensor(2.)}
     """
-    both = grad_and_value(losses, routes, engine=engine, has_aux=has_aux)
+    both = grad_and_value(losses, routes, engine=engine, has_aux=has_aux, merge=merge)
 
     def transformed(params: Any, *args: Any) -> Any:
         grads, values = both(params, *args)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from funcfreeze.declare.plan import refuse_what_steps_do, resolve_plan
+from funcfreeze.declare.plan import refuse_rules_with_state, refuse_what_steps_do, resolve_plan
 from funcfreeze.declare.selectors import Leaf, RouteError
 from funcfreeze.gradients import Routing, Timetable
 from funcfreeze.gradients.graph import NO_LEAF
-from funcfreeze.gradients.routed import LiveGraph, read_losses
+from funcfreeze.gradients.meeting import meet
+from funcfreeze.gradients.routed import Gradients, LiveGraph, read_losses
 from funcfreeze.loops.replicas import unwrapped
 from funcfreeze.model.acceptance import as_module, refuse_unusable
 from funcfreeze.model.mapping import Model
@@ -26,17 +27,41 @@ def leaves_of(model: Model) -> list[Leaf]:
     return module_leaves(module)
 
 
-def parameters_and_routing(model: Model, routes: object, count: Tensor | None) -> tuple[list[Tensor], Routing]:
+def parameters_and_routing(
+    model: Model, routes: object, count: Tensor | None, merge: object = None
+) -> tuple[list[Tensor], Routing]:
     """The parameters, and which loss may update which at a count of steps.
 
     Raises:
-        RouteError: everything that is wrong with the routes; or a route is timed, and there is no count.
+        RouteError: everything that is wrong with the routes; or a route is timed, and there is no count; or a merge
+            rule keeps a state.
     """
     refuse_what_steps_do(routes)
     leaves = leaves_of(model)
-    plan = resolve_plan(routes, leaves)
+    plan = resolve_plan(routes, leaves, merge)
+    refuse_rules_with_state(plan)
     number = int(count) if count is not None and plan.timings else None
     return [leaf.tensor for leaf in leaves], Timetable(plan).at(number)
+
+
+def values_of(routing: Routing, losses: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    """The present losses by name, detached."""
+    named = zip(routing.losses, losses, strict=True)
+    return {name: loss.detach() for name, loss in named if loss is not None}
+
+
+def with_rules(
+    found: Gradients,
+    routing: Routing,
+    values: Mapping[str, Tensor],
+    count: Tensor | None,
+    unit: Tensor | None = None,
+) -> list[Tensor | None]:
+    """Every leaf's merged gradient, with what the rules make of those kept apart, times the unit (see `Rows`)."""
+    if not routing.places:
+        return found.merged
+    ruled, _ = meet(routing, found.apart, values, count, {}, unit)
+    return [ruled.get(leaf, gradient) for leaf, gradient in enumerate(found.merged)]
 
 
 def as_count(step: int | Tensor | None) -> Tensor | None:

@@ -52,8 +52,8 @@ def test_second_derivatives_on_random_graphs(engine, seed, monkeypatch):
     blocked = []
     plan = routed.plan_passes
 
-    def noted(graph, weights):
-        passes = plan(graph, weights)
+    def noted(*given):
+        passes = plan(*given)
         blocked.extend(node for planned in passes for node in planned.blocked)
         return passes
 

@@ -1,0 +1,50 @@
+"""Small quadratic programs solved exactly: every face of the feasible set is tried at once, in one batched solve.
+
+For K losses there are at most 2^K faces. On each the solution is that of a linear system; the one that satisfies the
+conditions of Karush, Kuhn and Tucker best is the answer. Nothing branches on a value, so nothing waits for a device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from funcfreeze.merge.rows import diagonal
+
+MOST = 8
+"""Up to so many losses; beyond, the number of faces is too large (see `interior`)."""
+
+
+def faces(number: int, device: torch.device, empty: bool) -> Tensor:
+    """All subsets of so many, as rows of ones and zeros: (2^number, number) float64, or one less without the empty one.
+
+    >>> faces(2, torch.device("cpu"), empty=False)
+    tensor([[1., 0.],
+            [0., 1.],
+            [1., 1.]], dtype=torch.float64)
+    """
+    counted = torch.arange(0 if empty else 1, 2**number, device=device)
+    return (counted[:, None] >> torch.arange(number, device=device) & 1).to(torch.float64)
+
+
+def solved(matrices: Tensor, right: Tensor) -> Tensor:
+    """Solutions of linear systems, not finite where a matrix is singular; no device is waited for."""
+    found: Tensor = torch.linalg.solve_ex(matrices, right, check_errors=False)[0]
+    return found
+
+
+def restricted(gramian: Tensor, chosen: Tensor) -> Tensor:
+    """The Gramian on each face, with the identity outside of it: (faces, K, K)."""
+    return gramian * chosen[:, :, None] * chosen[:, None, :] + torch.diag_embed(1 - chosen)
+
+
+def best(candidates: Tensor, violations: Tensor) -> Tensor:
+    """Of candidates (faces, K) that with the least violation (faces,); NaN is the worst."""
+    face = violations.nan_to_num(torch.inf, torch.inf).argmin()
+    return candidates.index_select(0, face[None])[0]
+
+
+def scaled(gramian: Tensor) -> Tensor:
+    """The Gramian with 1 as the largest squared norm; zeros as they are."""
+    largest = diagonal(gramian).max()
+    return gramian / torch.where(largest > 0, largest, 1.0)
