@@ -16,7 +16,7 @@ from funcfreeze.compile.through import Through
 from funcfreeze.computation.computation import Computation
 from funcfreeze.computation.finite import Found
 from funcfreeze.gradients import Routing
-from funcfreeze.gradients.meeting import Met
+from funcfreeze.merge.deciding import Met
 
 if TYPE_CHECKING:
     from funcfreeze.compile.capturing import Capturing

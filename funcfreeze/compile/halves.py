@@ -15,6 +15,7 @@ from funcfreeze.computation.half import Half
 from funcfreeze.computation.microbatches import Shares, Splitting
 from funcfreeze.computation.sharing import is_live
 from funcfreeze.computation.state import State, gone_on
+from funcfreeze.declare.overlaps import refuse_crossings
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +45,7 @@ class Halves:
         parts = self.splitting.parts(batch)
         if parts is None:
             return self.compiled.compute(state, batch)
+        self._refuse_parts()
         half = self.splitting.accumulated(parts, partial(self._compiled_part, self.compiled, state))
         return self._met(state, half)
 
@@ -51,11 +53,16 @@ class Halves:
         """Eagerly, with each loss's gradients apart if wanted."""
         parts = self.splitting.parts(batch)
         if parts is not None:
+            self._refuse_parts()
             half = self.splitting.accumulated(parts, partial(self._part, state, per_loss=per_loss))
             return self._met(state, half, keeps_rows=per_loss)
         computation = self.computation.at(state)
         run = computation.separately if per_loss else computation.gradients
         return run(*state.fields, batch)
+
+    def _refuse_parts(self) -> None:
+        why = "and the parts of a batch meet nowhere; use at='parameters', which sees what is accumulated"
+        refuse_crossings(self.computation.evaluation.plan.merge, why)
 
     def _met(self, state: State, half: Half, *, keeps_rows: bool = False) -> Half:
         """With what the merge rules make of gradients that are accumulated."""

@@ -23,8 +23,8 @@ from funcfreeze.computation.sharing import WithShared
 from funcfreeze.computation.state import Fields, Lease, State, known_count, lease_of, listing_of, make_state
 from funcfreeze.computation.targets import Moves, move
 from funcfreeze.computation.updating import Updating
-from funcfreeze.gradients.meeting import Met
 from funcfreeze.gradients.modes import grad_mode
+from funcfreeze.merge.deciding import Met
 from funcfreeze.model.ties import tied
 from funcfreeze.optim import Transform
 

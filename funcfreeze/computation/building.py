@@ -18,7 +18,7 @@ from funcfreeze.computation.statistics import FrozenNorms
 from funcfreeze.computation.targets import Target, Targets
 from funcfreeze.declare.ema import Ema
 from funcfreeze.declare.names import own_name_problems
-from funcfreeze.declare.overlaps import Merge
+from funcfreeze.declare.overlaps import Merge, refuse_crossings
 from funcfreeze.declare.plan import chosen, raise_problems, resolve_plan
 from funcfreeze.declare.routes import Selection
 from funcfreeze.gradients import Timetable, find_engine
@@ -58,6 +58,8 @@ def built(
     refuse_unusable(module)
     leaves = module_leaves(module)
     plan = resolve_plan(routes, leaves, declared.merge)
+    if declared.engine != "routed":
+        refuse_crossings(plan.merge, f"and engine={declared.engine!r} knows none of these; use engine='routed'")
     raise_problems([*own_name_problems("loss", plan.losses)])
     norms = FrozenNorms.of(module, declared.frozen_statistics, plan.frozen_statistics)
     twins = Targets.of(declared.targets, module, plan.targets, plan.paths)

@@ -28,9 +28,10 @@ from funcfreeze.declare.names import OWN, own_name_problems
 from funcfreeze.declare.plan import raise_problems
 from funcfreeze.gradients import Engine, Routing, Timetable
 from funcfreeze.gradients.law import Evaluate, OtherLeaf, Outcome, SeparateOutcome
-from funcfreeze.gradients.meeting import Apart, Met, meet
+from funcfreeze.gradients.meeting import Apart, meet
 from funcfreeze.gradients.returned import check_losses, exchanged
 from funcfreeze.gradients.sums import plus
+from funcfreeze.merge.deciding import Met
 from funcfreeze.model.memory import memory_of
 from funcfreeze.model.watching import Watch, by_memory
 from funcfreeze.optim import Transform
@@ -119,7 +120,7 @@ class Computation:
         _check_beside(losses, beside, params)
         gradients = self._unscaled(_touched(self.routing.paths, outcome.gradients), optimizer)
         rows = self._rows(outcome.apart, optimizer)
-        half = Half(gradients, losses, beside.metrics, beside.buffers, beside.written, rows)
+        half = Half(gradients, losses, beside.metrics, beside.buffers, beside.written, rows, outcome.met)
         return self.met(half, optimizer, step) if self.shares is None else half
 
     def differentiated(
@@ -133,7 +134,7 @@ class Computation:
         rows, losses = self._rows(outcome.apart, optimizer), part.unweighted(outcome.losses)
         if self.shares is not None:
             return Differentiated(gradients, losses, rows, {})
-        half = self.met(Half(gradients, losses, {}, {}, {}, rows), optimizer, step)
+        half = self.met(Half(gradients, losses, {}, {}, {}, rows, outcome.met), optimizer, step)
         return Differentiated(dict(half.gradients), losses, {}, half.met)
 
     def separately(
@@ -147,10 +148,14 @@ class Computation:
         pairs = zip(self.routing.losses, outcome.gradients, strict=True)
         rows = {loss: self._unscaled(_touched(self.routing.paths, row), optimizer) for loss, row in pairs}
         merged: dict[str, Tensor] = {}
-        for row in rows.values():
+        for row in rows.values() if outcome.crossed is None else ():
             summed = {path: g for path, g in row.items() if path not in self._ruled}
             merged |= {path: plus(merged[path], g) if path in merged else g for path, g in summed.items()}
-        half = Half(merged, losses, beside.metrics, beside.buffers, beside.written, rows)
+        met: Mapping[str, Met] = {}
+        if outcome.crossed is not None:
+            met = outcome.crossed.met
+            merged = self._unscaled(_touched(self.routing.paths, outcome.crossed.gradients), optimizer)
+        half = Half(merged, losses, beside.metrics, beside.buffers, beside.written, rows, met)
         return self.met(half, optimizer, step, keeps_rows=True) if self.shares is None else half
 
     def met(self, half: Half, optimizer: Any, step: Tensor, *, keeps_rows: bool = False) -> Half:
@@ -177,7 +182,9 @@ class Computation:
         with torch.no_grad():
             merged, met = meet(routing, apart, found.losses, step, states)
         both = {**found.gradients, **{routing.paths[index]: gradient for index, gradient in merged.items()}}
-        return found.replace(gradients={path: both[path] for path in routing.paths if path in both}, met=met)
+        return found.replace(
+            gradients={path: both[path] for path in routing.paths if path in both}, met={**found.met, **met}
+        )
 
     @property
     def _ruled(self) -> frozenset[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from funcfreeze.computation.half import Half
 from funcfreeze.declare.plan import Plan, Row
 from funcfreeze.declare.plan_table import group_rows
-from funcfreeze.gradients.meeting import Met, seen_in
+from funcfreeze.merge.deciding import Met, seen_in
 from funcfreeze.merge.rows import Rows
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from funcfreeze.gradients.meeting import Met
+from funcfreeze.merge.deciding import Met
 
 
 @dataclass(frozen=True, eq=False, repr=False)

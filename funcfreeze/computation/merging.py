@@ -10,7 +10,7 @@ from torch import Tensor
 
 from funcfreeze.declare.names import OWN
 from funcfreeze.declare.overlaps import Overlap
-from funcfreeze.gradients.meeting import Met
+from funcfreeze.merge.deciding import Met
 from funcfreeze.merge.rule import RuleState
 from funcfreeze.optim import Transform
 from funcfreeze.optim.skip import keep_if

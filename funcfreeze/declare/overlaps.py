@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from funcfreeze.declare.routes import Weight
 from funcfreeze.declare.selectors import Leaf, RouteError, Selector, label, resolve, to_selector
 from funcfreeze.merge import BY_NAME
-from funcfreeze.merge.rule import Rule, checked_rule
+from funcfreeze.merge.rule import PLACES, Rule, checked_rule
 
 Merge = Rule | Mapping[Selector | str, Rule]
 """A bare rule for all parameters, or a rule for each selector."""
@@ -108,6 +108,17 @@ def resolve_merge(
     if problems:
         raise RouteError(problems[0])
     return overlaps
+
+
+def refuse_crossings(overlaps: Sequence[Overlap], why: str) -> None:
+    """Refuse rules that decide above parameters.
+
+    Raises:
+        ValueError: naming them.
+    """
+    labels = [one.label for one in overlaps if one.paths and one.rule.at != PLACES[0]]
+    if labels:
+        raise ValueError(f"merge {', '.join(map(repr, labels))}: at='activations' decides where losses meet, {why}")
 
 
 def eager_rules(overlaps: Sequence[Overlap]) -> list[str]:

@@ -20,6 +20,7 @@ from funcfreeze.declare.plan_table import format_plan
 from funcfreeze.declare.routes import Declaration, Route, Selection, Weight, declare
 from funcfreeze.declare.selectors import Leaf, RouteError, label, resolve, to_selector
 from funcfreeze.declare.timing import ALWAYS, Timing
+from funcfreeze.merge.rule import PLACES
 
 
 @dataclass(frozen=True)
@@ -265,8 +266,8 @@ def refuse_what_steps_do(routes: object) -> None:
         )
 
 
-def refuse_rules_with_state(plan: Plan) -> None:
-    """Refuse a plan whose merge rules keep a state, where there is no State to keep it in.
+def refuse_rules_of_steps(plan: Plan) -> None:
+    """Refuse a plan whose merge rules keep a state, or that look at activations, where there is no `Step` for them.
 
     Raises:
         RouteError: naming each.
@@ -277,6 +278,12 @@ def refuse_rules_with_state(plan: Plan) -> None:
             "in a Step, whose State holds it"
             for overlap in plan.merge
             if overlap.rule.init is not None
+        ]
+        + [
+            f"merge {overlap.label!r}: {overlap.rule} looks at activations, which takes a graph of which all hooks are "
+            "known: use it in a Step, or at='parameters'"
+            for overlap in plan.merge
+            if overlap.rule.at != PLACES[0]
         ]
     )
 

@@ -119,13 +119,13 @@ def _may_share(found: FlowMap, call: Call) -> bool:
     """Whether one engine call computes what the flows mean: nothing is added up that should stay apart, nothing leaks.
 
     Then at every node that runs there is one flow of the call at most, it goes wherever the engine would take it, and
-    where flows merge inside the call none of them is to be weighted.
+    where flows merge inside the call none of them is to be weighted, and no rule decides.
     """
     runs = engine_runs(found, [call])
     exits = runs.exits[0]
     for flow in call:
-        for weight, merged in found.stops.get(flow, {}).values():
-            if merged in call and weight != UNIT_WEIGHT:
+        for node, (weight, merged) in found.stops.get(flow, {}).items():
+            if merged in call and (weight != UNIT_WEIGHT or node in found.crossings):
                 return False
     for node, leaving in enumerate(found.passing):
         inside = [flow for flow in leaving if flow in call]

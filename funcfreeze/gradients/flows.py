@@ -42,6 +42,7 @@ class FlowMap:
         arrivals: for each node, the flows that arrive there, and at which of its inputs.
         passing: for each node, the flows that leave it downwards (or end in it, if it is a leaf).
         stops: for each flow, the nodes where it stops, with the weight to multiply by and the flow it becomes part of.
+        crossings: the nodes where flows merge by a rule's decision, each with the number of that (see `crossings`).
     """
 
     shape: Shape
@@ -50,6 +51,7 @@ class FlowMap:
     arrivals: list[dict[Flow, set[int]]]
     passing: list[list[Flow]]
     stops: dict[Flow, dict[int, tuple[int, Flow]]] = field(default_factory=dict)
+    crossings: dict[int, int] = field(default_factory=dict)
 
     def merges_into(self, flows: AbstractSet[Flow]) -> set[int]:
         """The nodes where one of these flows is made of others."""

@@ -11,7 +11,7 @@ the sum are kept apart, for the rule to make one of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from typing import Any, NamedTuple, Protocol
 
@@ -23,7 +23,8 @@ from funcfreeze.declare.routes import UNIT, Weight, weight_value
 from funcfreeze.declare.timed_routes import timed_routes
 from funcfreeze.gradients.sums import add
 from funcfreeze.gradients.weights import LossWeights
-from funcfreeze.merge.rule import Rule
+from funcfreeze.merge.deciding import Met
+from funcfreeze.merge.rule import PLACES, Rule
 
 Evaluate = Callable[[list[Tensor]], tuple[Any, Any]]
 """The forward: parameters in the routing's order -> (what the user's `losses` returned, anything else)."""
@@ -74,7 +75,8 @@ class Routing:
         active: of the plan's timings, in their order, which are active; stands for the routing beside others of a plan.
         resting: the losses of which some route is not active. They may hang on constants alone now.
         live: a graph that goes on into the losses', if there is one.
-        places: where losses meet under a rule other than the sum.
+        places: where losses meet under a rule other than the sum, that looks at the parameters' gradients.
+        crossings: the same for rules that look at the cotangents where the losses meet.
         owners: the losses of the last weights, each one's own: of what is kept apart at leaves under a rule.
     """
 
@@ -87,6 +89,7 @@ class Routing:
     resting: frozenset[str] = frozenset()
     live: Live | None = None
     places: tuple[Place, ...] = ()
+    crossings: tuple[Place, ...] = ()
     owners: tuple[int, ...] = ()
 
     @staticmethod
@@ -105,9 +108,12 @@ class Routing:
         for loss in plan.losses:
             routed = ((leaf, row.weights[loss]) for leaf, row in enumerate(plan.rows) if loss in row.weights)
             weights.append(tuple((leaf, _number(terms, given)) for leaf, given in routed))
-        places = _places(plan)
+        everywhere = _places(plan)
+        places = tuple(place for place in everywhere if place.rule.at == PLACES[0])
+        crossings = tuple(place for place in everywhere if place.rule.at != PLACES[0])
         rows, owners = _kept_apart(weights, terms, frozenset(leaf for place in places for leaf in place.leaves))
-        routing = Routing(plan.losses, plan.paths, rows, tuple(terms), places=places, owners=owners)
+        routing = Routing(plan.losses, plan.paths, rows, tuple(terms), owners=owners)
+        routing = replace(routing, places=places, crossings=crossings)
         return replace(routing, differentiable=frozenset(differentiable) - routing.routed)
 
     def says_as(self, other: Routing) -> bool:
@@ -228,6 +234,7 @@ class Outcome:
         rest: what the forward returned beside the losses.
         other_leaves: where else the losses' graph ends, if the engine looks.
         apart: for each loss, leaf -> its gradient, at the leaves under a rule; empty without any.
+        met: what was seen and decided above parameters, by the label of the overlap.
     """
 
     gradients: Sequence[Tensor | None]
@@ -235,15 +242,20 @@ class Outcome:
     rest: Any
     other_leaves: Sequence[OtherLeaf] = ()
     apart: Sequence[Mapping[int, Tensor]] = ()
+    met: Mapping[str, Met] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class SeparateOutcome:
-    """As `Outcome`, with the weighted gradients of each loss apart: for each loss, for each leaf. Always detached."""
+    """As `Outcome`, with the weighted gradients of each loss apart: for each loss, for each leaf. Always detached.
+
+    Where a rule decides above parameters they say nothing of the merged ones, which are `crossed` then.
+    """
 
     gradients: Sequence[Sequence[Tensor | None]]
     losses: Mapping[str, Tensor]
     rest: Any
+    crossed: Outcome | None = None
 
 
 def summed(outcome: SeparateOutcome, routing: Routing) -> Outcome:

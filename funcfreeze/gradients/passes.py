@@ -11,10 +11,11 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from funcfreeze.gradients.calls import Runs, blocked_exits, blocked_zone, engine_runs, share_calls, unsafe_exits
+from funcfreeze.gradients.crossings import Crossing, find_crossings
 from funcfreeze.gradients.flows import FlowMap, above_hooks, follow, tearing_merges
 from funcfreeze.gradients.graph import NO_LEAF, Graph
 from funcfreeze.gradients.shape import Shape
-from funcfreeze.gradients.weights import UNIT_WEIGHT, Flow, LossWeights, Weights
+from funcfreeze.gradients.weights import UNIT_WEIGHT, Flow, LossWeights, Weights, any_loss
 
 
 class Seed(NamedTuple):
@@ -32,11 +33,21 @@ class Captured(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A place where cotangents enter a pass: an input of a node, and what is added up there."""
+    """A place where cotangents enter a pass: an input of a node, and what is added up there.
+
+    Attributes:
+        node: where.
+        input_nr: at which of its inputs.
+        sources: what enters.
+        crossing: which rule makes one cotangent of these, or None where they are added up.
+        losses: whose they are, if a rule is to be told.
+    """
 
     node: int
     input_nr: int
     sources: tuple[Seed | Captured, ...]
+    crossing: int | None = None
+    losses: tuple[int, ...] = ()
 
 
 class Exit(NamedTuple):
@@ -68,18 +79,32 @@ class Pass(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def plan_passes(graph: Graph, weights: tuple[LossWeights, ...], shared: int) -> tuple[Pass, ...]:
+def plan_passes(
+    graph: Graph,
+    weights: tuple[LossWeights, ...],
+    shared: int,
+    crossings: tuple[Crossing, ...] = (),
+    losses: tuple[str, ...] = (),
+    paths: tuple[str, ...] = (),
+) -> tuple[Pass, ...]:
     """The engine calls for a graph, in order; planned once for every structure.
 
     Args:
         graph: the structure of the autograd graph.
         weights: for each loss, which leaves it may update and with which weight.
         shared: weight indices from here on are each one loss's own.
+        crossings: what is decided where losses meet above parameters.
+        losses: the names of the losses, and `paths` those of the leaves, for messages about that.
+        paths: see there.
+
+    Raises:
+        RouteError: losses do not meet as a rule takes it.
     """
     shape, ready = Shape(graph), Weights(weights, shared)
     forbidden = above_hooks(shape)
     while True:
         found = follow(shape, ready, forbidden)
+        found.crossings |= find_crossings(found, crossings, losses, paths) if crossings else {}
         torn = tearing_merges(found)
         runs = engine_runs(found, [] if torn else share_calls(found))
         unsafe = torn | unsafe_exits(found, runs)
@@ -165,19 +190,27 @@ def _exits(runs: Runs, slots: Slots) -> list[list[Exit]]:
 def _entries(found: FlowMap, runs: Runs, slots: Slots) -> list[list[Entry]]:
     """Where cotangents enter each call: where losses start, unless they exit there at once, and where others exit."""
     call_of = {flow: index for index, call in enumerate(runs.calls) for flow in call}
-    sources: list[dict[tuple[int, int], list[Seed | Captured]]] = [{} for _ in runs.calls]
+    sources: list[dict[tuple[int, int], list[tuple[Seed | Captured, int]]]] = [{} for _ in runs.calls]
 
-    def enter(flow: Flow, node: int, input_nr: int, source: Seed | Captured) -> None:
-        sources[call_of[flow]].setdefault((node, input_nr), []).append(source)
+    def enter(flow: Flow, node: int, input_nr: int, source: Seed | Captured, loss: int) -> None:
+        sources[call_of[flow]].setdefault((node, input_nr), []).append((source, loss))
 
     for start in found.starts:
         weight, flow = found.stops.get(start.flow, {}).get(start.node, (UNIT_WEIGHT, start.flow))
-        enter(flow, start.node, start.input_nr, Seed(start.loss, start.weight if start.flow.folded else weight))
+        source = Seed(start.loss, start.weight if start.flow.folded else weight)
+        enter(flow, start.node, start.input_nr, source, start.loss)
     for (index, node, input_nr), slot in slots.items():
         (flow,) = runs.exits[index][node]
         weight, merged = found.stops[flow][node]
-        enter(merged, node, input_nr, Captured(slot, weight))
-    return [[Entry(node, input_nr, tuple(added)) for (node, input_nr), added in places.items()] for places in sources]
+        enter(merged, node, input_nr, Captured(slot, weight), any_loss(flow.losses))
+    return [[_entry(found, *place, entering) for place, entering in places.items()] for places in sources]
+
+
+def _entry(found: FlowMap, node: int, input_nr: int, entering: Sequence[tuple[Seed | Captured, int]]) -> Entry:
+    added = tuple(source for source, _ in entering)
+    if node not in found.crossings:
+        return Entry(node, input_nr, added)
+    return Entry(node, input_nr, added, found.crossings[node], tuple(loss for _, loss in entering))
 
 
 def _leaves(found: FlowMap, runs: Runs) -> list[list[tuple[int, int, int]]]:

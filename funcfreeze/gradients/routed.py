@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from funcfreeze.declare.routes import scalar_like
+from funcfreeze.gradients.crossings import Crossing
+from funcfreeze.gradients.entering import Deciding, arriving, weighted
 from funcfreeze.gradients.explained import explained, walking
 from funcfreeze.gradients.forward import Forward, forward
 from funcfreeze.gradients.graph import (
@@ -24,7 +25,7 @@ from funcfreeze.gradients.hooks import Noticed, note_temporary_hooks, noticing_h
 from funcfreeze.gradients.law import Evaluate, Live, OtherLeaf, Outcome, Routing, SeparateOutcome
 from funcfreeze.gradients.modes import grad_mode
 from funcfreeze.gradients.outside import Outside, ends_outside
-from funcfreeze.gradients.passes import Captured, Entry, Pass, losses_walked, plan_passes
+from funcfreeze.gradients.passes import Entry, Pass, losses_walked, plan_passes
 from funcfreeze.gradients.returned import nothing
 from funcfreeze.gradients.seed import seed_of
 from funcfreeze.gradients.sums import add, plus
@@ -63,10 +64,11 @@ class Routed:
         # nothing but `graph` holds what it need not hold now, and lets it go as it is used up
         with grad_mode(carries):
             retain = before is not None and before.retain
-            found = planned_backward(graph, live.leaves, routing, weights, retain_graph=retain)
+            decide = Deciding(routing, values, step, seed)
+            found = planned_backward(graph, live.leaves, routing, weights, retain_graph=retain, decide=decide)
         if carries:
             found = _cut(found, live.leaves)
-        return Outcome(found.merged, values, rest, others, found.apart)
+        return Outcome(found.merged, values, rest, others, found.apart, decide.met)
 
     def separate(
         self,
@@ -77,15 +79,25 @@ class Routed:
         seed: Tensor | None = None,
     ) -> SeparateOutcome:
         """Every loss's gradients apart, one engine call each, over the leaves that loss may update."""
-        with torch.no_grad():
+        with torch.no_grad(), noticing_hooks() as noticed:
             live = forward(evaluate, params, routing)
         weights = routing.weight_values(step)
+        present = [*live.losses]
         with grad_mode(False):
             gradients = [
                 _alone(name, loss, live.leaves, dict(row), weights, seed)
                 for name, loss, row in zip(routing.losses, live.losses, routing.weights, strict=True)
             ]
-        return SeparateOutcome(gradients, *live.let_go(routing, nothing))
+        values, rest = live.let_go(routing, nothing)
+        if not routing.crossings:
+            return SeparateOutcome(gradients, values, rest)
+        graph = read_losses(present, live.leaves, _hooked(noticed, routing.live), seed)
+        del present
+        with grad_mode(False):
+            decide = Deciding(routing, values, step, seed)
+            found = planned_backward(graph, live.leaves, routing, weights, decide=decide)
+        crossed = Outcome(found.merged, values, None, apart=found.apart, met=decide.met)
+        return SeparateOutcome(gradients, values, rest, crossed)
 
 
 def _hooked(noticed: Noticed, before: Live | None) -> list[Node] | None:
@@ -142,8 +154,15 @@ def _alone(
     with explained(walking, [name]):
         gradients = torch.autograd.grad(loss, inputs, seed_of(loss, seed), retain_graph=True, allow_unused=True)
     for (index, weight), gradient in zip(row.items(), gradients, strict=True):
-        found[index] = _weighted(gradient, weights, weight)
+        found[index] = weighted(gradient, weights, weight)
     return found
+
+
+def planned(graph: Graph, routing: Routing) -> tuple[Pass, ...]:
+    """The engine calls for a graph."""
+    crossings = tuple(Crossing(place.label, place.leaves, place.losses) for place in routing.crossings)
+    names = (crossings, routing.losses, routing.paths) if crossings else ()
+    return plan_passes(graph, routing.weights, routing.shared, *names)
 
 
 class LiveGraph(NamedTuple):
@@ -204,6 +223,7 @@ def planned_backward(
     weights: Sequence[float | Tensor],
     *,
     retain_graph: bool = False,
+    decide: Deciding | None = None,
 ) -> Gradients:
     """Every leaf's merged gradient. The graph is used up: its list of nodes is emptied, so that memory goes as it can.
 
@@ -215,14 +235,15 @@ def planned_backward(
         routing: which loss may update which leaf.
         weights: the value of every weight index.
         retain_graph: keep the graph, list of nodes included.
+        decide: calls rules that decide above parameters; None where there are none.
     """
-    passes = plan_passes(graph.structure, routing.weights, routing.shared)
+    passes = planned(graph.structure, routing)
     nodes = {node: graph.nodes[node] for planned in passes for node in planned.done}
     if retain_graph:
         passes = tuple(planned._replace(retain=True) for planned in passes)
     else:
         graph.nodes.clear()
-    return _run(passes, nodes, leaves, graph.seeds, weights, routing)
+    return _run(passes, nodes, leaves, graph.seeds, weights, routing, decide)
 
 
 def _run(
@@ -232,20 +253,21 @@ def _run(
     seeds: Sequence[Tensor | None],
     weights: Sequence[float | Tensor],
     routing: Routing,
+    decide: Deciding | None,
 ) -> Gradients:
     """Make the engine calls; nodes are let go with the last call that mentions them, and the graph above with them."""
     merged: list[Tensor | None] = [None] * len(leaves)
     apart: list[dict[int, Tensor]] = [{} for _ in routing.losses] if routing.owners else []
     slots: dict[int, Tensor] = {}
     for turn, planned in enumerate(passes):
-        arriving = [(entry, _sum_up(entry, slots, seeds, weights)) for entry in planned.entries]
-        entering = [(entry, cotangent) for entry, cotangent in arriving if cotangent is not None]
+        given = arriving(planned, slots, seeds, weights, decide)
+        entering = [(entry, cotangent) for entry, cotangent in given if cotangent is not None]
         if entering:
             with explained(_walking, routing.losses, passes, turn):
                 found = _call(planned, nodes, leaves, entering)
             ends = len(planned.leaves)
             for (leaf, _, weight), gradient in zip(planned.leaves, found[:ends], strict=True):
-                gradient = gradient if weight == UNIT_WEIGHT else _weighted(gradient, weights, weight)
+                gradient = gradient if weight == UNIT_WEIGHT else weighted(gradient, weights, weight)
                 if weight < routing.shared:
                     merged[leaf] = gradient if merged[leaf] is None else add(merged[leaf], gradient)
                 elif gradient is not None:
@@ -295,21 +317,3 @@ def _call(
 
 def _pass_nothing_on(cotangents: tuple[Tensor | None, ...]) -> tuple[None, ...]:
     return (None,) * len(cotangents)
-
-
-def _sum_up(
-    entry: Entry, slots: dict[int, Tensor], seeds: Sequence[Tensor | None], weights: Sequence[float | Tensor]
-) -> Tensor | None:
-    """The cotangent that enters at a place: what was captured there and the losses' own, each with its weight."""
-    total: Tensor | None = None
-    for source in entry.sources:
-        cotangent = slots.pop(source.slot, None) if isinstance(source, Captured) else seeds[source.loss]
-        total = add(total, _weighted(cotangent, weights, source.weight))
-    return total
-
-
-def _weighted(cotangent: Tensor | None, weights: Sequence[float | Tensor], weight: int) -> Tensor | None:
-    if cotangent is None or weight == UNIT_WEIGHT:
-        return cotangent
-    value = weights[weight]
-    return cotangent if isinstance(value, float) and value == 1.0 else cotangent * scalar_like(value, cotangent)

@@ -22,9 +22,8 @@ from funcfreeze.declare.selectors import RouteError
 from funcfreeze.gradients import Routing
 from funcfreeze.gradients.graph import NO_LEAF
 from funcfreeze.gradients.hooks import noticing_hooks
-from funcfreeze.gradients.passes import plan_passes
 from funcfreeze.gradients.returned import check_losses
-from funcfreeze.gradients.routed import LiveGraph, planned_backward, read_losses
+from funcfreeze.gradients.routed import LiveGraph, planned, planned_backward, read_losses
 from funcfreeze.gradients.seed import seed_of
 from funcfreeze.gradients.walk import at_end_of_backward, is_kept
 from funcfreeze.gradients.weights import UNIT_WEIGHT
@@ -134,8 +133,8 @@ def combine(
     graph, parameters, routing = _read(present, parameters, routing)
     graph = without_hooks_where_free(graph, parameters)
     around = wrappers(model)
-    passes = plan_passes(graph.structure, routing.weights, routing.shared)
-    touched = {leaf for planned in passes for leaf, _, _ in planned.leaves}
+    passes = planned(graph.structure, routing)
+    touched = {leaf for one in passes for leaf, _, _ in one.leaves}
     _refuse_unknown(around, [(path, parameters[at]) for at, path in enumerate(routing.paths) if at in touched])
     wanted = sorted(touched | _waited_for(around, graph, parameters))
     values = [None if loss is None else loss.detach() for loss in present]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funcfreeze.declare.overlaps import Merge
-from funcfreeze.declare.plan import refuse_rules_with_state, refuse_what_steps_do, resolve_plan
+from funcfreeze.declare.plan import refuse_rules_of_steps, refuse_what_steps_do, resolve_plan
 from funcfreeze.declare.selectors import Leaf
 from funcfreeze.gradients import Engine, Routing, find_engine
 from funcfreeze.gradients.functorch import is_transforming, refuse_constants
@@ -100,7 +100,7 @@ def grad_and_value(
             refuse_what_steps_do(routes)
             known.clear()  # a loop has one structure
             plan = resolve_plan(routes, [_leaf(paths[place], leaves[place]) for place in places], merge)
-            refuse_rules_with_state(plan)
+            refuse_rules_of_steps(plan)
             known[key] = Routing.of(plan)
 
         def evaluate(given: list[Tensor]) -> tuple[Any, Any]:

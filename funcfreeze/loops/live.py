@@ -8,7 +8,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from funcfreeze.declare.plan import refuse_rules_with_state, refuse_what_steps_do, resolve_plan
+from funcfreeze.declare.plan import refuse_rules_of_steps, refuse_what_steps_do, resolve_plan
 from funcfreeze.declare.selectors import Leaf, RouteError
 from funcfreeze.gradients import Routing, Timetable
 from funcfreeze.gradients.graph import NO_LEAF
@@ -39,7 +39,7 @@ def parameters_and_routing(
     refuse_what_steps_do(routes)
     leaves = leaves_of(model)
     plan = resolve_plan(routes, leaves, merge)
-    refuse_rules_with_state(plan)
+    refuse_rules_of_steps(plan)
     number = int(count) if count is not None and plan.timings else None
     return [leaf.tensor for leaf in leaves], Timetable(plan).at(number)
 

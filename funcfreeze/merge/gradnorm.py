@@ -54,7 +54,7 @@ def _begun(number: int) -> RuleState:
     }
 
 
-def gradnorm(*, alpha: float = 1.5, lr: float = 0.025, at: str = "parameters") -> Rule:
+def gradnorm(*, alpha: float = 1.5, lr: float = 0.025) -> Rule:
     """GradNorm: a weight for every loss, learned so that all train at similar rates. They sum to the number of losses.
 
     It keeps its weights and the first value of every loss in the state. They weigh what the losses do to the
@@ -65,11 +65,10 @@ def gradnorm(*, alpha: float = 1.5, lr: float = 0.025, at: str = "parameters") -
     Args:
         alpha: how strongly losses that lag behind are pulled, at least 0.
         lr: the step of the weights, above 0.
-        at: "parameters", or "activations" (see `Rule`).
     """
     refuse(
         "gradnorm",
         number_problem("alpha", alpha, lambda value: value >= 0, "at least 0"),
         number_problem("lr", lr, lambda value: value > 0, "above 0"),
     )
-    return Rule(_GradNorm(alpha, lr), init=_begun, name="gradnorm", at=at)
+    return Rule(_GradNorm(alpha, lr), init=_begun, name="gradnorm")

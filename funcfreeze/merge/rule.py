@@ -118,6 +118,8 @@ class Rule:
             raise TypeError(f"a Rule is given a function as `weights`, or one as `vector`, got {shown}")
         if self.at not in PLACES:
             raise ValueError(f"a rule's `at` is 'parameters' or 'activations', got {self.at!r}")
+        if self.init is not None and self.at != PLACES[0]:
+            raise ValueError("a rule that keeps a state looks at parameters, not at activations")
         object.__setattr__(self, "name", self.name or str(getattr(given[0], "__name__", type(given[0]).__name__)))
 
     @property

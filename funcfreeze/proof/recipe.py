@@ -19,9 +19,10 @@ from funcfreeze.computation.renewal import renewed
 from funcfreeze.computation.sharing import taken_apart
 from funcfreeze.computation.state import State
 from funcfreeze.computation.statistics import FrozenNorms
-from funcfreeze.gradients.meeting import Met, meet
+from funcfreeze.gradients.meeting import meet
 from funcfreeze.gradients.returned import check_losses
 from funcfreeze.gradients.toggle import accumulate
+from funcfreeze.merge.deciding import Met
 from funcfreeze.model.attributes import let_go_of_graphs, nodes_made
 from funcfreeze.model.functional import FunctionalModule
 from funcfreeze.optim.skip import find_non_finite
