@@ -147,9 +147,10 @@ class Computation:
         _check_beside(losses, beside, params)
         pairs = zip(self.routing.losses, outcome.gradients, strict=True)
         rows = {loss: self._unscaled(_touched(self.routing.paths, row), optimizer) for loss, row in pairs}
+        ruled = {self.routing.paths[leaf] for leaf in self.routing.ruled}
         merged: dict[str, Tensor] = {}
         for row in rows.values() if outcome.crossed is None else ():
-            summed = {path: g for path, g in row.items() if path not in self._ruled}
+            summed = {path: g for path, g in row.items() if path not in ruled}
             merged |= {path: plus(merged[path], g) if path in merged else g for path, g in summed.items()}
         met: Mapping[str, Met] = {}
         if outcome.crossed is not None:
@@ -170,9 +171,9 @@ class Computation:
         routing = self.routing
         if not routing.places:
             return half
-        leaf = {path: index for index, path in enumerate(routing.paths)}
+        leaf = {routing.paths[index]: index for index in routing.ruled}
         apart = [
-            {leaf[path]: g for path, g in half.per_loss.get(loss, {}).items() if path in self._ruled}
+            {leaf[path]: g for path, g in half.per_loss.get(loss, {}).items() if path in leaf}
             for loss in routing.losses
         ]
         states = states_in(optimizer, is_scaled=self.loss_scale is not None)
@@ -185,11 +186,6 @@ class Computation:
         return found.replace(
             gradients={path: both[path] for path in routing.paths if path in both}, met={**found.met, **met}
         )
-
-    @property
-    def _ruled(self) -> frozenset[str]:
-        """The paths of the parameters under a merge rule."""
-        return frozenset(self.routing.paths[leaf] for place in self.routing.places for leaf in place.leaves)
 
     def _rows(self, apart: Apart, optimizer: Any) -> dict[str, dict[str, Tensor]]:
         """For each loss the gradients that were kept apart, by path."""

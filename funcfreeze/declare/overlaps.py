@@ -82,11 +82,12 @@ def resolve_merge(
     if merge is None:
         return []
     given = merge if isinstance(merge, Mapping) else {"*": merge}
-    entries = [(label(selector), selector, checked_rule(rule, _named(selector))) for selector, rule in given.items()]
+    titles = [label(selector) if isinstance(selector, str | Selector) else repr(selector) for selector in given]
+    rules = [checked_rule(rule, f"merge[{title!r}]") for title, rule in zip(titles, given.values(), strict=True)]
     overlaps: list[Overlap] = []
     problems: list[str] = []
     claimed: dict[int, list[str]] = {}
-    for title, selector, rule in entries:
+    for title, selector, rule in zip(titles, given, rules, strict=True):
         try:
             chosen, wrong = resolve(to_selector(selector), leaves)
         except RouteError as error:
@@ -124,10 +125,6 @@ def refuse_crossings(overlaps: Sequence[Overlap], why: str) -> None:
 def eager_rules(overlaps: Sequence[Overlap]) -> list[str]:
     """The rules that cannot be compiled, in words."""
     return [f"merge {one.label!r}: {one.rule}" for one in overlaps if one.paths and not one.rule.compiles]
-
-
-def _named(selector: object) -> str:
-    return f"merge[{label(selector)!r}]" if isinstance(selector, str | Selector) else f"merge[{selector!r}]"
 
 
 def told(overlaps: Sequence[Overlap], rows: Sequence[Routed]) -> Iterator[str]:

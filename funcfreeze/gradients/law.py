@@ -121,7 +121,12 @@ class Routing:
         mine, theirs = ((one.weights, one.resting, len(one.terms)) for one in (self, other))
         return mine == theirs and all(map(_alike, self.terms, other.terms))
 
-    @property
+    @cached_property
+    def ruled(self) -> frozenset[int]:
+        """The leaves at which a rule decides."""
+        return frozenset(leaf for place in self.places for leaf in place.leaves)
+
+    @cached_property
     def shared(self) -> int:
         """So many weights may be shared by losses; those after them are each one loss's own."""
         return len(self.terms) - len(self.owners)
@@ -260,7 +265,7 @@ class SeparateOutcome:
 
 def summed(outcome: SeparateOutcome, routing: Routing) -> Outcome:
     """The merged gradients, from those of each loss; apart where a rule decides."""
-    ruled = {leaf for place in routing.places for leaf in place.leaves}
+    ruled = routing.ruled
     gradients = [
         None if leaf in ruled else reduce(add, column)
         for leaf, column in enumerate(zip(*outcome.gradients, strict=True))

@@ -259,6 +259,7 @@ def _run(
     merged: list[Tensor | None] = [None] * len(leaves)
     apart: list[dict[int, Tensor]] = [{} for _ in routing.losses] if routing.owners else []
     slots: dict[int, Tensor] = {}
+    shared = routing.shared
     for turn, planned in enumerate(passes):
         given = arriving(planned, slots, seeds, weights, decide)
         entering = [(entry, cotangent) for entry, cotangent in given if cotangent is not None]
@@ -268,10 +269,10 @@ def _run(
             ends = len(planned.leaves)
             for (leaf, _, weight), gradient in zip(planned.leaves, found[:ends], strict=True):
                 gradient = gradient if weight == UNIT_WEIGHT else weighted(gradient, weights, weight)
-                if weight < routing.shared:
+                if weight < shared:
                     merged[leaf] = gradient if merged[leaf] is None else add(merged[leaf], gradient)
                 elif gradient is not None:
-                    own = apart[routing.owners[weight - routing.shared]]
+                    own = apart[routing.owners[weight - shared]]
                     own[leaf] = plus(own[leaf], gradient) if leaf in own else gradient
             for exit, cotangent in zip(planned.exits, found[ends:], strict=True):
                 if cotangent is not None:

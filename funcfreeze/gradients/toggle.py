@@ -44,7 +44,7 @@ def accumulate(
     Returns:
         For each loss, leaf -> its gradient, at leaves under a rule.
     """
-    ruled = sorted({leaf for place in routing.places for leaf in place.leaves})
+    ruled = sorted(routing.ruled)
     apart: list[dict[int, Tensor]] = []
     for name, loss, row in zip(routing.losses, losses, routing.weights, strict=True):
         if loss is not None and loss.requires_grad and row:

@@ -22,7 +22,7 @@ class _PCGrad:
 
     def _orders(self, meeting: Meeting) -> Tensor:
         number, device = len(meeting.losses), meeting.gramian.device
-        if self.order == "declared":
+        if self.order == "declared" or number < 3:  # of two there is but one order
             return torch.arange(number, device=device).expand(number, number)
         keys = draws(self.seed, meeting.step, number * number, device)
         return keys.reshape(number, number).argsort(1)

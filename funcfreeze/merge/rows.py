@@ -49,7 +49,7 @@ class Rows:
         """The leaves that have a gradient."""
         return [leaf for leaf, some in enumerate(self._some) if some is not None]
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         """Where rules compute: where the first gradient is."""
         return next(some.device for some in self._some if some is not None)
@@ -60,41 +60,39 @@ class Rows:
 
     @cached_property
     def _packed(self) -> Tensor | None:
-        """The small gradients, (K, elements) float64."""
-        if not self._small:
-            return None
-        return torch.stack([torch.cat(self._flat(row, self._small, torch.float64)) for row in self.gradients])
+        """The small gradients, (K, elements)."""
+        return self._put_together(self._small) if self._small else None
 
-    def _flat(self, row: Sequence[Tensor | None], leaves: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
-        """Some of a row's gradients, flat, with zeros where there is none."""
-        flat = []
-        for leaf in leaves:
-            some, gradient = self._some[leaf], row[leaf]
-            assert some is not None
-            flat.append(_flattened(torch.zeros_like(some) if gradient is None else gradient).to(self.device, dtype))
-        return flat
+    def _put_together(self, leaves: Sequence[int]) -> Tensor:
+        """Some leaves' gradients, flat, with zeros where there is none: (K, elements)."""
+        some = [like for leaf in leaves if (like := self._some[leaf]) is not None]
+        flat = [
+            _flattened(torch.zeros_like(like) if (gradient := row[leaf]) is None else gradient)
+            for row in self.gradients
+            for leaf, like in zip(leaves, some, strict=True)
+        ]
+        if _kind(some) is None:
+            flat = [part.to(self.device, self.dtype) for part in flat]
+        return torch.cat(flat).view(len(self.gradients), -1)
 
     @cached_property
     def gramian(self) -> Tensor:
         """The inner products of all pairs of rows, (K, K) float64."""
-        number = len(self.gradients)
-        small = set(self._small)
+        number, small = len(self.gradients), set(self._small)
         large = [leaf for leaf in self.touched if leaf not in small]
-        products = [
-            [
-                _product(one[leaf], other[leaf], self.device)
-                for leaf in large
-                if one[leaf] is not None and other[leaf] is not None
-            ]
-            for index, one in enumerate(self.gradients)
-            for other in self.gradients[: index + 1]
-        ]
+        packed = [()] * number if self._packed is None else [(row,) for row in self._packed]
+        rows = [[*(row[leaf] for leaf in large), *own] for row, own in zip(self.gradients, packed, strict=True)]
         nothing = torch.zeros((), dtype=torch.float64, device=self.device)
-        entries = [torch.stack(found).sum() if found else nothing for found in products]
-        whole = [[entries[_triangle(row, column)] for column in range(number)] for row in range(number)]
-        total = torch.stack([torch.stack(row) for row in whole])
-        if self._packed is not None:
-            total = total + self._packed @ self._packed.T
+        entries = []
+        for index, one in enumerate(rows):
+            for other in rows[: index + 1]:
+                pairs = [(g, h) for g, h in zip(one, other, strict=True) if g is not None and h is not None]
+                found = [_product(*pair, self.device) for pair in pairs]
+                entries.append(
+                    torch.stack(found).to(torch.float64).sum() if len(found) > 1 else found[0] if found else nothing
+                )
+        whole = [entries[_triangle(row, column)] for row in range(number) for column in range(number)]
+        total = torch.stack(whole).to(torch.float64).view(number, number)
         return total if self.unit is None else total / self.unit.to(self.device, torch.float64).square()
 
     @cached_property
@@ -109,7 +107,7 @@ class Rows:
     @cached_property
     def matrix(self) -> Tensor:
         """The gradients one below the other."""
-        found = torch.stack([torch.cat(self._flat(row, self.touched, self.dtype)) for row in self.gradients])
+        found = self._put_together(self.touched).to(self.device, self.dtype)
         return found if self.unit is None else found / self.unit.to(self.device, self.dtype)
 
     def weighted(self, weights: Tensor) -> list[Tensor | None]:
@@ -137,10 +135,21 @@ class Rows:
         return found
 
     def _parted(self, vector: Tensor, leaves: Sequence[int]) -> list[tuple[int, Tensor]]:
-        pairs = [(leaf, self._some[leaf]) for leaf in leaves]
-        like = [(leaf, some) for leaf, some in pairs if some is not None]
-        parts = torch.split(vector, [some.numel() * (2 if some.is_complex() else 1) for _, some in like])
-        return [(leaf, _shaped(part, some)) for (leaf, some), part in zip(like, parts, strict=True)]
+        some = [like for leaf in leaves if (like := self._some[leaf]) is not None]
+        kind = _kind(some)
+        parts = torch.split(
+            vector if kind is None else vector.to(kind[1], kind[0]),
+            [like.numel() * (2 if like.is_complex() else 1) for like in some],
+        )
+        shaped = (_shaped(part, like) for part, like in zip(parts, some, strict=True))
+        return [*zip(leaves, shaped, strict=True)]
+
+
+def _kind(some: Sequence[Tensor]) -> tuple[torch.dtype, torch.device] | None:
+    """The dtype and device of real tensors, if they all have the same."""
+    kinds = {(like.dtype, like.device) for like in some}
+    kind = kinds.pop()
+    return None if kinds or kind[0].is_complex else kind
 
 
 def _triangle(row: int, column: int) -> int:
@@ -158,15 +167,14 @@ def _shaped(part: Tensor, like: Tensor) -> Tensor:
     if like.is_complex():
         real = part.to(like.device, like.real.dtype).reshape(*like.shape, 2)
         return torch.view_as_complex(real.contiguous())
-    return part.to(like.device, like.dtype).reshape(like.shape)
+    return part.to(like.device, like.dtype).view(like.shape)
 
 
-def _product(one: Tensor | None, other: Tensor | None, device: torch.device) -> Tensor:
-    """The real inner product, 0-d float64."""
-    assert one is not None
-    assert other is not None
+def _product(one: Tensor, other: Tensor, device: torch.device) -> Tensor:
+    """The real inner product, 0-d."""
     wide = [_flattened(x) if x.dtype not in _HALVES else _flattened(x).float() for x in (one, other)]
-    return torch.dot(*wide).to(device, torch.float64)
+    product = torch.dot(*wide)
+    return product if product.device == device else product.to(device)
 
 
 def _weighted(column: Sequence[Tensor | None], weights: Tensor) -> Tensor | None:
