@@ -84,7 +84,7 @@ def _beside(found: FlowMap, flow: Flow, crossing: Crossing, paths: Sequence[str]
 def _elsewhere(found: FlowMap, crossing: Crossing, flows: set[Flow], nodes: set[int], losses: Sequence[str]) -> str:
     shown = "; ".join(_places(found, flows, nodes, losses)) or "they arrive at the parameters one by one"
     return (
-        f"merge {crossing.label!r}: at='activations' takes losses that meet at one place above all of these parameters; "
+        f"merge {crossing.label!r}: at='activations' takes losses that meet at one place above these parameters; "
         f"{_named(_union(flows), losses)} do not: {shown}. Use at='parameters'"
     )
 

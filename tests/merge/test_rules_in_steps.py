@@ -429,13 +429,13 @@ def test_mistakes_in_the_declaration_are_told_at_once():
     rules = {"trunk": merge.mean(), "trunks.one": merge.mgda(), "trunks": merge.pcgrad(), 3: merge.mean()}
     with pytest.raises(ff.RouteError) as error:
         ff.plan(model, ROUTES, merge=rules)
+    cure = 'take it out of all but one, as in path("*") - "encoder"'
     assert str(error.value).splitlines() == [
         "4 problems:",
-        "  - merge: path('trunk') matches no parameter; did you mean 'trunks'?",
-        "  - merge: trunks.one.weight is claimed by 2 entries, 'trunks.one' and 'trunks'; take it out of all but one, as "
-        'in path("*") - "encoder"',
-        "  - merge: trunks.one.bias is claimed by 2 entries, 'trunks.one' and 'trunks'; take it out of all but one, as in "
-        'path("*") - "encoder"',
+        "  - merge: path('trunk') matches no parameter; did you mean 'trunks' or 'trunks.two' or 'trunks.one'?",
+        "  - merge: a selector is a string, or made by path, regex, kind or where; got int: 3",
+        f"  - merge: trunks.one.weight is claimed by 2 entries, 'trunks.one' and 'trunks'; {cure}",
+        f"  - merge: trunks.one.bias is claimed by 2 entries, 'trunks.one' and 'trunks'; {cure}",
     ]
     for given, message in [
         (merge.pcgrad, r"merge\['\*'\]: a rule is made by calling it: funcfreeze.merge.pcgrad\(...\)"),
