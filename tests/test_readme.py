@@ -36,6 +36,11 @@ def test_the_plan_prints_as_shown(ran):
     assert str(ran["step"].plan) == shown.strip()
 
 
+def test_where_losses_meet_is_told_as_shown(ran):
+    (shown,) = (block for block in blocks("text") if block.startswith("merge"))
+    assert str(ran["meeting"].plan).splitlines()[-1] == shown.strip()
+
+
 def test_the_first_example_has_at_most_twenty_lines():
     assert len([line for line in blocks("python")[0].splitlines() if line.strip()]) <= 20
 

@@ -21,7 +21,7 @@ ITERATIONS = 40
 _CENTERING = 0.1
 """Every step aims at so much of the present duality gap."""
 
-_SHARES = torch.tensor([1.0, 0.5, 0.25, 0.1, 0.03, 0.01], dtype=torch.float64)
+_SHARES = (1.0, 0.5, 0.25, 0.1, 0.03, 0.01)
 """Shares of the longest possible step that are tried at once, of which the best is taken."""
 
 Derivatives = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -60,7 +60,7 @@ def minimized(derivatives: Derivatives, start: Tensor, iterations: int, *, sums_
         dx, dlevel = moved[..., : start.shape[-1]], moved[..., start.shape[-1] :] if sums_to_one else 0.0
         dz = aim / now.x - now.z - now.z / now.x * dx
         length = torch.minimum(_room(now.x, dx), _room(now.z, dz))
-        lengths = length * _SHARES.to(length.device)[(...,) + (None,) * length.dim()]
+        lengths = torch.stack([share * length for share in _SHARES])
         tried = _Point(now.x + lengths * dx, now.z + lengths * dz, now.level + lengths * dlevel)
         residual = derivatives(tried.x)[0] - tried.z - tried.level * border
         off = residual.square().sum(-1) + (tried.x * tried.z - aim).square().sum(-1)

@@ -237,3 +237,55 @@ def test_turns_twins_and_what_is_shared_wait_for_nothing(compile, decay):
             for parameter, gradient in [*zip(dom, rows, strict=True), *zip(cls, more, strict=False)]:
                 parameter -= 0.1 * gradient
     assert_same_displacement(state, start, plain, rtol=1e-3)
+
+
+MERGE_RULES = {
+    "mean": ff.merge.mean(),
+    "pcgrad": ff.merge.pcgrad(),
+    "mgda": ff.merge.mgda(),
+    "upgrad": ff.merge.upgrad(),
+    "cagrad": ff.merge.cagrad(0.5),
+    "imtl_g": ff.merge.imtl_g(),
+    "aligned_mtl": ff.merge.aligned_mtl(scale="median"),
+    "graddrop": ff.merge.graddrop(),
+    "gradnorm": ff.merge.gradnorm(),
+    "dwa": ff.merge.dwa(3),
+}
+
+
+@pytest.mark.parametrize("compile", [False, True, GRAPHS], ids=["eager", "inductor", "CUDA graphs"])
+@pytest.mark.parametrize("losses_met", [3, 10])
+def test_merge_rules_wait_for_nothing(compile, losses_met):
+    """A part of the trunk under every rule, in one graph; and the numbers of the same step on the CPU."""
+    names = [f"loss{k}" for k in range(losses_met)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        trunk = nn.ModuleDict({name: nn.Linear(6, 5) for name in MERGE_RULES})
+        heads = nn.ModuleDict({name: nn.Linear(5, 1) for name in names})
+        model = nn.ModuleDict({"trunk": trunk, "heads": heads}).double()
+        given = [torch.randn(8, 6, dtype=torch.float64) for _ in range(6)]
+
+    def met(model, x):
+        h = torch.tanh(sum(part(x) for part in model["trunk"].values()))
+        return {name: (head(h) - k).square().mean() for k, (name, head) in enumerate(model["heads"].items())}
+
+    routes = {name: ["trunk", f"heads.{name}"] for name in names}
+    merge = {f"trunk.{name}": rule for name, rule in MERGE_RULES.items()}
+    make = {"optimizer": ff.optim.sgd(0.1), "merge": merge}
+    by_hand = ff.Step(model, met, routes, compile=False, **make)
+    step = ff.Step(copy.deepcopy(model).cuda(), met, routes, compile=compile, **make)
+    wanted, state = by_hand.init(), step.init()
+    batches = [x.cuda() for x in given]
+    for x in batches[:3]:
+        state, metrics = step(state, x)
+    with waiting_is_an_error():
+        for x in batches[3:]:
+            state, metrics = step(state, x)
+    assert step.traces == (compile is not False)
+    for x in given:
+        wanted, expected = by_hand(wanted, x)
+    for path, start in model.named_parameters():
+        moved, right = state.params[path].cpu() - start.detach(), wanted.params[path] - start.detach()
+        torch.testing.assert_close(moved, right, rtol=1e-4, atol=1e-7)
+    for name, value in expected.items():
+        torch.testing.assert_close(metrics[name].cpu(), value, rtol=1e-4, atol=1e-7, equal_nan=True)
