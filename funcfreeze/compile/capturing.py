@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import types
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import compress, count
+from itertools import compress
 from operator import is_
 from typing import Any, NoReturn
 
@@ -31,8 +30,7 @@ from funcfreeze.computation.sharing import taken_apart
 from funcfreeze.gradients.modes import grad_mode
 from funcfreeze.gradients.returned import exchanged
 from funcfreeze.model.attributes import attributes_kept
-
-_NUMBERS = count(1)
+from funcfreeze.model.own_code import with_own_code
 
 GRAD = torch.autograd.grad
 
@@ -74,13 +72,9 @@ class Capturing:
         self._call: Call | None = None
         self._problems: dict[int, list[str]] = {}
         self._moves: list[Hashable] = []
-        number = next(_NUMBERS)
-        # Dynamo keeps what it compiled with the code object, and which sizes it saw change with its name and line:
-        # everyone gets a code object, a name and a line of their own, and globals, where it puts what it calls
-        code = captured.__code__.replace(co_name=f"captured_{number}", co_firstlineno=number)
-        own = types.FunctionType(code, dict(captured.__globals__))
+        # everyone has globals of their own, too, where Dynamo puts what it calls
         self._captured: Callable[..., Captured] = torch.compile(
-            own, fullgraph=True, dynamic=options.dynamic, backend=_backend_of(weakref.ref(self))
+            with_own_code(captured), fullgraph=True, dynamic=options.dynamic, backend=_backend_of(weakref.ref(self))
         )
 
     def __call__(self, state: Listed, batch: Any, through: Through | None = None) -> tuple[dict[str, Any], Run]:

@@ -58,7 +58,7 @@ class Through:
         paths = [routing.paths[index] for index in sorted(routing.routed)]
         into = {path: given.leaves[path] for path in paths if path in given.leaves}
         weights = _alike(routing, into)
-        if is_hooked or weights is None or routing.places:
+        if is_hooked or weights is None or routing.places or routing.crossings:
             return None
         return Through(before, into, _with_leaves(routing, tensors, weights), tensors, leaves, structure)
 

@@ -15,6 +15,7 @@ from funcfreeze.declare.selectors import Leaf
 from funcfreeze.gradients import Engine, Routing, find_engine
 from funcfreeze.gradients.functorch import is_transforming, refuse_constants
 from funcfreeze.gradients.meeting import meet
+from funcfreeze.model.own_code import with_own_code
 from funcfreeze.model.pytree import flatten_by_path
 
 Losses = Callable[..., Any]
@@ -139,7 +140,7 @@ def grad_and_value(
             gradients, structure, beside = eager(losses, params, args)
         return optree.tree_unflatten(structure, gradients), beside
 
-    return transformed
+    return with_own_code(transformed)
 
 
 def grad(
@@ -163,7 +164,7 @@ def grad(
         grads, values = both(params, *args)
         return (grads, values[1]) if has_aux else grads
 
-    return transformed
+    return with_own_code(transformed)
 
 
 def _with(values: Sequence[Any], places: Sequence[int], given: Sequence[Any]) -> list[Any]:

@@ -46,21 +46,29 @@ def worst(gramian: Tensor, c: float, iterations: int = ITERATIONS) -> tuple[Tens
         found = minimized(_derivatives(gramian, slope, radius), start, iterations, sums_to_one=True)
         return found, (found @ gramian @ found) > 0
     chosen = faces(number, gramian.device, empty=False)
-    # on a face S, with t = c |g₀| / |g_w|: G_SS w_S = (μ 1 - b_S) / t. Both conditions on w, its sum and |g_w|, make
-    # t the root of a quadratic equation
+    with torch.no_grad():
+        found = _on(gramian, chosen, slope, radius)
+        products = found @ gramian
+        norms = (found * products).sum(1, keepdim=True).clamp(min=0.0).sqrt()
+        gradients = slope + radius * products / norms
+        level = (found * gradients).sum(1, keepdim=True)
+        violations = torch.cat([-found, level - gradients, (gradients - level).abs() * chosen], 1).amax(1)
+        face = best(chosen, violations)
+        is_smooth = violations.nan_to_num(torch.inf, torch.inf).amin() < _TOLERANCE
+    weights = torch.where(is_smooth, _on(gramian, face[None], slope, radius)[0], face / face.sum()).clamp(min=0.0)
+    return weights / weights.sum(), is_smooth
+
+
+def _on(gramian: Tensor, chosen: Tensor, slope: Tensor, radius: Tensor) -> Tensor:
+    """On each face S, with t = c |g₀| / |g_w|, the solution of G_SS w_S = (μ 1 - b_S) / t: (faces, K).
+
+    Both conditions on w, its sum and |g_w|, make t the root of a quadratic equation.
+    """
     both = torch.stack([chosen, chosen * slope], 2)
     ones, slopes = solved(restricted(gramian, chosen), both).unbind(2)
     s, r, q = (ones * chosen).sum(1), (slopes * chosen).sum(1), (slopes * chosen * slope).sum(1)
     t = (r * r - s * (q - radius * radius)).sqrt()
-    found = ((t + r) / s)[:, None] * ones - slopes
-    found = found / t[:, None]
-    products = found @ gramian
-    norms = (found * products).sum(1, keepdim=True).clamp(min=0.0).sqrt()
-    gradients = slope + radius * products / norms
-    level = (found * gradients).sum(1, keepdim=True)
-    violations = torch.cat([-found, level - gradients, (gradients - level).abs() * chosen], 1).amax(1)
-    weights = best(found, violations).clamp(min=0.0)
-    return weights / weights.sum(), violations.nan_to_num(torch.inf, torch.inf).amin() < _TOLERANCE
+    return (((t + r) / s)[:, None] * ones - slopes) / t[:, None]
 
 
 _TOLERANCE = 1e-6

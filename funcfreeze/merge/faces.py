@@ -38,10 +38,14 @@ def restricted(gramian: Tensor, chosen: Tensor) -> Tensor:
     return gramian * chosen[:, :, None] * chosen[:, None, :] + torch.diag_embed(1 - chosen)
 
 
-def best(candidates: Tensor, violations: Tensor) -> Tensor:
-    """Of candidates (faces, K) that with the least violation (faces,); NaN is the worst."""
-    face = violations.nan_to_num(torch.inf, torch.inf).argmin()
-    return candidates.index_select(0, face[None])[0]
+def best(chosen: Tensor, violations: Tensor) -> Tensor:
+    """Of the faces (faces, K) that with the least violation (faces, ...), as its ones and zeros: (..., K).
+
+    What is solved there is solved once more by those who call: derivatives through all faces would be those of the
+    singular ones, too, which are not finite.
+    """
+    face = violations.nan_to_num(torch.inf, torch.inf).argmin(0)
+    return chosen.index_select(0, face.reshape(-1)).reshape(*face.shape, chosen.shape[1])
 
 
 def scaled(gramian: Tensor) -> Tensor:

@@ -31,17 +31,22 @@ def shortest(gramian: Tensor, iterations: int = ITERATIONS) -> Tensor:
         start = torch.full((number,), 1 / number, dtype=known.dtype, device=known.device)
         return minimized(quadratic(known, torch.zeros_like(start)), start, iterations, sums_to_one=True)
     chosen = faces(number, known.device, empty=False)
-    # on a face S: G_SS w_S = μ 1, Σ w_S = 1
-    bordered = torch.cat([restricted(known, chosen), chosen[:, :, None]], 2)
-    below = torch.cat([chosen, torch.zeros_like(chosen[:, :1])], 1)
-    right = torch.zeros_like(below)
-    right[:, -1] = 1
-    found = solved(torch.cat([bordered, below[:, None, :]], 1), right)[:, :-1]
-    products = found @ known
-    level = (found * products).sum(1, keepdim=True)
-    violations = torch.cat([-found, level - products, (products - level).abs() * chosen], 1).amax(1)
-    weights = best(found, violations).clamp(min=0.0)
+    with torch.no_grad():
+        found = _on(known, chosen)
+        products = found @ known
+        level = (found * products).sum(1, keepdim=True)
+        violations = torch.cat([-found, level - products, (products - level).abs() * chosen], 1).amax(1)
+        face = best(chosen, violations)
+    weights = _on(known, face[None])[0].clamp(min=0.0)
     return weights / weights.sum()
+
+
+def _on(gramian: Tensor, chosen: Tensor) -> Tensor:
+    """On each face S the solution of G_SS w_S = μ 1, Σ w_S = 1: (faces, K)."""
+    bordered = torch.cat([restricted(gramian, chosen), chosen[:, :, None]], 2)
+    below = torch.cat([chosen, torch.zeros_like(chosen[:, :1])], 1)
+    right = torch.cat([torch.zeros_like(chosen), torch.ones_like(chosen[:, :1])], 1)
+    return solved(torch.cat([bordered, below[:, None, :]], 1), right)[:, :-1]
 
 
 def mgda(*, iterations: int = ITERATIONS, at: str = "parameters") -> Rule:

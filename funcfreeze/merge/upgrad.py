@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from funcfreeze.merge.faces import MOST, faces, restricted, solved
+from funcfreeze.merge.faces import MOST, best, faces, restricted, solved
 from funcfreeze.merge.interior import ITERATIONS, minimized, quadratic
 from funcfreeze.merge.rows import diagonal
 from funcfreeze.merge.rule import Meeting, Rule, number_problem, refuse
@@ -40,13 +40,13 @@ def projections(gramian: Tensor, iterations: int = ITERATIONS) -> Tensor:
     if number > MOST:
         return own + minimized(quadratic(gramian, gramian), torch.ones_like(own), iterations, sums_to_one=False)
     chosen = faces(number, gramian.device, empty=True)
-    # on a face S, for all gradients at once: G_SS x_S = -(G_S,i), v = e_i + x
-    found = solved(restricted(gramian, chosen), -chosen[:, :, None] * gramian)
-    slopes = gramian @ (found + own)
-    violations = torch.maximum(torch.maximum(-found, -slopes), slopes.abs() * chosen[:, :, None]).amax(1)
-    face = violations.nan_to_num(torch.inf, torch.inf).argmin(0)
-    picked = found.permute(2, 0, 1)[torch.arange(number, device=face.device), face]
-    return own + picked.clamp(min=0.0)
+    with torch.no_grad():  # for all gradients at once
+        found = solved(restricted(gramian, chosen), -chosen[:, :, None] * gramian)
+        slopes = gramian @ (found + own)
+        violations = torch.maximum(torch.maximum(-found, -slopes), slopes.abs() * chosen[:, :, None]).amax(1)
+        face = best(chosen, violations)
+    # on a face S: G_SS x_S = -(G_S,i), v = e_i + x
+    return own + solved(restricted(gramian, face), -face * gramian).clamp(min=0.0)
 
 
 def upgrad(*, regularization: float = 1e-4, iterations: int = ITERATIONS, at: str = "parameters") -> Rule:

@@ -203,3 +203,26 @@ def test_what_cannot_be_one_graph_is_computed_outside_of_it(engine, backend):
     outer = torch.compile(lambda p, x: adapted(f, p, x, 0.1) * 2, backend=backend)
     at = [p["body"], p["head"]]
     assert_same(torch.autograd.grad(outer(p, x), at), torch.autograd.grad(adapted(by_hand, p, x, 0.1) * 2, at))
+
+
+def test_functions_that_differ_in_their_declaration_alone_are_not_taken_for_one_another():
+    """Dynamo knows a closure by its code; one compiled function must not answer for the next."""
+
+    def losses(params, x):
+        h = torch.tanh(x @ params["w"])
+        return {"a": h.square().mean(), "b": h.sin().mean()}
+
+    params, x = {"w": torch.randn(3, 2)}, torch.randn(4, 3)
+
+    def declared(weight, rule):
+        return ff.grad(losses, {"a": "*", "b": {"*": weight}}, merge=rule)
+
+    def caller(f):
+        return torch.compile(lambda given: f(params, given)["w"])
+
+    for make in (torch.compile, caller):
+        for weight, rule in ((1.0, None), (-3.0, None), (1.0, ff.merge.mgda()), (1.0, ff.merge.mean())):
+            f = declared(weight, rule)
+            with torch.no_grad():
+                found = make(f)(params, x)["w"] if make is torch.compile else make(f)(x)
+                torch.testing.assert_close(found, f(params, x)["w"])
