@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from funcfreeze.merge.faces import MOST, best, faces, restricted, solved
+from funcfreeze.merge.faces import MOST, best, faces, nested, restricted, solved
 from funcfreeze.merge.interior import ITERATIONS, Derivatives, minimized
 from funcfreeze.merge.rows import diagonal
 from funcfreeze.merge.rule import Meeting, Rule, number_problem, refuse
@@ -41,11 +41,11 @@ def worst(gramian: Tensor, c: float, iterations: int = ITERATIONS) -> tuple[Tens
     """
     number = len(gramian)
     slope, radius = gramian.mean(1), c * gramian.mean().clamp(min=0.0).sqrt()
-    if number > MOST:
+    if number > MOST:  # where the method ends tells which weights are zero; near the kink it is not exact itself
         start = torch.full((number,), 1 / number, dtype=gramian.dtype, device=gramian.device)
-        found = minimized(_derivatives(gramian, slope, radius), start, iterations, sums_to_one=True)
-        return found, (found @ gramian @ found) > 0
-    chosen = faces(number, gramian.device, empty=False)
+        chosen = nested(minimized(_derivatives(gramian, slope, radius), start, iterations, sums_to_one=True))
+    else:
+        chosen = faces(number, gramian.device, empty=False)
     # on a face S, with t = c |g₀| / |g_w|: G_SS w_S = (μ 1 - b_S) / t. Both conditions on w, its sum and |g_w|, make
     # t the root of a quadratic equation
     both = torch.stack([chosen, chosen * slope], 2)
@@ -68,9 +68,11 @@ _TOLERANCE = 1e-6
 
 
 def _derivatives(gramian: Tensor, slope: Tensor, radius: Tensor) -> Derivatives:
-    def derivatives(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the function with √(|g_w|² + aim) for |g_w|: where |g_w| is zero, Newton steps on the kink lead nowhere."""
+
+    def derivatives(x: Tensor, aim: Tensor) -> tuple[Tensor, Tensor]:
         product = x @ gramian
-        norm = (x * product).sum(-1, keepdim=True).clamp(min=1e-30).sqrt()
+        norm = ((x * product).sum(-1, keepdim=True).clamp(min=0.0) + aim).sqrt()
         direction = product / norm
         curvature = gramian - direction[..., :, None] * direction[..., None, :]
         return slope + radius * direction, radius / norm[..., None] * curvature

@@ -27,6 +27,18 @@ def faces(number: int, device: torch.device, empty: bool) -> Tensor:
     return (counted[:, None] >> torch.arange(number, device=device) & 1).to(torch.float64)
 
 
+def nested(values: Tensor) -> Tensor:
+    """The subsets of the largest one, the largest two and so on: (K, K) float64.
+
+    >>> nested(torch.tensor([0.1, 0.7, 0.2]))
+    tensor([[0., 1., 0.],
+            [0., 1., 1.],
+            [1., 1., 1.]], dtype=torch.float64)
+    """
+    places = values.argsort(descending=True).argsort()
+    return (places <= torch.arange(len(values), device=values.device)[:, None]).to(torch.float64)
+
+
 def solved(matrices: Tensor, right: Tensor) -> Tensor:
     """Solutions of linear systems, not finite where a matrix is singular; no device is waited for."""
     found: Tensor = torch.linalg.solve_ex(matrices, right, check_errors=False)[0]
