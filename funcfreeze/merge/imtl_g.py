@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from funcfreeze.merge.eigen import eigen, threshold
-from funcfreeze.merge.rows import diagonal
+from funcfreeze.merge.rows import EXACT, diagonal
 from funcfreeze.merge.rule import Meeting, Rule
 
 
 @dataclass(frozen=True)
 class _IMTLG:
     def __call__(self, meeting: Meeting) -> Tensor:
-        return impartial(meeting.gramian)
+        return impartial(meeting.gramian, meeting.rows.precision)
 
 
-def impartial(gramian: Tensor) -> Tensor:
+def impartial(gramian: Tensor, precision: float = EXACT) -> Tensor:
     """The weights, which sum to one; zeros where they cannot.
 
     >>> impartial(torch.tensor([[1.0, 0.0], [0.0, 4.0]], dtype=torch.float64))
@@ -26,7 +26,7 @@ def impartial(gramian: Tensor) -> Tensor:
     """
     norms = diagonal(gramian).clamp(min=0.0).sqrt()
     values, vectors = eigen(gramian)
-    is_positive = values > threshold(values)
+    is_positive = values > threshold(values, precision)
     inverses = torch.where(is_positive, 1 / torch.where(is_positive, values, 1.0), 0.0)
     weights = vectors @ (inverses * (norms @ vectors))
     total = weights.sum()

@@ -24,6 +24,11 @@ def diagonal(matrix: Tensor) -> Tensor:
 
 _HALVES = (torch.float16, torch.bfloat16)
 
+EXACT = torch.finfo(torch.float64).eps
+"""How exact float64 is."""
+
+_SINGLE = torch.finfo(torch.float32).eps
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -96,6 +101,21 @@ class Rows:
         if self._packed is not None:
             total = total + self._packed @ self._packed.T
         return total if self.unit is None else total / self.unit.to(self.device, torch.float64).square()
+
+    @cached_property
+    def precision(self) -> float:
+        """How exact the inner products are, relative to the largest.
+
+        Gradients that are rounded make independent rows of dependent ones: these are as long as the rounding, and their
+        inner products as its square. Those of large gradients are rounded themselves, to at least float32.
+        """
+        found = [EXACT]
+        for leaf in self.touched:
+            some = self._some[leaf]
+            assert some is not None
+            rounding = torch.finfo(some.dtype).eps
+            found.append(rounding**2 if leaf in self._small else max(min(rounding, _SINGLE), rounding**2))
+        return max(found)
 
     @cached_property
     def dtype(self) -> torch.dtype:
