@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from funcfreeze.merge.eigen import eigen, threshold
+from funcfreeze.merge.faces import scaled
 from funcfreeze.merge.rows import EXACT, diagonal
 from funcfreeze.merge.rule import Meeting, Rule
 
@@ -24,8 +25,9 @@ def impartial(gramian: Tensor, precision: float = EXACT) -> Tensor:
     >>> impartial(torch.tensor([[1.0, 0.0], [0.0, 4.0]], dtype=torch.float64))
     tensor([0.6667, 0.3333], dtype=torch.float64)
     """
-    norms = diagonal(gramian).clamp(min=0.0).sqrt()
-    values, vectors = eigen(gramian)
+    known = scaled(gramian)
+    norms = diagonal(known).clamp(min=0.0).sqrt()
+    values, vectors = eigen(known)
     is_positive = values > threshold(values, precision)
     inverses = torch.where(is_positive, 1 / torch.where(is_positive, values, 1.0), 0.0)
     weights = vectors @ (inverses * (norms @ vectors))
