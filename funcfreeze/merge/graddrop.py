@@ -35,7 +35,7 @@ def dropped(matrix: Tensor, drawn: Tensor, leak: float) -> Tensor:
     """
     sizes = matrix.abs().sum(0)
     purity = 0.5 * (1 + matrix.sum(0) / torch.where(sizes > 0, sizes, 1.0))
-    kept = (purity > drawn) & (matrix > 0) | (purity < drawn) & (matrix < 0)
+    kept = (purity > drawn) == (matrix > 0)
     return (matrix * torch.where(kept, 1.0, leak)).sum(0)
 
 
