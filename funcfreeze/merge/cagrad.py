@@ -10,7 +10,7 @@ from torch import Tensor
 from funcfreeze.merge.faces import MOST, best, faces, nested, restricted, solved
 from funcfreeze.merge.interior import ITERATIONS, Derivatives, minimized
 from funcfreeze.merge.rows import diagonal
-from funcfreeze.merge.rule import Meeting, Rule, number_problem, refuse
+from funcfreeze.merge.rule import Meeting, Rule, number_problem, refuse, whole_problem
 
 
 @dataclass(frozen=True)
@@ -99,5 +99,6 @@ def cagrad(c: float, *, norm_eps: float = 1e-4, iterations: int = ITERATIONS, at
         "cagrad",
         number_problem("c", c, lambda value: value >= 0, "at least 0"),
         number_problem("norm_eps", norm_eps, lambda value: value >= 0, "at least 0"),
+        whole_problem("iterations", iterations, 1),
     )
     return Rule(_CAGrad(c, norm_eps, iterations), name="cagrad", at=at)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from funcfreeze.merge.draws import draws
-from funcfreeze.merge.rule import Meeting, Rule, number_problem, refuse
+from funcfreeze.merge.rule import Meeting, Rule, number_problem, refuse, whole_problem
 
 
 @dataclass(frozen=True)
@@ -50,5 +50,9 @@ def graddrop(*, leak: float = 0.0, seed: int = 0) -> Rule:
         leak: from 0 to 1.
         seed: of the draws, which follow the count of steps.
     """
-    refuse("graddrop", number_problem("leak", leak, lambda value: 0 <= value <= 1, "from 0 to 1"))
+    refuse(
+        "graddrop",
+        number_problem("leak", leak, lambda value: 0 <= value <= 1, "from 0 to 1"),
+        whole_problem("seed", seed),
+    )
     return Rule(vector=_GradDrop(leak, seed), name="graddrop", is_random=True)

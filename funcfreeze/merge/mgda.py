@@ -9,7 +9,7 @@ from torch import Tensor
 
 from funcfreeze.merge.faces import MOST, best, faces, restricted, scaled, solved
 from funcfreeze.merge.interior import ITERATIONS, minimized, quadratic
-from funcfreeze.merge.rule import Meeting, Rule
+from funcfreeze.merge.rule import Meeting, Rule, refuse, whole_problem
 
 
 @dataclass(frozen=True)
@@ -58,4 +58,5 @@ def mgda(*, iterations: int = ITERATIONS, at: str = "parameters") -> Rule:
         iterations: of the interior point method.
         at: "parameters", or "activations" (see `Rule`).
     """
+    refuse("mgda", whole_problem("iterations", iterations, 1))
     return Rule(_MGDA(iterations), name="mgda", at=at)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
+from math import isfinite
 from typing import Any
 
 import torch
@@ -173,8 +174,15 @@ def checked_rule(given: object, where: str) -> Rule:
 
 def number_problem(name: str, value: object, is_good: Callable[[Any], bool], wanted: str) -> Sequence[str]:
     """What is wrong with an option that is a number."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
     return () if is_number and is_good(value) else (f"{name} must be {wanted}, got {value!r}",)
+
+
+def whole_problem(name: str, value: object, least: int | None = None) -> Sequence[str]:
+    """What is wrong with an option that is an int, and not less than something."""
+    if isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least):
+        return ()
+    return (f"{name} must be an int{'' if least is None else f' of at least {least}'}, got {value!r}",)
 
 
 def refuse(rule: str, *problems: Sequence[str]) -> None:

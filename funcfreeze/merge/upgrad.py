@@ -10,7 +10,7 @@ from torch import Tensor
 from funcfreeze.merge.faces import MOST, faces, restricted, solved
 from funcfreeze.merge.interior import ITERATIONS, minimized, quadratic
 from funcfreeze.merge.rows import diagonal
-from funcfreeze.merge.rule import Meeting, Rule, number_problem, refuse
+from funcfreeze.merge.rule import Meeting, Rule, number_problem, refuse, whole_problem
 
 
 @dataclass(frozen=True)
@@ -63,5 +63,9 @@ def upgrad(*, regularization: float = 1e-4, iterations: int = ITERATIONS, at: st
         iterations: of the interior point method.
         at: "parameters", or "activations" (see `Rule`).
     """
-    refuse("upgrad", number_problem("regularization", regularization, lambda value: value >= 0, "at least 0"))
+    refuse(
+        "upgrad",
+        number_problem("regularization", regularization, lambda value: value >= 0, "at least 0"),
+        whole_problem("iterations", iterations, 1),
+    )
     return Rule(_UPGrad(regularization, iterations), name="upgrad", at=at)
