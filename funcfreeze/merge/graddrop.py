@@ -36,7 +36,7 @@ def dropped(matrix: Tensor, drawn: Tensor, leak: float) -> Tensor:
     sizes = matrix.abs().sum(0)
     purity = 0.5 * (1 + matrix.sum(0) / torch.where(sizes > 0, sizes, 1.0))
     kept = (purity > drawn) == (matrix > 0)
-    return (matrix * torch.where(kept, 1.0, leak)).sum(0)
+    return torch.where(kept, matrix, matrix * leak).sum(0)
 
 
 def graddrop(*, leak: float = 0.0, seed: int = 0) -> Rule:

@@ -271,7 +271,7 @@ def test_cagrad_solves_its_program(kind, counts):
 
 @KIND
 def test_cagrad_is_no_worse_than_torchjds(kind):
-    """With d* = g₀ + r u*, r = c |g₀|, the conditions say d* · g_w ≥ f* for all w, so f(w) - f* ≥ r |g_w| |u - u*|² / 2,
+    """With d* = g₀ + r u*, r = c |g₀|, the conditions say d* · g_w ≥ f* for all w, so f(w) - f* ≥ r |g_w| |u - u*|²/2,
     and |d - d*| = r |u - u*| is bounded by how much TorchJD's solver leaves of the objective.
     """
     pytest.importorskip("cvxpy")
