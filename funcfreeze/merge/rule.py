@@ -90,7 +90,7 @@ class Rule:
         is_sum: whether it is the plain sum, for which nothing has to be kept apart.
 
     Raises:
-        TypeError, ValueError: not one of `weights` and `vector`, or no function; or another place.
+        TypeError, ValueError: not one of `weights` and `vector`, or no function; or another place, or a state there.
 
     >>> inverse_norms = Rule(lambda meeting: 1 / meeting.norms, name="inverse_norms")
     >>> inverse_norms
@@ -119,6 +119,8 @@ class Rule:
             raise TypeError(f"a Rule is given a function as `weights`, or one as `vector`, got {shown}")
         if self.at not in PLACES:
             raise ValueError(f"a rule's `at` is 'parameters' or 'activations', got {self.at!r}")
+        if self.init is not None and not callable(self.init):
+            raise TypeError(f"a Rule's `init` is a function from a number of losses to a state, got {self.init!r}")
         if self.init is not None and self.at != PLACES[0]:
             raise ValueError("a rule that keeps a state looks at parameters, not at activations")
         object.__setattr__(self, "name", self.name or str(getattr(given[0], "__name__", type(given[0]).__name__)))
@@ -150,7 +152,8 @@ class Rule:
 
 
 def _differs(given: Any, field: Any) -> bool:
-    return bool(getattr(given, field.name) != field.default)
+    """By what they look like: tensors and arrays do not compare to one truth."""
+    return repr(getattr(given, field.name)) != repr(field.default)
 
 
 def checked_rule(given: object, where: str) -> Rule:
