@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ def decided(rule: Rule, label: str, meeting: Meeting) -> tuple[list[Tensor | Non
     if len(meeting.losses) == 1:
         return [*rows.gradients[0]], torch.ones_like(meeting.values), meeting.state
     try:
-        given, after = rule.decide(meeting), meeting.state
+        given, after = rule.decide(_apart(meeting)), meeting.state
     except Exception as error:
         error.add_note(f"in the merge rule {rule} for {label!r}, where {', '.join(meeting.losses)} meet")
         raise
@@ -54,6 +55,11 @@ def decided(rule: Rule, label: str, meeting: Meeting) -> tuple[list[Tensor | Non
     # what a rule is shown is finite; where gradients are not, neither is what they become
     weights = torch.where(rows.gramian.isfinite().all(), weights, torch.nan)
     return rows.weighted(weights), weights, after
+
+
+def _apart(meeting: Meeting) -> Meeting:
+    """With a state of its own, which a rule may write to: the other one may be needed as it was."""
+    return replace(meeting, state={name: kept.clone() for name, kept in meeting.state.items()})
 
 
 def seen_in(
