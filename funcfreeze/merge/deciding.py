@@ -46,14 +46,14 @@ def decided(rule: Rule, label: str, meeting: Meeting) -> tuple[list[Tensor | Non
     if rule.init is not None:
         given, after = _pair(rule, label, given)
         _check_state(rule, label, meeting.state, after)
+    # what a rule is shown is finite; where gradients are not, neither is what they become
+    is_finite = rows.gramian.isfinite().all()
     if rule.weights is None:
-        matrix = meeting.matrix
-        _check(rule, label, given, (matrix.shape[1],), "a merged gradient", "meeting.matrix has so many columns")
-        return rows.parted(given), None, after
+        _check(rule, label, given, (rows.width,), "a merged gradient", "meeting.matrix has so many columns")
+        return rows.parted(torch.where(is_finite.to(given.device), given, torch.nan)), None, after
     _check(rule, label, given, (len(meeting.losses),), "weights", f"the losses here are {', '.join(meeting.losses)}")
     weights = given.to(rows.device, torch.float64)
-    # what a rule is shown is finite; where gradients are not, neither is what they become
-    weights = torch.where(rows.gramian.isfinite().all(), weights, torch.nan)
+    weights = torch.where(is_finite, weights, torch.nan)
     return rows.weighted(weights), weights, after
 
 

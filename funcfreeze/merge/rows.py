@@ -126,9 +126,13 @@ class Rows:
                 dtype = torch.promote_types(dtype, some.real.dtype if some.is_complex() else some.dtype)
         return dtype
 
-    @cached_property
-    def matrix(self) -> Tensor:
-        """The gradients one below the other."""
+    @property
+    def width(self) -> int:
+        """How many columns the matrix has."""
+        return sum(some.numel() * (2 if some.is_complex() else 1) for some in self._some if some is not None)
+
+    def stacked(self) -> Tensor:
+        """The gradients one below the other: the matrix, in a memory of its own."""
         found = torch.stack([torch.cat(self._flat(row, self.touched, self.dtype)) for row in self.gradients])
         return found if self.unit is None else found / self.unit.to(self.device, self.dtype)
 

@@ -53,10 +53,13 @@ class Meeting:
         """How long the losses' gradients are, (K,) float64."""
         return diagonal(self.gramian).sqrt()
 
-    @property
+    @cached_property
     def matrix(self) -> Tensor:
-        """The gradients one below the other, (K, elements of the overlap); a complex one as its two parts."""
-        return self.rows.matrix
+        """The gradients one below the other, (K, elements of the overlap); a complex one as its two parts.
+
+        Finite: zeros where not all of them are, which is told otherwise.
+        """
+        return self.rows.stacked().masked_fill_(~self.rows.gramian.isfinite().all(), 0.0)
 
     def taken(self, kept: Tensor) -> Tensor:
         """Of a vector for all losses that may meet here, the entries of the rows."""
