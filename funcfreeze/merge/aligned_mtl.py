@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from funcfreeze.merge.eigen import eigen, threshold
+from funcfreeze.merge.rows import EXACT
 from funcfreeze.merge.rule import Meeting, Rule, refuse
 
 SCALES = ("min", "median", "rmse")
@@ -18,10 +19,10 @@ class _AlignedMTL:
     scale: str = "min"
 
     def __call__(self, meeting: Meeting) -> Tensor:
-        return aligned(meeting.gramian, self.scale)
+        return aligned(meeting.gramian, self.scale, meeting.rows.precision)
 
 
-def aligned(gramian: Tensor, scale: str = "min") -> Tensor:
+def aligned(gramian: Tensor, scale: str = "min", precision: float = EXACT) -> Tensor:
     """The weights: √σ V Σ^(-1/2) Vᵀ 1/K over the eigenvalues that are not rounding, with σ one of them.
 
     >>> aligned(torch.tensor([[1.0, 0.0], [0.0, 4.0]], dtype=torch.float64))
@@ -31,7 +32,7 @@ def aligned(gramian: Tensor, scale: str = "min") -> Tensor:
     found, columns = eigen(gramian)
     values, order = found.sort()
     vectors = columns[:, order]
-    is_positive = values > threshold(values)
+    is_positive = values > threshold(values, precision)
     rank = is_positive.sum()
     known = torch.where(is_positive, values, 0.0)
     length = _length(known, rank, scale)

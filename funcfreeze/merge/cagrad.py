@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from funcfreeze.merge.faces import MOST, best, faces, restricted, solved
+from funcfreeze.merge.faces import MOST, best, faces, nested, restricted, solved, with_derivatives
 from funcfreeze.merge.interior import ITERATIONS, Derivatives, minimized
 from funcfreeze.merge.rows import diagonal
-from funcfreeze.merge.rule import Meeting, Rule, number_problem, refuse
+from funcfreeze.merge.rule import Meeting, Rule, number_problem, refuse, whole_problem
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,12 @@ def worst(gramian: Tensor, c: float, iterations: int = ITERATIONS) -> tuple[Tens
     """
     number = len(gramian)
     slope, radius = gramian.mean(1), c * gramian.mean().clamp(min=0.0).sqrt()
-    if number > MOST:
+    if number > MOST:  # where the method ends tells which weights are zero; near the kink it is not exact itself
         start = torch.full((number,), 1 / number, dtype=gramian.dtype, device=gramian.device)
-        found = minimized(_derivatives(gramian, slope, radius), start, iterations, sums_to_one=True)
-        return found, (found @ gramian @ found) > 0
-    chosen = faces(number, gramian.device, empty=False)
+        with torch.no_grad():
+            chosen = nested(minimized(_derivatives(gramian, slope, radius), start, iterations, sums_to_one=True))
+    else:
+        chosen = faces(number, gramian.device, empty=False)
     with torch.no_grad():
         found = _on(gramian, chosen, slope, radius)
         products = found @ gramian
@@ -53,9 +54,10 @@ def worst(gramian: Tensor, c: float, iterations: int = ITERATIONS) -> tuple[Tens
         gradients = slope + radius * products / norms
         level = (found * gradients).sum(1, keepdim=True)
         violations = torch.cat([-found, level - gradients, (gradients - level).abs() * chosen], 1).amax(1)
-        face = best(chosen, violations)
+        solution, face = best(found, chosen, violations)
         is_smooth = violations.nan_to_num(torch.inf, torch.inf).amin() < _TOLERANCE
-    weights = torch.where(is_smooth, _on(gramian, face[None], slope, radius)[0], face / face.sum()).clamp(min=0.0)
+    weights = with_derivatives(solution, lambda: _on(gramian, face[None], slope, radius)[0])
+    weights = torch.where(is_smooth, weights, face / face.sum()).clamp(min=0.0)
     return weights / weights.sum(), is_smooth
 
 
@@ -76,9 +78,11 @@ _TOLERANCE = 1e-6
 
 
 def _derivatives(gramian: Tensor, slope: Tensor, radius: Tensor) -> Derivatives:
-    def derivatives(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the function with √(|g_w|² + aim) for |g_w|: where |g_w| is zero, Newton steps on the kink lead nowhere."""
+
+    def derivatives(x: Tensor, aim: Tensor) -> tuple[Tensor, Tensor]:
         product = x @ gramian
-        norm = (x * product).sum(-1, keepdim=True).clamp(min=1e-30).sqrt()
+        norm = ((x * product).sum(-1, keepdim=True).clamp(min=0.0) + aim).sqrt()
         direction = product / norm
         curvature = gramian - direction[..., :, None] * direction[..., None, :]
         return slope + radius * direction, radius / norm[..., None] * curvature
@@ -105,5 +109,6 @@ def cagrad(c: float, *, norm_eps: float = 1e-4, iterations: int = ITERATIONS, at
         "cagrad",
         number_problem("c", c, lambda value: value >= 0, "at least 0"),
         number_problem("norm_eps", norm_eps, lambda value: value >= 0, "at least 0"),
+        whole_problem("iterations", iterations, 1),
     )
     return Rule(_CAGrad(c, norm_eps, iterations), name="cagrad", at=at)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -38,22 +39,27 @@ def decided(rule: Rule, label: str, meeting: Meeting) -> tuple[list[Tensor | Non
     if len(meeting.losses) == 1:
         return [*rows.gradients[0]], torch.ones_like(meeting.values), meeting.state
     try:
-        given, after = rule.decide(meeting), meeting.state
+        given, after = rule.decide(_apart(meeting)), meeting.state
     except Exception as error:
         error.add_note(f"in the merge rule {rule} for {label!r}, where {', '.join(meeting.losses)} meet")
         raise
     if rule.init is not None:
         given, after = _pair(rule, label, given)
         _check_state(rule, label, meeting.state, after)
+    # what a rule is shown is finite; where gradients are not, neither is what they become
+    is_finite = rows.gramian.isfinite().all()
     if rule.weights is None:
-        matrix = meeting.matrix
-        _check(rule, label, given, (matrix.shape[1],), "a merged gradient", "meeting.matrix has so many columns")
-        return rows.parted(given), None, after
+        _check(rule, label, given, (rows.width,), "a merged gradient", "meeting.matrix has so many columns")
+        return rows.parted(torch.where(is_finite.to(given.device), given, torch.nan)), None, after
     _check(rule, label, given, (len(meeting.losses),), "weights", f"the losses here are {', '.join(meeting.losses)}")
     weights = given.to(rows.device, torch.float64)
-    # what a rule is shown is finite; where gradients are not, neither is what they become
-    weights = torch.where(rows.gramian.isfinite().all(), weights, torch.nan)
+    weights = torch.where(is_finite, weights, torch.nan)
     return rows.weighted(weights), weights, after
+
+
+def _apart(meeting: Meeting) -> Meeting:
+    """With a state of its own, which a rule may write to: the other one may be needed as it was."""
+    return replace(meeting, state={name: kept.clone() for name, kept in meeting.state.items()})
 
 
 def seen_in(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from funcfreeze.merge.rule import Meeting, Rule, RuleState, number_problem, refuse
+from funcfreeze.merge.rule import Meeting, Rule, RuleState, number_problem, refuse, whole_problem
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,9 @@ def dwa(period: int, *, temperature: float = 2.0) -> Rule:
         period: over how many steps a mean is taken; the paper takes an epoch.
         temperature: T; the larger, the more alike the weights are.
     """
-    is_count = isinstance(period, int) and not isinstance(period, bool) and period >= 1
     refuse(
         "dwa",
-        () if is_count else (f"period is a number of steps, at least 1; got {period!r}",),
+        whole_problem("period", period, 1),
         number_problem("temperature", temperature, lambda value: value > 0, "above 0"),
     )
     return Rule(_DWA(period, temperature), init=_begun, name="dwa")

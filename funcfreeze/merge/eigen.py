@@ -66,6 +66,11 @@ def _rotations(matrix: Tensor, pairs: list[tuple[int, int]]) -> Tensor:
     return torch.stack([torch.stack(row) for row in entries])
 
 
-def threshold(values: Tensor) -> Tensor:
-    """Below this an eigenvalue of a positive semidefinite matrix is rounding."""
-    return values.max() * len(values) * torch.finfo(values.dtype).eps
+def threshold(values: Tensor, precision: float) -> Tensor:
+    """Below this an eigenvalue of a Gramian is rounding.
+
+    Args:
+        values: its eigenvalues.
+        precision: how exact its entries are, relative to the largest.
+    """
+    return values.max() * (4 * len(values) * precision)

@@ -6,6 +6,9 @@ conditions of Karush, Kuhn and Tucker best is the answer. Nothing branches on a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -27,6 +30,18 @@ def faces(number: int, device: torch.device, empty: bool) -> Tensor:
     return (counted[:, None] >> torch.arange(number, device=device) & 1).to(torch.float64)
 
 
+def nested(values: Tensor) -> Tensor:
+    """The subsets of the largest one, the largest two and so on: (K, K) float64.
+
+    >>> nested(torch.tensor([0.1, 0.7, 0.2]))
+    tensor([[0., 1., 0.],
+            [0., 1., 1.],
+            [1., 1., 1.]], dtype=torch.float64)
+    """
+    places = values.argsort(descending=True).argsort()
+    return (places <= torch.arange(len(values), device=values.device)[:, None]).to(torch.float64)
+
+
 def solved(matrices: Tensor, right: Tensor) -> Tensor:
     """Solutions of linear systems, not finite where a matrix is singular; no device is waited for."""
     found: Tensor = torch.linalg.solve_ex(matrices, right, check_errors=False)[0]
@@ -38,14 +53,38 @@ def restricted(gramian: Tensor, chosen: Tensor) -> Tensor:
     return gramian * chosen[:, :, None] * chosen[:, None, :] + torch.diag_embed(1 - chosen)
 
 
-def best(chosen: Tensor, violations: Tensor) -> Tensor:
-    """Of the faces (faces, K) that with the least violation (faces, ...), as its ones and zeros: (..., K).
+class Picked(NamedTuple):
+    """The best of what was solved on all faces.
 
-    What is solved there is solved once more by those who call: derivatives through all faces would be those of the
-    singular ones, too, which are not finite.
+    Attributes:
+        solution: (..., K).
+        face: where it is, as ones and zeros (..., K).
+    """
+
+    solution: Tensor
+    face: Tensor
+
+
+def best(found: Tensor, chosen: Tensor, violations: Tensor) -> Picked:
+    """Of solutions (faces, ..., K) on these faces (faces, K) those with the least violation (faces, ...).
+
+    NaN is the worst.
     """
     face = violations.nan_to_num(torch.inf, torch.inf).argmin(0)
-    return chosen.index_select(0, face.reshape(-1)).reshape(*face.shape, chosen.shape[1])
+    index = face[None, ..., None].expand(1, *found.shape[1:])
+    where = chosen.index_select(0, face.reshape(-1)).reshape(*face.shape, chosen.shape[1])
+    return Picked(found.gather(0, index)[0], where)
+
+
+def with_derivatives(solution: Tensor, again: Callable[[], Tensor]) -> Tensor:
+    """The solution, with the derivatives of what is solved once more on its face, where anybody could want them.
+
+    Derivatives through all faces would be those of singular ones, too, which are not finite.
+    """
+    if not torch.is_grad_enabled():
+        return solution
+    solved_again = again()
+    return solution + torch.where(solved_again.isfinite(), solved_again - solved_again.detach(), 0.0)
 
 
 def scaled(gramian: Tensor) -> Tensor:

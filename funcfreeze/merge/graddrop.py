@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from funcfreeze.merge.draws import draws
-from funcfreeze.merge.rule import Meeting, Rule, number_problem, refuse
+from funcfreeze.merge.rule import Meeting, Rule, number_problem, refuse, whole_problem
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ def dropped(matrix: Tensor, drawn: Tensor, leak: float) -> Tensor:
     """
     sizes = matrix.abs().sum(0)
     purity = 0.5 * (1 + matrix.sum(0) / torch.where(sizes > 0, sizes, 1.0))
-    kept = (purity > drawn) & (matrix > 0) | (purity < drawn) & (matrix < 0)
-    return (matrix * torch.where(kept, 1.0, leak)).sum(0)
+    kept = (purity > drawn) == (matrix > 0)
+    return torch.where(kept, matrix, matrix * leak).sum(0)
 
 
 def graddrop(*, leak: float = 0.0, seed: int = 0) -> Rule:
@@ -50,5 +50,9 @@ def graddrop(*, leak: float = 0.0, seed: int = 0) -> Rule:
         leak: from 0 to 1.
         seed: of the draws, which follow the count of steps.
     """
-    refuse("graddrop", number_problem("leak", leak, lambda value: 0 <= value <= 1, "from 0 to 1"))
+    refuse(
+        "graddrop",
+        number_problem("leak", leak, lambda value: 0 <= value <= 1, "from 0 to 1"),
+        whole_problem("seed", seed),
+    )
     return Rule(vector=_GradDrop(leak, seed), name="graddrop", is_random=True)

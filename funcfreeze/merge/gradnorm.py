@@ -21,7 +21,8 @@ class _GradNorm:
         weights, norms = meeting.taken(state["weights"]), diagonal(meeting.gramian).sqrt()
         seen, first = meeting.taken(state["seen"]), meeting.taken(state["first"])
         first = torch.where(seen, first, meeting.values)
-        new = learned(weights, norms, meeting.values / first, self.alpha, self.lr)
+        ratios = torch.where(first == 0, 1.0, meeting.values / torch.where(first == 0, 1.0, first))
+        new = learned(weights, norms, ratios, self.alpha, self.lr)
         total = weights.sum()  # of the rows that there are; the others keep theirs
         return weights, {
             "weights": meeting.put(state["weights"], new * total / new.sum()),
@@ -36,12 +37,13 @@ def learned(weights: Tensor, norms: Tensor, ratios: Tensor, alpha: float, lr: fl
     Args:
         weights: (K,).
         norms: n, of the gradients without these weights.
-        ratios: of every loss to its first value; r_i is that over the mean of all.
+        ratios: of every loss to its first value; r_i is that over the mean of all, or 1 if that is not positive.
         alpha: how strongly losses that lag behind are pulled.
         lr: the step.
     """
     weighted = weights * norms
-    rates = ratios / ratios.mean()
+    mean = ratios.mean()
+    rates = torch.where(mean > 0, ratios / torch.where(mean > 0, mean, 1.0), 1.0)
     targets = weighted.mean() * rates.clamp(min=0.0) ** alpha
     return (weights - lr * (weighted - targets).sign() * norms).clamp(min=1e-4)
 
@@ -57,7 +59,8 @@ def _begun(number: int) -> RuleState:
 def gradnorm(*, alpha: float = 1.5, lr: float = 0.025) -> Rule:
     """GradNorm: a weight for every loss, learned so that all train at similar rates. They sum to the number of losses.
 
-    It keeps its weights and the first value of every loss in the state. They weigh what the losses do to the
+    It keeps its weights and the first value of every loss in the state; a loss that began at 0 counts as one that has
+    not moved. They weigh what the losses do to the
     parameters under the rule, where those meet; a head of a loss's own gets that loss's gradient as it is.
 
     Algorithm 1 of Chen et al., GradNorm, ICML 2018, arXiv:1711.02257, with a plain gradient step on the weights.

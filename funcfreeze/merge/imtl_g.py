@@ -8,25 +8,27 @@ import torch
 from torch import Tensor
 
 from funcfreeze.merge.eigen import eigen, threshold
-from funcfreeze.merge.rows import diagonal
+from funcfreeze.merge.faces import scaled
+from funcfreeze.merge.rows import EXACT, diagonal
 from funcfreeze.merge.rule import Meeting, Rule
 
 
 @dataclass(frozen=True)
 class _IMTLG:
     def __call__(self, meeting: Meeting) -> Tensor:
-        return impartial(meeting.gramian)
+        return impartial(meeting.gramian, meeting.rows.precision)
 
 
-def impartial(gramian: Tensor) -> Tensor:
+def impartial(gramian: Tensor, precision: float = EXACT) -> Tensor:
     """The weights, which sum to one; zeros where they cannot.
 
     >>> impartial(torch.tensor([[1.0, 0.0], [0.0, 4.0]], dtype=torch.float64))
     tensor([0.6667, 0.3333], dtype=torch.float64)
     """
-    norms = diagonal(gramian).clamp(min=0.0).sqrt()
-    values, vectors = eigen(gramian)
-    is_positive = values > threshold(values)
+    known = scaled(gramian)
+    norms = diagonal(known).clamp(min=0.0).sqrt()
+    values, vectors = eigen(known)
+    is_positive = values > threshold(values, precision)
     inverses = torch.where(is_positive, 1 / torch.where(is_positive, values, 1.0), 0.0)
     weights = vectors @ (inverses * (norms @ vectors))
     total = weights.sum()

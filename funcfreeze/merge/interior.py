@@ -24,13 +24,16 @@ _CENTERING = 0.1
 _SHARES = (1.0, 0.5, 0.25, 0.1, 0.03, 0.01)
 """Shares of the longest possible step that are tried at once, of which the best is taken."""
 
-Derivatives = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""From x (..., K) to the gradient (..., K) and the Hessian (..., K, K) of a convex function."""
+Derivatives = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From x (..., K) to the gradient (..., K) and the Hessian (..., K, K) of a convex function.
+
+The other argument (..., 1) is the x_i z_i that the present step aims at: by so much a kink may be rounded off.
+"""
 
 
 def quadratic(matrix: Tensor, linear: Tensor) -> Derivatives:
     """Of ½ xᵀ A x + bᵀ x."""
-    return lambda x: (x @ matrix + linear, matrix.expand(*x.shape, x.shape[-1]))
+    return lambda x, _: (x @ matrix + linear, matrix.expand(*x.shape, x.shape[-1]))
 
 
 def minimized(derivatives: Derivatives, start: Tensor, iterations: int, *, sums_to_one: bool) -> Tensor:
@@ -42,13 +45,13 @@ def minimized(derivatives: Derivatives, start: Tensor, iterations: int, *, sums_
         iterations: how many.
         sums_to_one: whether Σ x = 1 is asked for.
     """
-    slope = derivatives(start)[0]
+    slope = derivatives(start, torch.ones_like(start[..., :1]))[0]
     border = torch.ones_like(start) if sums_to_one else torch.zeros_like(start)
     largest = slope.abs().amax(-1, keepdim=True)
     now = _Point(start, largest.clamp(min=1e-3).expand_as(start), torch.zeros_like(start[..., :1]))
     for _ in range(iterations):
-        slope, curvature = derivatives(now.x)
         aim = _CENTERING * (now.x * now.z).mean(-1, keepdim=True)
+        slope, curvature = derivatives(now.x, aim)
         dual = slope - now.z - now.level * border
         whole = curvature + torch.diag_embed(now.z / now.x)
         right = aim / now.x - now.z - dual
@@ -62,7 +65,7 @@ def minimized(derivatives: Derivatives, start: Tensor, iterations: int, *, sums_
         length = torch.minimum(_room(now.x, dx), _room(now.z, dz))
         lengths = torch.stack([share * length for share in _SHARES])
         tried = _Point(now.x + lengths * dx, now.z + lengths * dz, now.level + lengths * dlevel)
-        residual = derivatives(tried.x)[0] - tried.z - tried.level * border
+        residual = derivatives(tried.x, aim)[0] - tried.z - tried.level * border
         off = residual.square().sum(-1) + (tried.x * tried.z - aim).square().sum(-1)
         pick = off.nan_to_num(torch.inf, torch.inf).argmin(0)
         good = off.isfinite().any(0)[..., None]

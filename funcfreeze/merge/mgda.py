@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from funcfreeze.merge.faces import MOST, best, faces, restricted, scaled, solved
+from funcfreeze.merge.faces import MOST, best, faces, restricted, scaled, solved, with_derivatives
 from funcfreeze.merge.interior import ITERATIONS, minimized, quadratic
-from funcfreeze.merge.rule import Meeting, Rule
+from funcfreeze.merge.rule import Meeting, Rule, refuse, whole_problem
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ def shortest(gramian: Tensor, iterations: int = ITERATIONS) -> Tensor:
         products = found @ known
         level = (found * products).sum(1, keepdim=True)
         violations = torch.cat([-found, level - products, (products - level).abs() * chosen], 1).amax(1)
-        face = best(chosen, violations)
-    weights = _on(known, face[None])[0].clamp(min=0.0)
+        solution, face = best(found, chosen, violations)
+    weights = with_derivatives(solution, lambda: _on(known, face[None])[0]).clamp(min=0.0)
     return weights / weights.sum()
 
 
@@ -63,4 +63,5 @@ def mgda(*, iterations: int = ITERATIONS, at: str = "parameters") -> Rule:
         iterations: of the interior point method.
         at: "parameters", or "activations" (see `Rule`).
     """
+    refuse("mgda", whole_problem("iterations", iterations, 1))
     return Rule(_MGDA(iterations), name="mgda", at=at)

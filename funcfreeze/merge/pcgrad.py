@@ -9,7 +9,7 @@ from torch import Tensor
 
 from funcfreeze.merge.draws import draws
 from funcfreeze.merge.rows import diagonal
-from funcfreeze.merge.rule import Meeting, Rule, refuse
+from funcfreeze.merge.rule import Meeting, Rule, refuse, whole_problem
 
 
 @dataclass(frozen=True)
@@ -68,5 +68,10 @@ def pcgrad(*, order: str = "random", seed: int = 0, at: str = "parameters") -> R
     tensor([[1.0000, 0.5000],
             [1.0000, 1.0000]])
     """
-    refuse("pcgrad", [] if order in ("random", "declared") else [f"order is 'random' or 'declared', got {order!r}"])
+    is_order = order in ("random", "declared")
+    refuse(
+        "pcgrad",
+        [] if is_order else [f"order is 'random' or 'declared', got {order!r}"],
+        whole_problem("seed", seed),
+    )
     return Rule(_PCGrad(order, seed), name="pcgrad", at=at, is_random=order == "random")

@@ -24,6 +24,11 @@ def diagonal(matrix: Tensor) -> Tensor:
 
 _HALVES = (torch.float16, torch.bfloat16)
 
+EXACT = torch.finfo(torch.float64).eps
+"""How exact float64 is."""
+
+_SINGLE = torch.finfo(torch.float32).eps
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -78,22 +83,42 @@ class Rows:
     @cached_property
     def gramian(self) -> Tensor:
         """The inner products of all pairs of rows, (K, K) float64."""
-        number, small = len(self.gradients), set(self._small)
+        small = set(self._small)
         large = [leaf for leaf in self.touched if leaf not in small]
-        packed = [()] * number if self._packed is None else [(row,) for row in self._packed]
-        rows = [[*(row[leaf] for leaf in large), *own] for row, own in zip(self.gradients, packed, strict=True)]
+        total = self._products(large) if large else None
+        if self._packed is not None:
+            wide = self._packed.double()
+            total = wide @ wide.T if total is None else total + wide @ wide.T
+        assert total is not None, "no loss has a gradient"
+        return total if self.unit is None else total / self.unit.to(self.device, torch.float64).square()
+
+    def _products(self, leaves: Sequence[int]) -> Tensor:
+        """The inner products of all pairs of rows over these leaves, each taken where the gradients are."""
+        number = len(self.gradients)
         nothing = torch.zeros((), dtype=torch.float64, device=self.device)
         entries = []
-        for index, one in enumerate(rows):
-            for other in rows[: index + 1]:
-                pairs = [(g, h) for g, h in zip(one, other, strict=True) if g is not None and h is not None]
+        for index, one in enumerate(self.gradients):
+            for other in self.gradients[: index + 1]:
+                pairs = [(g, h) for leaf in leaves if (g := one[leaf]) is not None and (h := other[leaf]) is not None]
                 found = [_product(*pair, self.device) for pair in pairs]
-                entries.append(
-                    torch.stack(found).to(torch.float64).sum() if len(found) > 1 else found[0] if found else nothing
-                )
+                entries.append(torch.stack(found).to(torch.float64).sum() if found else nothing)
         whole = [entries[_triangle(row, column)] for row in range(number) for column in range(number)]
-        total = torch.stack(whole).to(torch.float64).view(number, number)
-        return total if self.unit is None else total / self.unit.to(self.device, torch.float64).square()
+        return torch.stack(whole).view(number, number)
+
+    @cached_property
+    def precision(self) -> float:
+        """How exact the inner products are, relative to the largest.
+
+        Gradients that are rounded make independent rows of dependent ones: these are as long as the rounding, and their
+        inner products as its square. Those of large gradients are rounded themselves, to at least float32.
+        """
+        found = [EXACT]
+        for leaf in self.touched:
+            some = self._some[leaf]
+            assert some is not None
+            rounding = torch.finfo(some.dtype).eps
+            found.append(rounding**2 if leaf in self._small else max(min(rounding, _SINGLE), rounding**2))
+        return max(found)
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -104,9 +129,13 @@ class Rows:
                 dtype = torch.promote_types(dtype, some.real.dtype if some.is_complex() else some.dtype)
         return dtype
 
-    @cached_property
-    def matrix(self) -> Tensor:
-        """The gradients one below the other."""
+    @property
+    def width(self) -> int:
+        """How many columns the matrix has."""
+        return sum(some.numel() * (2 if some.is_complex() else 1) for some in self._some if some is not None)
+
+    def stacked(self) -> Tensor:
+        """The gradients one below the other: the matrix, in a memory of its own."""
         found = self._put_together(self.touched).to(self.device, self.dtype)
         return found if self.unit is None else found / self.unit.to(self.device, self.dtype)
 

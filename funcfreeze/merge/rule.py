@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
+from math import isfinite
 from typing import Any
 
 import torch
@@ -52,10 +53,13 @@ class Meeting:
         """How long the losses' gradients are, (K,) float64."""
         return diagonal(self.gramian).sqrt()
 
-    @property
+    @cached_property
     def matrix(self) -> Tensor:
-        """The gradients one below the other, (K, elements of the overlap); a complex one as its two parts."""
-        return self.rows.matrix
+        """The gradients one below the other, (K, elements of the overlap); a complex one as its two parts.
+
+        Finite: zeros where not all of them are, which is told otherwise.
+        """
+        return self.rows.stacked().masked_fill_(~self.rows.gramian.isfinite().all(), 0.0)
 
     def taken(self, kept: Tensor) -> Tensor:
         """Of a vector for all losses that may meet here, the entries of the rows."""
@@ -89,7 +93,7 @@ class Rule:
         is_sum: whether it is the plain sum, for which nothing has to be kept apart.
 
     Raises:
-        TypeError, ValueError: not one of `weights` and `vector`, or no function; or another place.
+        TypeError, ValueError: not one of `weights` and `vector`, or no function; or another place, or a state there.
 
     >>> inverse_norms = Rule(lambda meeting: 1 / meeting.norms, name="inverse_norms")
     >>> inverse_norms
@@ -118,6 +122,8 @@ class Rule:
             raise TypeError(f"a Rule is given a function as `weights`, or one as `vector`, got {shown}")
         if self.at not in PLACES:
             raise ValueError(f"a rule's `at` is 'parameters' or 'activations', got {self.at!r}")
+        if self.init is not None and not callable(self.init):
+            raise TypeError(f"a Rule's `init` is a function from a number of losses to a state, got {self.init!r}")
         if self.init is not None and self.at != PLACES[0]:
             raise ValueError("a rule that keeps a state looks at parameters, not at activations")
         object.__setattr__(self, "name", self.name or str(getattr(given[0], "__name__", type(given[0]).__name__)))
@@ -149,7 +155,8 @@ class Rule:
 
 
 def _differs(given: Any, field: Any) -> bool:
-    return bool(getattr(given, field.name) != field.default)
+    """By what they look like: tensors and arrays do not compare to one truth."""
+    return repr(getattr(given, field.name)) != repr(field.default)
 
 
 def checked_rule(given: object, where: str) -> Rule:
@@ -173,8 +180,15 @@ def checked_rule(given: object, where: str) -> Rule:
 
 def number_problem(name: str, value: object, is_good: Callable[[Any], bool], wanted: str) -> Sequence[str]:
     """What is wrong with an option that is a number."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
     return () if is_number and is_good(value) else (f"{name} must be {wanted}, got {value!r}",)
+
+
+def whole_problem(name: str, value: object, least: int | None = None) -> Sequence[str]:
+    """What is wrong with an option that is an int, and not less than something."""
+    if isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least):
+        return ()
+    return (f"{name} must be an int{'' if least is None else f' of at least {least}'}, got {value!r}",)
 
 
 def refuse(rule: str, *problems: Sequence[str]) -> None:

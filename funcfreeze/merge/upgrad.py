@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from funcfreeze.merge.faces import MOST, best, faces, restricted, solved
+from funcfreeze.merge.faces import MOST, best, faces, restricted, solved, with_derivatives
 from funcfreeze.merge.interior import ITERATIONS, minimized, quadratic
 from funcfreeze.merge.rows import diagonal
-from funcfreeze.merge.rule import Meeting, Rule, number_problem, refuse
+from funcfreeze.merge.rule import Meeting, Rule, number_problem, refuse, whole_problem
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,10 @@ def projections(gramian: Tensor, iterations: int = ITERATIONS) -> Tensor:
         found = solved(restricted(gramian, chosen), -chosen[:, :, None] * gramian)
         slopes = gramian @ (found + own)
         violations = torch.maximum(torch.maximum(-found, -slopes), slopes.abs() * chosen[:, :, None]).amax(1)
-        face = best(chosen, violations)
+        solution, face = best(found.mT, chosen, violations)
     # on a face S: G_SS x_S = -(G_S,i), v = e_i + x
-    return own + solved(restricted(gramian, face), -face * gramian).clamp(min=0.0)
+    again = with_derivatives(solution, lambda: solved(restricted(gramian, face), -face * gramian))
+    return own + again.clamp(min=0.0)
 
 
 def upgrad(*, regularization: float = 1e-4, iterations: int = ITERATIONS, at: str = "parameters") -> Rule:
@@ -63,5 +64,9 @@ def upgrad(*, regularization: float = 1e-4, iterations: int = ITERATIONS, at: st
         iterations: of the interior point method.
         at: "parameters", or "activations" (see `Rule`).
     """
-    refuse("upgrad", number_problem("regularization", regularization, lambda value: value >= 0, "at least 0"))
+    refuse(
+        "upgrad",
+        number_problem("regularization", regularization, lambda value: value >= 0, "at least 0"),
+        whole_problem("iterations", iterations, 1),
+    )
     return Rule(_UPGrad(regularization, iterations), name="upgrad", at=at)

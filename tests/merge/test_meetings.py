@@ -156,13 +156,13 @@ def backward_matmuls(step):
 
 
 def test_work_is_that_of_the_walks_over_the_overlap_and_nothing_twice_outside():
-    """In products: a head has 2 (its weight and its input), a layer 2, the lowest 1; K = 3. One more is the rule's."""
+    """In products: a head has 2 (its weight and its input), a layer 2, the lowest 1; K = 3. Two more are the rule's."""
     assert backward_matmuls(step_with(None)) == 3 * 2 + 4 * 2 - 1
     above = backward_matmuls(step_with({"top": merge.Rule(by_place)}))
-    assert above == 3 * 2 + 3 * (2 * 2) + 2 * 2 - 1 + 1, "three walks over the top, one below"
+    assert above == 3 * 2 + 3 * (2 * 2) + 2 * 2 - 1 + 2, "three walks over the top, one below"
     below = backward_matmuls(step_with({"low": merge.Rule(by_place)}))
     everywhere = backward_matmuls(step_with(merge.Rule(by_place)))
-    assert below == everywhere == 3 * 2 + 3 * (4 * 2 - 1) + 1, "three walks down to what is under the rule"
+    assert below == everywhere == 3 * 2 + 3 * (4 * 2 - 1) + 2, "three walks down to what is under the rule"
 
 
 def by_place(meeting):
@@ -172,7 +172,7 @@ def by_place(meeting):
 def test_activations_are_met_once_and_the_trunk_is_walked_once():
     plain = backward_matmuls(step_with(None))
     crossing = step_with({ff.path("low") | "top": merge.Rule(by_place, at="activations")})
-    assert backward_matmuls(crossing) == plain + 1, "the one is the rule's"
+    assert backward_matmuls(crossing) == plain + 2, "these are the rule's"
 
 
 def test_the_sum_costs_nothing():
