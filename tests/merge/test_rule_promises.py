@@ -8,7 +8,6 @@ import re
 import pytest
 import torch
 from rule_meetings import KINDS, meeting, merged, rows_of, weights
-from scipy.stats import chi2
 
 import funcfreeze as ff
 from funcfreeze.merge.deciding import decided
@@ -428,7 +427,9 @@ def test_draws_are_uniform(seed):
         assert abs(found.mean() - 0.5) <= 5.5 / math.sqrt(12 * NUMBER)
         assert abs(found.var() - 1 / 12) <= 5.5 / math.sqrt(180 * NUMBER)
         counted = (found * 256).floor().long().bincount(minlength=256).double()
-        assert (counted - NUMBER / 256).square().sum() / (NUMBER / 256) <= chi2.isf(1e-8, 255)
+        assert (counted - NUMBER / 256).square().sum() / (
+            NUMBER / 256
+        ) <= 402.7  # exceeded once in 1e8, with 255 degrees of freedom
 
 
 def test_draws_of_neighbours_do_not_depend_on_each_other(seed):
