@@ -21,6 +21,7 @@ FRAMEWORKS = {  # the first thing that each needs beside torch, or before it
     "ddp": "sklearn",
     "deepspeed_loop": "deepspeed",
     "lightning_module": "lightning",
+    "multitask": "sklearn",
     "plain_loop": "sklearn",
     "sac": "torch",
     "trainer_lora": "peft",
