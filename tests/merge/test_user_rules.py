@@ -575,7 +575,7 @@ MADE = (
         ({"trunk": None}, "merge['trunk']: a rule such as funcfreeze.merge.pcgrad(), got NoneType: None"),
         ([ff.merge.mean()], "merge['*']: a rule such as funcfreeze.merge.pcgrad(), got list: [mean()]"),
     ],
-    ids=str,
+    ids=["uncalled", "uncalled by name", "uncalled by path", "function", "module", "name", "names", "None", "list"],
 )
 def test_what_is_no_rule(given, told):
     with pytest.raises(TypeError, match=re.escape(told)):
