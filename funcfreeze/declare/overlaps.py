@@ -11,7 +11,7 @@ from funcfreeze.declare.selectors import Leaf, RouteError, Selector, label, reso
 from funcfreeze.merge import BY_NAME
 from funcfreeze.merge.rule import PLACES, Rule, checked_rule
 
-Merge = Rule | Mapping[Selector | str, Rule]
+Merge = Rule | Mapping[str, Rule] | Mapping[Selector, Rule] | Mapping[Selector | str, Rule]
 """A bare rule for all parameters, or a rule for each selector."""
 
 

@@ -191,7 +191,7 @@ def test_options_are_never_ignored(compile, message):
 
 
 def test_the_users_line_is_told_by_the_thousandth_step_of_a_process(monkeypatch):
-    monkeypatch.setattr("funcfreeze.compile.capturing._NUMBERS", iter([100_000]))  # past the last line of the file
+    monkeypatch.setattr("funcfreeze.model.own_code._NUMBERS", iter([100_000]))  # past the last line of the file
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, momentum=None))
     step = make(model, lambda model, x: {"loss": model(x).square().mean()})
     with pytest.raises(RuntimeError, match=r"test_refused\.py:\d+ \(.*which a compiled step"):

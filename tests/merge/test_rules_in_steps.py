@@ -454,7 +454,7 @@ def test_mistakes_in_the_declaration_are_told_at_once():
             lambda: merge.aligned_mtl(scale="max"),
             "merge.aligned_mtl: scale is one of 'min', 'median', 'rmse', got 'max'",
         ),
-        (lambda: merge.dwa(0), "merge.dwa: period is a number of steps, at least 1; got 0"),
+        (lambda: merge.dwa(0), "merge.dwa: period must be an int of at least 1, got 0"),
         (
             lambda: merge.gradnorm(alpha=-1, lr=0),
             "merge.gradnorm: alpha must be at least 0, got -1; lr must be above 0, got 0",
