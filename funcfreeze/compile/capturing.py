@@ -22,6 +22,7 @@ from funcfreeze.compile.options import Options
 from funcfreeze.compile.private import DynamoConfigured, leave_unguarded
 from funcfreeze.compile.problems import NEEDS_VALUES, Moved, explained, is_the_users, raised_by
 from funcfreeze.compile.program import Program, compile_step
+from funcfreeze.compile.readings import Readings
 from funcfreeze.compile.stand_ins import StandIns
 from funcfreeze.compile.through import Through, WalksInside
 from funcfreeze.computation.back_door import raise_misuse
@@ -65,7 +66,7 @@ class Capturing:
         self._donate = donate
         self._layouts: list[Layout] = []
         functional, routing = computation.evaluation.functional, computation.routing
-        self._hooks = Hooks(functional)
+        self._hooks, self._readings = Hooks(functional), Readings(computation)
         params, buffers, _, _ = state.layout.fields(state.tensors)
         grad = {path for path, required in zip(routing.paths, routing.requires_grad, strict=True) if required}
         self._stand_ins = StandIns(functional, params, buffers, grad)
@@ -152,7 +153,7 @@ class Capturing:
         if moved is not None and moved not in self._moves:
             self._moves.append(moved)
         number = 0 if moved is None else 1 + self._moves.index(moved)
-        return f"{self._layouts.index(layout)} {self._hooks.number()} {number}"
+        return f"{self._layouts.index(layout)} {self._hooks.number()} {self._readings.number()} {number}"
 
     def build(self, module: GraphModule, inputs: Sequence[Any]) -> Callable[..., list[Any]]:
         """What Dynamo is to call for a graph that it captured."""

@@ -17,6 +17,7 @@ from funcfreeze.compile.layout import Layout, Listed
 from funcfreeze.compile.options import Options
 from funcfreeze.compile.outside import Outside
 from funcfreeze.compile.private import compiler, compiling, tracing
+from funcfreeze.compile.readings import Readings
 from funcfreeze.compile.stand_ins import StandIns
 from funcfreeze.compile.tail import Tail, take_off
 from funcfreeze.computation.back_door import raise_misuse, write_problem
@@ -62,11 +63,12 @@ def compile_step(
     static_number = len(state.tensors) if static else 0
     hooks = parameter_hooks(stand_ins.own)
     written: frozenset[str] = frozenset()
+    writes_refused = Readings(computation).refusing_writes
     while True:
         outside = Outside(fakes.mode, state.step)
         whole = whole_step(computation, forward, hooks, state.layout, outside, written)
         try:
-            with tracing(fakes.mode, forward.has_lstm), calling(outside.scheduled), outside:
+            with writes_refused(), tracing(fakes.mode, forward.has_lstm), calling(outside.scheduled), outside:
                 flat = flatten(whole, [*fakes.state, *fakes.inputs], outside.stand_ins, static_number)
         except LateWrites as late:
             written |= late.paths
@@ -116,7 +118,8 @@ def compile_update(
     with compiling():
         fakes = fakes_of(gradients, state)
         outside = Outside(fakes.mode, state.step)
-        with tracing(fakes.mode, has_lstm=False), calling(outside.scheduled), outside:
+        writes_refused = Readings(computation).refusing_writes
+        with writes_refused(), tracing(fakes.mode, has_lstm=False), calling(outside.scheduled), outside:
             inputs = [*fakes.state, *fakes.inputs]
             flat = flatten(update, inputs, outside.stand_ins, number if is_static else 0)
         finished, whole = finish(flat, fakes, outside, options), flat.whole

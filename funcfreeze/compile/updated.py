@@ -12,11 +12,12 @@ from torch import Tensor
 from funcfreeze.compile.compiled import note_on_torch
 from funcfreeze.compile.layout import Kind, Layout, Listed, kind_of
 from funcfreeze.compile.options import Options
+from funcfreeze.compile.readings import Readings
 from funcfreeze.computation.computation import Computation, Optimized
 from funcfreeze.computation.finite import lost
 
-Key = tuple[Layout, tuple[tuple[str, Kind], ...]]
-"""A state's layout, and the paths and forms of the gradients."""
+Key = tuple[Layout, int, tuple[tuple[str, Kind], ...]]
+"""A state's layout, what the transform reads from Python, and the paths and forms of the gradients."""
 
 
 Program = Callable[[Listed, Sequence[Tensor]], Optimized]
@@ -50,6 +51,7 @@ class CompiledUpdate:
         self._computation = computation
         self._options = options
         self._donate = donate
+        self._readings = Readings(computation)
         self._programs: dict[Key, Program] = {}
 
     @property
@@ -65,7 +67,7 @@ class CompiledUpdate:
         refuse_sparse(gradients)
         given = [state.apart(gradient) for gradient in gradients.values()]
         flags = [] if self._computation.finite is None else [lost(losses, state.step.device)]
-        key = state.layout, tuple(zip(gradients, map(kind_of, given), strict=True))
+        key = state.layout, self._readings.number(), tuple(zip(gradients, map(kind_of, given), strict=True))
         with self._computation.evaluation.functional.alone:
             if key not in self._programs:
                 self._programs[key] = self._made(state, tuple(gradients), [*given, *flags])
