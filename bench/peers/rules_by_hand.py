@@ -70,7 +70,8 @@ def cagrad(matrix: Tensor) -> Tensor:
         constraints={"type": "eq", "fun": lambda w: 1 - w.sum()},
     )
     worst = _back(found.x, matrix) @ matrix
-    return matrix.mean(0) + float(radius) / (worst.norm() + small) * worst
+    share: Tensor = float(radius) / (worst.norm() + small)
+    return matrix.mean(0) + share * worst
 
 
 def aligned_mtl(matrix: Tensor) -> Tensor:
