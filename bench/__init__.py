@@ -10,4 +10,11 @@
 express a workload, is in the results with the reason. The peers come with the extra `bench`. The workloads `wgan-gp`,
 `byol` and `sac` are whole training programs, with optimizers, turns and targets of their own: there the peers are the
 loop by hand and ours, and a step of WGAN-GP is five calls, one turn of the generator.
+
+The workloads `meet-MODEL-RULE` are multi-task training under a merge rule, and run only where they are named: MODEL is
+`mlp`, `vit-2`, `vit-4`, `vit-8` or `resnet`, RULE is `sum`, `mean`, `pcgrad`, `mgda`, `imtl-g`, `cagrad`,
+`aligned-mtl`, `graddrop`, `upgrad` or `mgda-activations`. The peers that know rules are `summed`, `torchjd`,
+`torchjd-in-turn` (one gradient after the other, without vmap), `torchjd-gramian` (its engine for the Gramian),
+`by-hand` and ours; the second and the third of TorchJD's are there where they are named. What draws random numbers is
+timed and not compared: GradDrop, and the PCGrad of TorchJD with more than two losses.
 """

@@ -20,7 +20,7 @@ import torch
 from bench import workloads
 from bench.bars import listing, measure
 from bench.machine import describe, settle, versions
-from bench.peers import PEERS
+from bench.peers import DEFAULTS, PEERS
 from bench.plot import draw
 from bench.run import MEASURES, Options, run
 from bench.startup import startup, summary
@@ -39,8 +39,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=int, help="rounds in which every contender runs once; 30, or 3 processes")
     made.add_argument("--out", type=Path, help="keep the measures as JSON there, too; tables are printed either way")
     made.add_argument("--readme", type=Path, help="with `report`: a README whose section is replaced")
-    for name, chosen in (("workloads", workloads.WORKLOADS), ("peers", PEERS), ("measures", MEASURES)):
-        made.add_argument(f"--{name}", nargs="+", choices=list(chosen), default=list(chosen), metavar="NAME")
+    every = {**workloads.WORKLOADS, **workloads.MEETINGS}
+    for name, choices, chosen in (
+        ("workloads", every, workloads.WORKLOADS),
+        ("peers", PEERS, DEFAULTS),
+        ("measures", MEASURES, MEASURES),
+    ):
+        made.add_argument(f"--{name}", nargs="+", choices=list(choices), default=list(chosen), metavar="NAME")
     return made
 
 
@@ -70,8 +75,9 @@ def check(options: argparse.Namespace) -> None:
     for data in matrix(options):
         name, workload = list(data["workloads"].items())[-1]
         for peer, result in workload["results"].items():
-            shown = result.get("difference", result.get("reason", result.get("failed", "not compared")))
-            wrong |= "failed" in result or result.get("difference", 0.0) > 1e-6
+            told = (result[key] for key in ("difference", "reason", "failed", "not compared") if key in result)
+            shown = next(told, "not compared")
+            wrong |= "failed" in result or result.get("difference", 0.0) > workload["tolerance"]
             print(f"{name:14} {peer:20} {shown if isinstance(shown, str) else format(shown, '.1e')}", flush=True)
     sys.exit(int(wrong))
 

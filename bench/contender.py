@@ -30,12 +30,14 @@ class Contender:
         wait: returns when the device is done.
         parameters: the present values, by the torch model's paths.
         measured: what a peer can only tell itself, by the name of the measure.
+        draws: whether it draws random numbers of its own, so that nobody else makes its update.
     """
 
     step: Callable[[], object]
     wait: Callable[[], object]
     parameters: Callable[[], Mapping[str, Tensor]]
     measured: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
+    draws: bool = False
 
     def __call__(self) -> None:
         """One step, done when this returns."""
@@ -73,8 +75,9 @@ class Peer:
 
     Attributes:
         label: what tables call it.
-        builder: makes a contender of a workload.
+        builder: makes a contender of a workload; None for one that is there for merge rules alone.
         program: makes one of a whole training loop; None where nobody wrote it.
+        meeting: makes one of a workload with a merge rule; None where nobody wrote it.
         requires: modules that it imports beside torch.
         cuda: whether it is there on CUDA devices only.
         compiled: whether it runs generated code, in which operators are not dispatched one by one.
@@ -83,8 +86,9 @@ class Peer:
     """
 
     label: str
-    builder: Build
+    builder: Build | None
     program: BuildProgram | None = None
+    meeting: Build | None = None
     requires: tuple[str, ...] = ()
     cuda: bool = False
     compiled: bool = False
@@ -102,9 +106,14 @@ class Peer:
             return Absent("not installed", f"needs {', '.join(self.missing)}")
         if self.cuda and device.type != "cuda":
             return Absent("not here", "CUDA graphs need a CUDA device")
-        if isinstance(workload, Workload):
-            return self.builder(workload, device)
-        return Absent("not written", NOT_WRITTEN) if self.program is None else self.program(workload, device)
+        made: Contender | Absent | None
+        if isinstance(workload, Program):
+            made = self.program and self.program(workload, device)
+        elif workload.merge is None:
+            made = self.builder and self.builder(workload, device)
+        else:
+            made = self.meeting and self.meeting(workload, device)
+        return made or Absent("not written", NOT_WRITTEN)
 
 
 def model_on(workload: Workload | Program, device: torch.device) -> nn.Module:

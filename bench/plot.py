@@ -1,4 +1,4 @@
-"""Step times as a picture: each workload against the recipe or the loop by hand; time against the number of losses."""
+"""Step times as a picture: each workload against what it was compared with; time against the number of losses."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from bench.peers import OURS
-from bench.table import reference, value
+from bench.table import bases, reference, value
 
 MARKS: Mapping[str, tuple[str, str]] = {
     "summed": ("|", "#555555"),
     "recipe": ("o", "#b0b0b0"),
     "inputs": ("s", "#a0845c"),
     "torchjd": ("^", "#8c6bb1"),
+    "torchjd-in-turn": ("<", "#bfa3d6"),
+    "torchjd-gramian": (">", "#54278f"),
     "by-hand": ("D", "#5fa55a"),
     "by-hand-compiled": ("P", "#2c7a3f"),
     "by-hand-graphs": ("X", "#12492a"),
@@ -77,7 +79,8 @@ def _against_the_recipe(axes: Any, data: Mapping[str, Any]) -> None:
     axes.invert_yaxis()
     axes.grid(axis="y", color="#eeeeee")
     axes.set_axisbelow(True)
-    axes.set_xlabel("step time / the recipe's, or else the loop by hand's (left is faster)")
+    owners = ", or else ".join(f"{base}'s" for base in bases(data))
+    axes.set_xlabel(f"step time / {owners} (left is faster)")
 
 
 def _inside(limits: tuple[float, float], tick: float) -> bool:

@@ -17,9 +17,10 @@ from bench import alone, workloads
 from bench.contender import Absent, Contender, Peer
 from bench.counts import multiply_adds, products
 from bench.machine import describe, versions
-from bench.peers import OURS, PEERS, REFERENCES
+from bench.peers import DEFAULTS, OURS, PEERS, REFERENCES
 from bench.timing import interleaved, median_ratio, quartiles, steps_per_run
 from bench.workloads import Program, Workload
+from bench.workloads.merge import SAME
 
 MEASURES = ("time", "first-step", "memory", "multiply-adds", "matmuls")
 IN_PROCESS = ("time", "multiply-adds", "matmuls")
@@ -33,14 +34,14 @@ class Options:
     scale: str = "small"
     rounds: int = 30
     workloads: tuple[str, ...] = tuple(workloads.WORKLOADS)
-    peers: tuple[str, ...] = tuple(PEERS)
+    peers: tuple[str, ...] = DEFAULTS
     measures: tuple[str, ...] = MEASURES
 
     @property
     def command(self) -> str:
         """How to get the same measures."""
         words = ["python -m bench", f"--device {self.device}", f"--scale {self.scale}", f"--rounds {self.rounds}"]
-        chosen = {"workloads": workloads.WORKLOADS, "peers": PEERS, "measures": MEASURES}
+        chosen = {"workloads": workloads.WORKLOADS, "peers": DEFAULTS, "measures": MEASURES}
         words += [
             f"--{name} {' '.join(mine)}" for name in chosen if (mine := getattr(self, name)) != tuple(chosen[name])
         ]
@@ -85,7 +86,12 @@ def measure_workload(name: str, options: Options, device: torch.device) -> dict[
     for peer in present if apart else ():
         say(f"  {peer} alone")
         results[peer] |= alone.in_fresh_process(name, peer, options.device, options.scale, apart)
-    return {"name": workload.name, "results": results}
+    return {"name": workload.name, "tolerance": tolerance(workload), "results": results}
+
+
+def tolerance(workload: Workload | Program) -> float:
+    """How far updates may be apart in float64, relative to their size."""
+    return SAME if isinstance(workload, Program) or workload.merge is None else workload.merge.tolerance
 
 
 def _build(
@@ -102,7 +108,9 @@ def _build(
             continue
         contender, moved = built
         contenders[peer] = contender
-        if peer in REFERENCES and reference is None:
+        if contender.draws:
+            results[peer]["not compared"] = "draws random numbers of its own"
+        elif peer in REFERENCES and reference is None:
             reference = moved
         elif reference is not None and PEERS[peer].routed:
             results[peer]["difference"] = difference(moved, reference)

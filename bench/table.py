@@ -154,22 +154,33 @@ def differences(data: Mapping[str, Any]) -> str:
     if not found:
         return "Updates were not compared: neither the recipe nor a loop by hand was among the contenders."
     worst, peer, name = max(found)
-    who = _compared_with(data)
+    names = bases(data)
+    who = ", or else ".join(names) + ("," if len(names) > 1 else "")
     if worst > SAME:
         return f"**Not everybody makes the same update**: {peer} is {worst:.1g} away from {who} in {name}."
     return (
-        f"After two steps every contender but the summed loss stands where {who} does; the largest relative "
-        f"difference of displacements, in float32, is {worst:.1g} ({peer}, {name}). `python -m bench check` compares "
-        "them in float64."
+        f"After two steps every contender but the summed loss{_apart(data)} stands where {who} does; the largest "
+        f"relative difference of displacements, in float32, is {worst:.1g} ({peer}, {name}). `python -m bench check` "
+        "compares them in float64."
     )
 
 
-def _compared_with(data: Mapping[str, Any]) -> str:
-    """Whose update the others were compared with."""
-    absent = {"absent" in workload["results"].get("recipe", {"absent": ""}) for workload in data["workloads"].values()}
-    return {(False,): "the recipe", (True,): "the loop by hand"}.get(
-        (*absent,), "the recipe, or else the loop by hand,"
-    )
+def bases(data: Mapping[str, Any]) -> list[str]:
+    """Whose updates the others were compared with, in one workload or another."""
+    found = {_base(workload["results"]) for workload in data["workloads"].values()}
+    return [named for peer, named in REFERENCES.items() if peer in found]
+
+
+def _base(results: Mapping[str, Result]) -> str | None:
+    """The first who was there and made an update that others make, too."""
+    unlike = {"absent", "failed", "not compared"}
+    return next((peer for peer in REFERENCES if peer in results and not unlike & set(results[peer])), None)
+
+
+def _apart(data: Mapping[str, Any]) -> str:
+    """Whom nobody is compared with, beside the summed loss."""
+    draws = any("not compared" in result for w in data["workloads"].values() for result in w["results"].values())
+    return ", and but those that draw random numbers," if draws else ""
 
 
 def setting(data: Mapping[str, Any]) -> str:

@@ -13,6 +13,8 @@ from bench.workloads.byol import byol
 from bench.workloads.gan import gan
 from bench.workloads.gpt import gpt
 from bench.workloads.many_heads import many_heads
+from bench.workloads.meetings import meeting_models, meetings
+from bench.workloads.merge import Merge
 from bench.workloads.program import Loop, Program
 from bench.workloads.resnet import ResNet18, resnet
 from bench.workloads.sac import sac
@@ -22,9 +24,11 @@ from bench.workloads.wgan_gp import wgan_gp
 from bench.workloads.workload import MultiTask, Workload, mlp
 
 __all__ = [
+    "MEETINGS",
     "SCALES",
     "WORKLOADS",
     "Loop",
+    "Merge",
     "MultiTask",
     "Program",
     "Workload",
@@ -49,7 +53,7 @@ def make(name: str, scale: str = "small") -> Workload | Program:
     """A workload with the same numbers every time, in any process."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return WORKLOADS[name][SCALES.index(scale)]()
+        return (WORKLOADS.get(name) or MEETINGS[name])[SCALES.index(scale)]()
 
 
 _LARGE_BYOL = {"features": 512, "hidden": 4096, "outputs": 256, "image": 128, "size": 256}  # the paper's heads
@@ -69,3 +73,6 @@ WORKLOADS: Mapping[str, tuple[Make, Make]] = {
     "sac": (sac, partial(sac, width=2048, size=4096)),
 }
 """Makers by the name that `--workloads` takes, one for each of `SCALES`."""
+
+MEETINGS: Mapping[str, tuple[Make, Make]] = meetings(meeting_models(_LARGE_VIT))
+"""Where losses meet under a rule. `--workloads` takes these, too; a run that names no workloads leaves them out."""

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.workloads.merge import Merge
+
 Losses = Callable[[nn.Module, Any], dict[str, Tensor]]
 NOT_WRITTEN = "not written for this workload"
 
@@ -43,6 +45,7 @@ class Workload:
         in_jax: makes `losses(params, buffers, batch) -> (losses, buffers)` over flat dicts of jax arrays that have the
             torch model's names and layouts; or why there is none.
         rates: Adam's learning rate, by the name of a submodule; "" is the whole model.
+        merge: the rule where losses meet; None for the plain sum.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Workload:
     multitask: MultiTask | str = NOT_WRITTEN
     in_jax: Callable[[], Callable[..., Any]] | str = NOT_WRITTEN
     rates: Mapping[str, float] = field(default_factory=lambda: {"": 1e-3})
+    merge: Merge | None = None
 
 
 def mlp(*widths: int, between: type[nn.Module] = nn.ReLU) -> nn.Sequential:

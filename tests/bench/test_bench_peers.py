@@ -11,7 +11,7 @@ import torch
 
 import funcfreeze as ff
 from bench.contender import Absent, Contender, Peer, model_on, phases
-from bench.peers import OURS, PEERS, by_hand, ours
+from bench.peers import DEFAULTS, OURS, PEERS, by_hand, ours
 from bench.workloads import make
 from bench.workloads.actor_critic import actor_critic
 from bench.workloads.adversarial import adversarial, confusion
@@ -30,7 +30,7 @@ TINY = {
     "gan": partial(gan, width=12, noise=4, pixels=9, size=6),
     "actor-critic": partial(actor_critic, width=12, size=6),
 }
-EAGER = [name for name, peer in PEERS.items() if peer.routed and not peer.compiled and name not in OURS]
+EAGER = [name for name in DEFAULTS if PEERS[name].routed and not PEERS[name].compiled and name not in OURS]
 
 
 def displacements(contender: Contender, model: torch.nn.Module) -> dict[str, torch.Tensor]:
