@@ -95,14 +95,17 @@ class Rows:
     def _products(self, leaves: Sequence[int]) -> Tensor:
         """The inner products of all pairs of rows over these leaves, each taken where the gradients are."""
         number = len(self.gradients)
-        nothing = torch.zeros((), dtype=torch.float64, device=self.device)
-        entries = []
-        for index, one in enumerate(self.gradients):
-            for other in self.gradients[: index + 1]:
-                pairs = [(g, h) for leaf in leaves if (g := one[leaf]) is not None and (h := other[leaf]) is not None]
-                found = [_product(*pair, self.device) for pair in pairs]
-                entries.append(torch.stack(found).to(torch.float64).sum() if found else nothing)
-        whole = [entries[_triangle(row, column)] for row in range(number) for column in range(number)]
+        flat = [
+            [None if (gradient := row[leaf]) is None else _wide(gradient) for leaf in leaves] for row in self.gradients
+        ]
+        pairs = [(one, other) for index, one in enumerate(flat) for other in flat[: index + 1]]
+        products = [_product(g, h) for pair in pairs for g, h in zip(*pair, strict=True)]
+        if len({(product.dtype, product.device) for product in products if product is not None}) > 1:
+            products = [None if product is None else product.to(self.device, torch.float64) for product in products]
+        nothing = next(torch.zeros_like(product) for product in products if product is not None)
+        found = torch.stack([nothing if product is None else product for product in products])
+        sums = found.view(len(pairs), -1).to(self.device, torch.float64).sum(1).unbind()
+        whole = [sums[_triangle(row, column)] for row in range(number) for column in range(number)]
         return torch.stack(whole).view(number, number)
 
     @cached_property
@@ -146,10 +149,14 @@ class Rows:
             weights: (K,).
         """
         small = set(self._small)
-        merged: list[Tensor | None] = [
-            None if leaf in small else _weighted(column, weights)
-            for leaf, column in enumerate(zip(*self.gradients, strict=True))
-        ]
+        merged: list[Tensor | None] = [None] * len(self._some)
+        cast: dict[tuple[torch.dtype, torch.device], Sequence[Tensor]] = {}
+        for leaf, some in enumerate(self._some):
+            if some is not None and leaf not in small:
+                kind = some.dtype, some.device
+                if kind not in cast:
+                    cast[kind] = weights.to(some.device, some.real.dtype if some.is_complex() else some.dtype).unbind()
+                merged[leaf] = _weighted([row[leaf] for row in self.gradients], cast[kind])
         if self._packed is not None:
             for leaf, sums in self._parted(weights.to(self._packed.dtype) @ self._packed, self._small):
                 merged[leaf] = sums
@@ -199,18 +206,19 @@ def _shaped(part: Tensor, like: Tensor) -> Tensor:
     return part.to(like.device, like.dtype).view(like.shape)
 
 
-def _product(one: Tensor, other: Tensor, device: torch.device) -> Tensor:
-    """The real inner product, 0-d."""
-    wide = [_flattened(x) if x.dtype not in _HALVES else _flattened(x).float() for x in (one, other)]
-    product = torch.dot(*wide)
-    return product if product.device == device else product.to(device)
+def _wide(gradient: Tensor) -> Tensor:
+    """Flat, in a dtype in which products may be added up."""
+    flat = _flattened(gradient)
+    return flat.float() if flat.dtype in _HALVES else flat
 
 
-def _weighted(column: Sequence[Tensor | None], weights: Tensor) -> Tensor | None:
+def _product(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return None if one is None or other is None else torch.dot(one, other)
+
+
+def _weighted(column: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor | None:
     total: Tensor | None = None
-    for row, gradient in enumerate(column):
+    for gradient, weight in zip(column, weights, strict=True):
         if gradient is not None:
-            real = gradient.real.dtype if gradient.is_complex() else gradient.dtype
-            weight = weights[row].to(gradient.device, real)
             total = gradient * weight if total is None else total.addcmul_(gradient, weight.to(gradient.dtype))
     return total
