@@ -13,6 +13,7 @@ import funcfreeze as ff
 PACKAGE = pathlib.Path(ff.__file__).parent
 
 FLOORS = [
+    ["tracing"],
     ["schedules", "merge"],
     ["declare"],
     ["model"],

@@ -17,9 +17,14 @@ class _GradDrop:
     seed: int = 0
 
     def __call__(self, meeting: Meeting) -> Tensor:
-        matrix = meeting.matrix
-        drawn = draws(self.seed, meeting.step, matrix.shape[1], matrix.device).to(matrix.dtype)
-        return dropped(matrix, drawn, self.leak)
+        merged: list[Tensor] = []
+        first = 0
+        for piece in meeting.rows.pieces():
+            width = piece.shape[1]
+            drawn = draws(self.seed, meeting.step, width, piece.device, first).to(piece.dtype)
+            merged.append(dropped(piece, drawn, self.leak))
+            first += width
+        return torch.cat(merged)
 
 
 def dropped(matrix: Tensor, drawn: Tensor, leak: float) -> Tensor:
@@ -33,10 +38,10 @@ def dropped(matrix: Tensor, drawn: Tensor, leak: float) -> Tensor:
     >>> dropped(torch.tensor([[1.0, 2.0], [-1.0, 1.0]]), torch.tensor([0.7, 0.7]), 0.0)
     tensor([-1.,  3.])
     """
-    sizes = matrix.abs().sum(0)
-    purity = 0.5 * (1 + matrix.sum(0) / torch.where(sizes > 0, sizes, 1.0))
-    kept = (purity > drawn) == (matrix > 0)
-    return torch.where(kept, matrix, matrix * leak).sum(0)
+    up, down = matrix.clamp(min=0.0).sum(0), matrix.clamp(max=0.0).sum(0)
+    sizes = up - down
+    purity = up / torch.where(sizes > 0, sizes, 1.0)  # ½ (1 + Σ g / Σ |g|)
+    return torch.where(purity > drawn, up + leak * down, leak * up + down)
 
 
 def graddrop(*, leak: float = 0.0, seed: int = 0) -> Rule:

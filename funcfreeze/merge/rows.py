@@ -6,15 +6,20 @@ call costs more than its arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from funcfreeze.tracing import is_stand_in
+
 PACKED = 2**14
 """Gradients of fewer elements than this are packed."""
+
+PIECE = 2**16
+"""The columns of a piece of the matrix: with its K rows and what is computed of them, it stays in the cache."""
 
 
 def diagonal(matrix: Tensor) -> Tensor:
@@ -135,11 +140,47 @@ class Rows:
     @property
     def width(self) -> int:
         """How many columns the matrix has."""
-        return sum(some.numel() * (2 if some.is_complex() else 1) for some in self._some if some is not None)
+        return self._columns(self.touched)
 
     def stacked(self) -> Tensor:
         """The gradients one below the other: the matrix, in a memory of its own."""
-        found = self._put_together(self.touched).to(self.device, self.dtype)
+        return self._without_unit(self._put_together(self.touched))
+
+    def pieces(self) -> Iterator[Tensor]:
+        """The matrix in pieces, side by side, for what is done column by column; for a compiler, in one.
+
+        Matrices as long as all parameters, one after the other, take longer to allocate than to compute with.
+        """
+        if is_stand_in(next(some for some in self._some if some is not None)):
+            yield self.stacked()
+            return
+        together: list[int] = []
+        for leaf in self.touched:
+            if together and self._columns([*together, leaf]) > PIECE:
+                yield from self._cut(together)
+                together = []
+            together.append(leaf)
+        yield from self._cut(together)
+
+    def _cut(self, leaves: Sequence[int]) -> Iterator[Tensor]:
+        """The columns of some leaves, no more than `PIECE` at a time."""
+        if len(leaves) > 1 or self._columns(leaves) <= PIECE:
+            yield self._without_unit(self._put_together(leaves))
+            return
+        (leaf,) = leaves
+        flat = [None if (gradient := row[leaf]) is None else _flattened(gradient) for row in self.gradients]
+        some = next(part for part in flat if part is not None)
+        nothing = torch.zeros((), dtype=some.dtype, device=some.device)
+        for start in range(0, len(some), PIECE):
+            like = some[start : start + PIECE]
+            parts = [nothing.expand_as(like) if row is None else row[start : start + PIECE] for row in flat]
+            yield self._without_unit(torch.stack(parts))
+
+    def _columns(self, leaves: Sequence[int]) -> int:
+        return sum(_width(like) for leaf in leaves if (like := self._some[leaf]) is not None)
+
+    def _without_unit(self, matrix: Tensor) -> Tensor:
+        found = matrix.to(self.device, self.dtype)
         return found if self.unit is None else found / self.unit.to(self.device, self.dtype)
 
     def weighted(self, weights: Tensor) -> list[Tensor | None]:
@@ -175,7 +216,7 @@ class Rows:
         kind = _kind(some)
         parts = torch.split(
             vector if kind is None else vector.to(kind[1], kind[0]),
-            [like.numel() * (2 if like.is_complex() else 1) for like in some],
+            [*map(_width, some)],
         )
         shaped = (_shaped(part, like) for part, like in zip(parts, some, strict=True))
         return [*zip(leaves, shaped, strict=True)]
@@ -186,6 +227,11 @@ def _kind(some: Sequence[Tensor]) -> tuple[torch.dtype, torch.device] | None:
     kinds = {(like.dtype, like.device) for like in some}
     kind = kinds.pop()
     return None if kinds or kind[0].is_complex else kind
+
+
+def _width(like: Tensor) -> int:
+    """How many real numbers it has."""
+    return like.numel() * (2 if like.is_complex() else 1)
 
 
 def _triangle(row: int, column: int) -> int:

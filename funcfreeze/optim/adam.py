@@ -13,11 +13,12 @@ from funcfreeze.optim.decay import decayed
 from funcfreeze.optim.hyperparameters import check_number, check_state_dtype
 from funcfreeze.optim.kernels import adam_
 from funcfreeze.optim.leafwise import Entry, Rule, leafwise
-from funcfreeze.optim.opaque import is_traced, opaque, readable
+from funcfreeze.optim.opaque import opaque, readable
 from funcfreeze.optim.paces import Pace, Paces, apart
 from funcfreeze.optim.rates import Rates
 from funcfreeze.optim.reals import as_real, back_to
 from funcfreeze.optim.transform import Transform
+from funcfreeze.tracing import is_traced
 
 
 def adam(

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from funcfreeze.declare.selectors import Leaf
 from funcfreeze.optim.algorithm import Algorithm
 from funcfreeze.optim.cast import COUNT, cast, problem
-from funcfreeze.optim.opaque import is_stand_in, is_traced
 from funcfreeze.optim.paces import Pace, Paces
 from funcfreeze.optim.reals import add_
 from funcfreeze.optim.skip import keep_if, unless
 from funcfreeze.optim.transform import Named, OptState, PyTree, Transform, apart, by_path, lines, match
 from funcfreeze.optim.unchanged import Checks
+from funcfreeze.tracing import is_stand_in, is_traced
 
 Entry = dict[str, Tensor]
 

@@ -42,27 +42,6 @@ def _computes_nothing(*args: Any, **kwargs: Any) -> None:
     """What is overwritten keeps its shape, and there is nothing else."""
 
 
-def is_traced(tensor: Tensor) -> bool:
-    """Whether a compiler is looking on, or the tensor only stands for one.
-
-    What Dynamo hands on to be traced by others (`nonstrict_trace`) counts as compiling for `torch.compiler` since 2.13
-    only; the tensors are stand-ins then, as they are in a `FakeTensorMode` without any compiler.
-
-    >>> from torch._subclasses import FakeTensorMode
-    >>> with FakeTensorMode():
-    ...     is_traced(torch.ones(1))
-    True
-    >>> is_traced(torch.ones(1))
-    False
-    """
-    return torch.compiler.is_compiling() or is_stand_in(tensor)
-
-
-def is_stand_in(tensor: Tensor) -> bool:
-    """Whether it is a `FakeTensor` or a `FunctionalTensor`, by which compilers trace."""
-    return type(tensor).__module__.startswith("torch._subclasses.f")
-
-
 def readable(grads: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
     """The gradients in the parameters' memory order and dtype: they come in any (expanded after a sum, transposed)."""
     return [

@@ -11,8 +11,8 @@ import optree
 import torch
 from torch import Tensor
 
-from funcfreeze.optim.opaque import is_traced
 from funcfreeze.optim.transform import OptState, PyTree, Transform, by_path
+from funcfreeze.tracing import is_traced
 
 InPlace = Callable[..., Callable[[], OptState]]
 

@@ -14,9 +14,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from funcfreeze.optim.algorithm import Algorithm
 from funcfreeze.optim.hyperparameters import rate_at
-from funcfreeze.optim.opaque import is_traced
 from funcfreeze.optim.skip import are_alike, choose, is_found, keep_if
 from funcfreeze.optim.transform import Named, OptState, PyTree, Transform, by_path, lines, match
+from funcfreeze.tracing import is_traced
 
 Entry = dict[str, Any]
 

@@ -606,3 +606,27 @@ def test_what_a_meeting_shows():
 def test_what_is_no_option(make, told):
     with pytest.raises(ValueError, match=re.escape(told)):
         make()
+
+
+def test_the_matrix_in_pieces(monkeypatch):
+    """Leaves of all sizes and kinds, some without a gradient of one loss: the pieces side by side are the matrix."""
+    shapes = [(3,), (2, 3), (), (40,), (7, 5), (2,), (1,), (33,)]
+    rows = [
+        [torch.randn(shape, dtype=torch.complex128 if len(shape) == 2 else None) for shape in shapes] for _ in "abc"
+    ]
+    rows[0][3] = rows[1][4] = rows[2][0] = None
+    for row in rows:
+        row[5] = None
+    for unit in (None, torch.tensor(8.0)):
+        for piece in (1, 8, 16, 10_000):
+            monkeypatch.setattr("funcfreeze.merge.rows.PIECE", piece)
+            found = [*Rows(rows, unit).pieces()]
+            assert max(part.shape[1] for part in found) <= max(piece, 1)
+            torch.testing.assert_close(torch.cat(found, 1), Rows(rows, unit).stacked(), rtol=0, atol=0)
+
+
+def test_graddrop_draws_the_same_in_pieces(monkeypatch):
+    matrix = torch.randn(4, 1_000)
+    whole = merged(ff.merge.graddrop(seed=3), matrix, step=5)
+    monkeypatch.setattr("funcfreeze.merge.rows.PIECE", 64)
+    torch.testing.assert_close(merged(ff.merge.graddrop(seed=3), matrix, step=5), whole, rtol=0, atol=0)

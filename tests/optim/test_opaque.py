@@ -7,7 +7,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from funcfreeze.optim import adam, adamw, from_torch, rmsprop, sgd
-from funcfreeze.optim.opaque import is_traced
+from funcfreeze.tracing import is_traced
 
 
 def stand_ins(count):
