@@ -13,6 +13,7 @@ from funcfreeze.declare.plan import Plan, Row
 from funcfreeze.declare.plan_table import group_rows
 from funcfreeze.merge.deciding import Met, seen_in
 from funcfreeze.merge.rows import Rows
+from funcfreeze.merge.rule import PLACES
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Conflict:
         losses: the losses that may update them.
         paths: of the parameters.
         elements: how many numbers these hold.
+        at: "parameters"; or "activations", where what was seen are the losses' cotangents above the parameters.
         norms: loss -> the length of its gradient, weights applied.
         shares: loss -> how much of the merged gradient's squared length comes from it; they sum to 1. NaN under a rule
             that gives the merged gradient itself.
@@ -35,6 +37,7 @@ class Conflict:
     norms: Mapping[str, float]
     shares: Mapping[str, float]
     cosines: Mapping[str, Mapping[str, float]]
+    at: str = PLACES[0]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -42,6 +45,7 @@ class Conflict:
             "losses": list(self.losses),
             "paths": list(self.paths),
             "elements": self.elements,
+            "at": self.at,
             "norms": dict(self.norms),
             "shares": dict(self.shares),
             "cosines": {loss: dict(row) for loss, row in self.cosines.items()},
@@ -80,7 +84,7 @@ def conflicts_of(half: Half, plan: Plan) -> Conflicts:
             here = [rows[path] for path in overlap.paths]
             met = half.met.get(overlap.label)
             seen = _added_up(half, here, overlap.losses) if met is None else met
-            _note(found, overlap.label, here, overlap.losses, seen)
+            _note(found, overlap.label, here, overlap.losses, seen, overlap.rule.at)
     for group in group_rows([row for row in plan.rows if len(row.weights) > 1 and row.path not in ruled]):
         here = [rows[row.path] for row in group.rows]
         losses = tuple(loss for loss in plan.losses if loss in here[0].weights)
@@ -102,7 +106,14 @@ def _dense(gradient: Tensor) -> Tensor:
     return gradient.to_dense() if gradient.is_sparse else gradient
 
 
-def _note(found: Conflicts, name: str, here: Sequence[Row], losses: tuple[str, ...], met: Met | None) -> None:
+def _note(
+    found: Conflicts,
+    name: str,
+    here: Sequence[Row],
+    losses: tuple[str, ...],
+    met: Met | None,
+    at: str = PLACES[0],
+) -> None:
     nan = [float("nan")] * len(losses)
     norms, shares = (nan, nan) if met is None else (met.norms.tolist(), met.shares.tolist())
     cosines = [nan] * len(losses) if met is None else met.cosines.tolist()
@@ -113,12 +124,14 @@ def _note(found: Conflicts, name: str, here: Sequence[Row], losses: tuple[str, .
         dict(zip(losses, norms, strict=True)),
         dict(zip(losses, shares, strict=True)),
         {loss: dict(zip(losses, row, strict=True)) for loss, row in zip(losses, cosines, strict=True)},
+        at,
     )
 
 
 def _table(name: str, one: Conflict) -> Iterator[str]:
     noun = "parameter" if len(one.paths) == 1 else "parameters"
-    yield f"{name} ({len(one.paths)} {noun}, {one.elements:,} elements)"
+    above = ", at the activations above" if one.at != PLACES[0] else ""
+    yield f"{name} ({len(one.paths)} {noun}, {one.elements:,} elements{above})"
     cells = [["", "norm", "share", *one.losses]]
     for loss in one.losses:
         shown = [f"{one.cosines[loss][other]:.2f}" for other in one.losses]

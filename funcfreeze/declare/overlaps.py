@@ -92,7 +92,7 @@ def resolve_merge(
             chosen, wrong = resolve(to_selector(selector), leaves)
         except RouteError as error:
             chosen, wrong = frozenset(), [str(error)]
-        problems += [f"merge: {problem}" for problem in wrong]
+        problems += [f"merge: {problem}{_hint(selector, losses)}" for problem in wrong]
         for index in chosen:
             claimed.setdefault(index, []).append(title)
         met = [rows[index] for index in sorted(chosen) if len(rows[index].weights) > 1]
@@ -109,6 +109,17 @@ def resolve_merge(
     if problems:
         raise RouteError(problems[0])
     return overlaps
+
+
+def _hint(selector: object, losses: Sequence[str]) -> str:
+    """What a key that selects nothing may have been meant for."""
+    if isinstance(selector, str) and selector in losses:
+        meant = "the keys of merge= select parameters: a rule is for all losses that meet there"
+        return f"; {selector!r} is a loss, and {meant}"
+    if isinstance(selector, tuple | frozenset) and selector and all(isinstance(part, str) for part in selector):
+        joined = " | ".join(f'path("{part}")' for part in selector)
+        return f"; for one decision about all of these, {joined}; for one each, an entry each"
+    return ""
 
 
 def refuse_crossings(overlaps: Sequence[Overlap], why: str) -> None:

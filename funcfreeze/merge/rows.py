@@ -18,7 +18,7 @@ from funcfreeze.tracing import is_stand_in
 PACKED = 2**14
 """Gradients of fewer elements than this are packed."""
 
-PIECE = 2**16
+PIECE = 2**15
 """The columns of a piece of the matrix: with its K rows and what is computed of them, it stays in the cache."""
 
 

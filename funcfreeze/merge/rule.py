@@ -44,7 +44,11 @@ class Meeting:
 
     @cached_property
     def gramian(self) -> Tensor:
-        """The inner products of the losses' gradients, (K, K) float64. Finite: what is not is told otherwise."""
+        """The inner products of the losses' gradients, (K, K) float64. Finite: what is not is told otherwise.
+
+        Those of large gradients in float32 are added up in it: beyond a norm of 1e19 they are not finite, which makes
+        the merged gradient NaN, and below 1e-22 they are zero.
+        """
         found = self.rows.gramian
         return torch.where(found.isfinite().all(), found, torch.eye(len(found), dtype=found.dtype, device=found.device))
 
@@ -57,6 +61,7 @@ class Meeting:
     def matrix(self) -> Tensor:
         """The gradients one below the other, (K, elements of the overlap); a complex one as its two parts.
 
+        The columns are the parameters that a loss touched, one after the other as the plan lists them, each flattened.
         Finite: zeros where not all of them are, which is told otherwise.
         """
         return self.rows.stacked().masked_fill_(~self.rows.gramian.isfinite().all(), 0.0)

@@ -77,6 +77,9 @@ def test_it_is_the_rule_on_the_features(kind, options):
     for path, gradient in half.gradients.items():
         torch.testing.assert_close(after.params[path], state.params[path] - 0.1 * gradient)
     assert metrics["ff/norm/trunk"].shape == (3,)
+    shown = step.conflicts(state, x)
+    assert str(shown).splitlines()[0] == "trunk (4 parameters, 102 elements, at the activations above)"
+    assert shown["trunk"].norms["a"] == pytest.approx(float(metrics["ff/norm/trunk"][0]), rel=1e-3)
     assert metrics["ff/weight/trunk"].isnan().any() == (kind == "vector")
 
 

@@ -463,3 +463,35 @@ def test_mistakes_in_the_declaration_are_told_at_once():
     ]:
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             make()
+
+
+def test_what_a_key_may_have_been_meant_for():
+    model = ManyTrunks(["one", "two"])
+    with pytest.raises(ff.RouteError) as error:
+        ff.plan(model, ROUTES, merge={"a": merge.mgda(), ("trunks.one", "trunks.two"): merge.pcgrad()})
+    told = str(error.value).splitlines()
+    assert told[0] == "2 problems:"
+    assert told[1].startswith("  - merge: path('a') matches no parameter")
+    assert told[1].endswith(
+        "; 'a' is a loss, and the keys of merge= select parameters: a rule is for all losses that meet there"
+    )
+    assert told[2].endswith(
+        '; for one decision about all of these, path("trunks.one") | path("trunks.two"); for one each, an entry each'
+    )
+
+
+def test_mgda_stands_still_beside_a_loss_without_weight():
+    """What the README says of weights that start at zero, and of routes that start later."""
+    weight = torch.tensor(0.0)
+    model, given = ManyTrunks(["one"]), batch()
+    for late in ({"trunks": weight, "heads": 1.0}, [ff.Route("trunks", start=3), ff.Route("heads")]):
+        routes = {"a": "*", "b": late}
+
+        def losses(model, given):
+            found, _ = many_losses(model, given)
+            return {name: found[name] for name in "ab"}
+
+        step = ff.Step(model, losses, routes, optimizer=ff.optim.sgd(0.1), merge={"trunks": merge.mgda()})
+        gradients = step.gradients(step.init(), given)
+        stands_still = all(float(g.abs().max()) < 1e-12 for path, g in gradients.items() if path.startswith("trunks"))
+        assert stands_still == isinstance(late, dict)
