@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from funcfreeze import checkpoint as checkpoint
 from funcfreeze import merge as merge
 from funcfreeze import optim as optim
 from funcfreeze import schedules as schedules

@@ -1,0 +1,7 @@
+"""Saving runs and going on with them: everything that a run is, of one step, and nothing in it that could run."""
+
+from funcfreeze.checkpoint.loading import check as check
+from funcfreeze.checkpoint.loading import load as load
+from funcfreeze.checkpoint.loading import load_into as load_into
+from funcfreeze.checkpoint.loading import resume as resume
+from funcfreeze.checkpoint.saving import save as save

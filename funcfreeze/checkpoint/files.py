@@ -1,0 +1,113 @@
+"""Writing files so that they are there after a power cut, or not at all; and knowing that they are whole."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TENSORS = "tensors.safetensors"
+
+
+class Damaged(Exception):
+    """A file is missing, cut short or changed."""
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a checkpoint, as it was written.
+
+    Attributes:
+        name: in its folder.
+        bytes: how long it is.
+        sha256: of all of it.
+    """
+
+    name: str
+    bytes: int
+    sha256: str
+
+    @staticmethod
+    def of(path: Path) -> File:
+        """The file as it is now."""
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return File(path.name, path.stat().st_size, digest)
+
+    def problem_in(self, folder: Path) -> str | None:
+        """What is wrong with the file in a folder."""
+        path = folder / self.name
+        if not path.is_file():
+            return f"{path}: it is missing"
+        size = path.stat().st_size
+        if size != self.bytes:
+            return f"{path}: {size:,} bytes, {self.bytes:,} were written"
+        return None if File.of(path) == self else f"{path}: its bytes are not those that were written (sha256)"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """Write tensors of the CPU as a safetensors file.
+
+    Returns:
+        What such a file cannot say: of complex tensors that they are, of others than contiguous ones their strides.
+    """
+    safetensors = _safetensors()
+    kept = {name: _as_plain(tensor) for name, tensor in tensors.items()}
+    safetensors.save_file(kept, path, metadata={"format": "pt"})
+    synced(path)
+    forms = {name: _form(tensor) for name, tensor in tensors.items()}
+    return {name: form for name, form in forms.items() if form}
+
+
+def read_tensors(path: Path, forms: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+    """The tensors of such a file, in memory of their own."""
+    found: dict[str, Tensor] = _safetensors().load_file(path)
+    return {name: _in_form(tensor, forms.get(name, {})) for name, tensor in found.items()}
+
+
+def synced(path: Path) -> None:
+    """Have a file, or what a folder lists, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, and have it on the disk."""
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _as_plain(tensor: Tensor) -> Tensor:
+    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor.resolve_neg()).contiguous()
+
+
+def _form(tensor: Tensor) -> dict[str, Any]:
+    complex_ = {"complex": True} if tensor.is_complex() else {}
+    return complex_ if tensor.is_contiguous() else {**complex_, "stride": list(tensor.stride())}
+
+
+def _in_form(tensor: Tensor, form: Mapping[str, Any]) -> Tensor:
+    own = tensor.clone()  # it may be a part of the file, which may go, and where no complex number may begin
+    found = torch.view_as_complex(own) if form.get("complex") else own
+    if "stride" not in form:
+        return found
+    return torch.empty_strided(found.shape, form["stride"], dtype=found.dtype).copy_(found)
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("checkpoints are safetensors files: pip install 'funcfreeze[checkpoint]'") from error
+    return safetensors.torch

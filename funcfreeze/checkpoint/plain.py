@@ -1,0 +1,116 @@
+"""Values as JSON with the tensors taken out: what a checkpoint can hold, with nothing in it that could run.
+
+Tensors are named by where they are, `optimizer/encoder.weight/exp_avg`. Tuples, bytes, and dicts with keys that are no
+strings are marked by a key that begins with `$`.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+_TENSOR, _TUPLE, _BYTES, _ITEMS = "$tensor", "$tuple", "$bytes", "$items"
+_MARKS = frozenset({_TENSOR, _TUPLE, _BYTES, _ITEMS})
+
+
+def packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """A value as JSON.
+
+    Args:
+        value: dicts, lists, tuples, strings, bytes, numbers, None and tensors.
+        name: what it is called.
+        tensors: gets the tensors in it, by name.
+
+    Raises:
+        TypeError: naming everything in it that is no such value.
+
+    >>> import torch
+    >>> found = {}
+    >>> packed({"w": torch.zeros(2), "at": (1, None)}, "extra", found)
+    {'w': {'$tensor': 'extra/w'}, 'at': {'$tuple': [1, None]}}
+    >>> found
+    {'extra/w': tensor([0., 0.])}
+    """
+    others: list[str] = []
+    made = _packed(value, name, tensors, others)
+    if others:
+        raise TypeError(
+            f"a checkpoint holds plain data (dicts, lists, tuples, strings, bytes, numbers, None, tensors); not "
+            f"{', '.join(others)}"
+        )
+    return made
+
+
+def _packed(value: Any, name: str, tensors: dict[str, Tensor], others: list[str]) -> Any:
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {_TENSOR: name}
+    if isinstance(value, bytes):
+        return {_BYTES: base64.b64encode(value).decode()}
+    if isinstance(value, list):
+        return [_packed(part, f"{name}/{index}", tensors, others) for index, part in enumerate(value)]
+    if isinstance(value, tuple):
+        return {_TUPLE: [_packed(part, f"{name}/{index}", tensors, others) for index, part in enumerate(value)]}
+    if isinstance(value, Mapping):
+        if all(isinstance(key, str) for key in value) and not _MARKS & value.keys():
+            return {key: _packed(part, _below(name, key), tensors, others) for key, part in value.items()}
+        if all(type(key) in (bool, int, float, str) for key in value):
+            return {_ITEMS: [[key, _packed(part, _below(name, key), tensors, others)] for key, part in value.items()]}
+    if type(value).__module__ == "numpy" and type(value).__name__ != "ndarray":
+        return _packed(value.item(), name, tensors, others)
+    others.append(f"{name.replace('/', '.')} ({type(value).__name__})")
+    return None
+
+
+def _below(name: str, key: object) -> str:
+    return f"{name}/{str(key).replace('~', '~0').replace('/', '~1')}"
+
+
+def unpacked(made: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The value that `packed` made this of; what was a named tuple is a plain one.
+
+    Raises:
+        KeyError: a tensor is missing.
+    """
+    if isinstance(made, list):
+        return [unpacked(part, tensors) for part in made]
+    if not isinstance(made, dict):
+        return made
+    if len(made) == 1:
+        ((key, inside),) = made.items()
+        if key == _TENSOR:
+            return tensors[inside]
+        if key == _TUPLE:
+            return tuple(unpacked(part, tensors) for part in inside)
+        if key == _BYTES:
+            return base64.b64decode(inside)
+        if key == _ITEMS:
+            return {key: unpacked(part, tensors) for key, part in inside}
+    return {key: unpacked(part, tensors) for key, part in made.items()}
+
+
+def in_form_of(wanted: Any, value: Any) -> Any:
+    """A value with named tuples where these are in the same place of another."""
+    if isinstance(wanted, Mapping) and isinstance(value, dict):
+        return {key: in_form_of(wanted[key], part) if key in wanted else part for key, part in value.items()}
+    if isinstance(wanted, tuple) and isinstance(value, tuple) and len(wanted) == len(value):
+        parts = [in_form_of(one, other) for one, other in zip(wanted, value, strict=True)]
+        return tuple(parts) if type(wanted) is tuple else type(wanted)(*parts)
+    return value
+
+
+def tensor_names(made: Any) -> Iterator[str]:
+    """The names of the tensors in what `packed` made."""
+    if isinstance(made, list):
+        for part in made:
+            yield from tensor_names(part)
+    elif isinstance(made, dict):
+        if [*made] == [_TENSOR]:
+            yield made[_TENSOR]
+        else:
+            yield from tensor_names([*made.values()])

@@ -1,0 +1,144 @@
+"""Saving a run: everything that it is, of one step, copied first and then written."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import threading
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcfreeze.alternating.alternation import Alternation
+from funcfreeze.checkpoint.files import TENSORS, File, write_tensors
+from funcfreeze.checkpoint.folder import name_of, put
+from funcfreeze.checkpoint.manifest import Manifest
+from funcfreeze.checkpoint.plain import packed
+from funcfreeze.checkpoint.plans import plan_data
+from funcfreeze.checkpoint.randomness import generator_states
+from funcfreeze.checkpoint.resumable import checked_data
+from funcfreeze.computation.state import FIELDS, State
+from funcfreeze.step import Step
+
+AnyStep = Step | Alternation
+
+
+def save(
+    folder: str | Path,
+    step: AnyStep,
+    state: State,
+    *,
+    data: Any = None,
+    extra: Mapping[str, Any] | None = None,
+    generators: Mapping[str, Any] | None = None,
+    keep: int | None = 3,
+    background: bool = False,
+) -> Path:
+    """Save a run: `folder/step-0000000100`, which is there whole or not at all.
+
+    In it are `tensors.safetensors`, which `safetensors.safe_open` reads without this library (`params/encoder.weight`,
+    `buffers/...`, `optimizer/...`), and `manifest.json`, with a checksum of each file and all that is no tensor.
+    Nothing is pickled. The state of the generators of Python, NumPy and torch, on all devices, is saved with it. Code
+    is not: losses and model are what the program says that resumes.
+
+    Args:
+        folder: of this run's checkpoints; made if it is not there.
+        step: the `Step` or alternation whose state it is.
+        state: what is saved; it stays usable.
+        data: something with `state_dict` and `load_state_dict` that says where the data is.
+        extra: plain data of the user's own (dicts, lists, tuples, strings, bytes, numbers, None, tensors), by name.
+        generators: generators of the user's own, by name.
+        keep: so many of the newest checkpoints stay in the folder; None keeps all.
+        background: write in a thread, from a copy that is made before this returns. What goes wrong then is a warning,
+            and the earlier checkpoints stay. The next `save`, `resume` or `load` there, and the end of the program,
+            wait for it.
+
+    Returns:
+        The folder of the checkpoint; in the background it is not there yet.
+
+    Raises:
+        TypeError: `extra` holds what is no plain data, `data` cannot say where it is; nothing is written.
+        RuntimeError: the state is spent.
+        OSError: it cannot be written; earlier checkpoints are as before.
+        ImportError: safetensors is not installed.
+
+    >>> import tempfile
+    >>> import funcfreeze as ff
+    >>> from torch import nn
+    >>> losses = lambda model, x: {"fit": model(x).square().mean()}
+    >>> step = ff.Step(nn.Linear(2, 1), losses, {"fit": "*"}, optimizer=ff.optim.adam(0.1))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     state, extra = ff.checkpoint.resume(folder, step)
+    ...     state, _ = step(state, torch.ones(3, 2))
+    ...     at = ff.checkpoint.save(folder, step, state, extra={"best": 0.5})
+    ...     state, extra = ff.checkpoint.resume(folder, step)
+    >>> at.name, int(state.step), extra
+    ('step-0000000001', 1, {'best': 0.5})
+    """
+    folder = Path(folder)
+    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
+        raise ValueError(f"keep is the number of checkpoints that stay, at least 1, or None for all; got {keep!r}")
+    position = checked_data(data)
+    step.call(state, lambda model: None)  # raises where it is not this step's
+    wait_for(folder)
+    tensors: dict[str, Tensor] = {}
+    count = int(state.step)
+    manifest = partial(
+        Manifest,
+        step=count,
+        state={name: packed(getattr(state, name), name, tensors) for name in FIELDS},
+        plan=plan_data(step.plan),
+        extra=packed({} if extra is None else extra, "extra", tensors),
+        data=None if position is None else packed(position.state_dict(), "data", tensors),
+        random=packed(generator_states(generators or {}), "random", tensors),
+        options={"step": repr(step)},
+        versions={"funcfreeze": version("funcfreeze"), "torch": torch.__version__, "python": platform.python_version()},
+        saved=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+    )
+    _refuse_others(tensors)
+    copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+    def write(unfinished: Path) -> None:
+        forms = write_tensors(unfinished / TENSORS, copies)
+        manifest(files=(File.of(unfinished / TENSORS),), forms=forms).write(unfinished)
+
+    if background:
+        _in_background(folder, partial(put, folder, count, keep, write))
+        return folder / name_of(count)
+    return put(folder, count, keep, write)
+
+
+def wait_for(folder: Path) -> None:
+    """Wait for what is being written into a folder in the background."""
+    for thread in threading.enumerate():
+        if thread.name == _thread_name(folder):
+            thread.join()
+
+
+def _in_background(folder: Path, write: Any) -> None:
+    def run() -> None:
+        try:
+            write()
+        except Exception as error:
+            warnings.warn(
+                f"no checkpoint was saved: {type(error).__name__}: {error}; earlier ones in {folder} are as before",
+                stacklevel=1,
+            )
+
+    threading.Thread(target=run, name=_thread_name(folder)).start()
+
+
+def _thread_name(folder: Path) -> str:
+    return f"funcfreeze saves into {folder.resolve()}"
+
+
+def _refuse_others(tensors: Mapping[str, Tensor]) -> None:
+    others = [name for name, tensor in tensors.items() if tensor.layout is not torch.strided or tensor.is_quantized]
+    if others:
+        raise TypeError(f"a checkpoint holds dense tensors; sparse or quantised are {', '.join(others)}")

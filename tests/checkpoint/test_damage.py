@@ -1,0 +1,235 @@
+"""Damaged checkpoints are found and named, and the newest good one is used; what is none is said to be none."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import shutil
+import threading
+import warnings
+
+import pytest
+import torch
+from runs import by_turns, lone, network, train
+from torch import nn
+
+import funcfreeze as ff
+from funcfreeze.checkpoint.folder import checkpoints_in
+
+
+def flipped(raw, rng):
+    at = rng.randrange(len(raw))
+    raw[at] ^= 1 << rng.randrange(8)
+
+
+def cut(raw, rng):
+    del raw[rng.randrange(len(raw)) :]
+
+
+def zeroed(raw, rng):
+    start = rng.randrange(len(raw))
+    block = raw[start : start + 64]
+    raw[start : start + 64] = bytes(len(block)) if any(block) else b"\xff" * len(block)
+
+
+def run_with(steps, folder, **options):
+    step = lone(network())
+    state = step.init()
+    for _ in range(steps):
+        state = train(step, state, 1)
+        ff.checkpoint.save(folder, step, state, **options)
+    return step, state
+
+
+@pytest.mark.parametrize("damage", [flipped, cut, zeroed], ids=["flipped", "cut", "zeroed"])
+def test_damage_anywhere_is_found_and_named(damage, seed, tmp_path):
+    rng = random.Random(seed)
+    step, _ = run_with(2, tmp_path)
+    newest, before = checkpoints_in(tmp_path)
+    for _ in range(70):
+        victim = newest / rng.choice(sorted(os.listdir(newest)))
+        raw = bytearray(victim.read_bytes())
+        kept = bytes(raw)
+        damage(raw, rng)
+        victim.write_bytes(raw)
+        problems = ff.checkpoint.check(newest)
+        assert any(victim.name in problem for problem in problems), (victim, problems)
+        assert ff.checkpoint.check(before) == []
+        with pytest.warns(UserWarning, match=rf"resuming at {before.name}; newer ones are damaged:\n.*{victim.name}"):
+            state, _ = ff.checkpoint.resume(tmp_path, step)
+        assert int(state.step) == 1
+        with pytest.raises(ValueError, match=f"this checkpoint cannot be loaded:\n.*{victim.name}"):
+            ff.checkpoint.load(newest, step)
+        victim.write_bytes(kept)
+    assert ff.checkpoint.check(tmp_path) == []
+
+
+def test_files_that_are_missing_or_of_a_newer_format(tmp_path):
+    step, _ = run_with(1, tmp_path)
+    (at,) = checkpoints_in(tmp_path)
+    (at / "tensors.safetensors").rename(tmp_path / "aside")
+    assert ff.checkpoint.check(at) == [f"{at / 'tensors.safetensors'}: it is missing"]
+    with pytest.raises(ValueError, match="all checkpoints in .* are damaged:\n.*it is missing"):
+        ff.checkpoint.resume(tmp_path, step)
+    (tmp_path / "aside").rename(at / "tensors.safetensors")
+    (at / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="is no checkpoint: no manifest.json is in it"):
+        ff.checkpoint.load(at, step)
+    with pytest.raises(ValueError, match="is not there"):
+        ff.checkpoint.load(tmp_path / "nowhere", step)
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        ff.checkpoint.check(tmp_path / "nowhere")
+
+
+def test_a_newer_format_is_no_damage(tmp_path, monkeypatch):
+    step, _ = run_with(1, tmp_path)
+    monkeypatch.setattr("funcfreeze.checkpoint.manifest.FORMAT", 0)
+    with pytest.raises(ValueError, match="is of format 1, this version of funcfreeze reads format 0: update it"):
+        ff.checkpoint.resume(tmp_path, step)
+
+
+class Planted:
+    def __reduce__(self):
+        return os.mkdir, (Planted.where,)
+
+
+def test_nothing_is_unpickled(tmp_path):
+    step, _ = run_with(2, tmp_path)
+    newest, _ = checkpoints_in(tmp_path)
+    Planted.where = str(tmp_path / "ran")
+    (newest / "tensors.safetensors").write_bytes(pickle.dumps(Planted()))
+    with pytest.warns(UserWarning, match="damaged"):
+        ff.checkpoint.resume(tmp_path, step)
+    torch.save(Planted(), tmp_path / "weights.pt")
+    with pytest.raises(Exception, match="(?i)header"):
+        ff.checkpoint.load_into(network(), tmp_path / "weights.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_another_model_plan_or_optimizer_is_told_at_once(tmp_path):
+    _, _ = run_with(1, tmp_path)
+    other = network()
+    other["trunk"][0] = nn.Linear(4, 8, bias=False)
+    other["a"] = nn.Linear(8, 3)
+    merge = {"trunk.0": ff.merge.pcgrad(seed=3)}
+    step = ff.Step(
+        other,
+        lone(network()).losses,
+        {"a": ["trunk", "a"], "b": {"trunk": 0.7, "b": 1.0}},
+        optimizer=ff.optim.sgd(0.1),
+        merge=merge,
+    )
+    with pytest.raises(ValueError, match="was saved by another step") as error:
+        ff.checkpoint.resume(tmp_path, step)
+    for told in [
+        "parameter trunk.0.bias: the State has it, the Step does not",
+        r"parameter a.weight: the Step has shape (3, 8)",
+        "optimizer",
+        'plan: trunk.0.weight was routed {"a": [1.0], "b": [0.5]}, is routed {"a": [1.0], "b": [0.7]}',
+    ]:
+        assert told in str(error.value), error.value
+    (at,) = checkpoints_in(tmp_path)
+    with pytest.warns(UserWarning, match="start afresh"):
+        state, _ = ff.checkpoint.load(at, step, strict=False)
+    assert int(state.step) == 1
+    alternation = by_turns(network())
+    with pytest.raises(ValueError, match="plan: saved was a Step, here is an alternation"):
+        ff.checkpoint.resume(tmp_path, alternation)
+    with pytest.raises(ValueError, match=r"is of another model:\n(.*\n)*.*a.weight: the file has shape \(2, 8\)"):
+        ff.checkpoint.load_into(other, at)
+
+
+def test_bad_values_write_nothing(tmp_path):
+    step = lone(network())
+    state = step.init()
+    for options, error, message in [
+        (
+            {"extra": {"model": network(), "path": {"deep": {1, 2}}}},
+            TypeError,
+            r"not extra.model \(ModuleDict\), extra.path.deep \(set\)",
+        ),
+        ({"data": [1, 2]}, TypeError, "list cannot say where it is"),
+        ({"keep": 0}, ValueError, "keep is the number of checkpoints that stay, at least 1"),
+        ({"generators": {"mine": 3}}, TypeError, r"generators\['mine'\] is a torch.Generator"),
+        ({"extra": {"x": torch.eye(2).to_sparse()}}, TypeError, "sparse or quantised are extra/x"),
+    ]:
+        with pytest.raises(error, match=message):
+            ff.checkpoint.save(tmp_path, step, state, **options)
+    train(step, state, 1)
+    with pytest.raises(RuntimeError, match="spent"):
+        ff.checkpoint.save(tmp_path, step, state)
+    with pytest.raises(ValueError, match="another model or optimizer"):
+        ff.checkpoint.save(tmp_path, lone(nn.ModuleDict({**network(), "more": nn.Linear(1, 1)})), step.init())
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_the_last_ones_stay(tmp_path):
+    step, state = run_with(5, tmp_path)
+    assert [path.name for path in checkpoints_in(tmp_path)] == [f"step-000000000{n}" for n in (5, 4, 3)]
+    ff.checkpoint.save(tmp_path, step, step.init(), keep=1)  # an older one, which is what was asked for
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-0000000000"]
+    ff.checkpoint.save(tmp_path, step, state, keep=None, extra={"again": 1})
+    ff.checkpoint.save(tmp_path, step, state, keep=None, extra={"again": 2})
+    assert len(checkpoints_in(tmp_path)) == 2
+    assert ff.checkpoint.resume(tmp_path, step)[1] == {"again": 2}
+    assert len(os.listdir(tmp_path)) == 2, "nothing unfinished is left"
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    step, state = run_with(1, tmp_path)
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("funcfreeze.checkpoint.saving.write_tensors", full)
+    state = train(step, state, 1)
+    with pytest.raises(OSError, match="No space left on device"):
+        ff.checkpoint.save(tmp_path, step, state)
+    told = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ff.checkpoint.save(tmp_path, step, state, background=True)
+        assert int(ff.checkpoint.resume(tmp_path, step)[0].step) == 1  # waits for the thread
+        told = [str(one.message) for one in caught]
+    assert any("no checkpoint was saved: OSError" in text and "No space left" in text for text in told), told
+    assert len(os.listdir(tmp_path)) == 1
+
+
+def test_two_at_once_into_one_folder(tmp_path):
+    steps = [lone(network()) for _ in range(2)]
+    errors = []
+
+    def saving(step):
+        try:
+            state = step.init()
+            for _ in range(8):
+                state = train(step, state, 1)
+                ff.checkpoint.save(tmp_path, step, state, keep=2)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=saving, args=(step,)) for step in steps]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert ff.checkpoint.check(tmp_path) == []
+    assert 1 <= len(os.listdir(tmp_path)) <= 3
+
+
+def test_what_a_killed_process_left_goes(tmp_path):
+    step, state = run_with(1, tmp_path)
+    (at,) = checkpoints_in(tmp_path)
+    import socket
+
+    gone = tmp_path / f".step-0000000009.{socket.gethostname()}.999999999.0123abcd"
+    other = tmp_path / ".step-0000000009.another-machine.1.0123abcd"
+    for left in (gone, other):
+        shutil.copytree(at, left)
+    ff.checkpoint.save(tmp_path, step, state)
+    assert not gone.exists()
+    assert other.exists()
+    assert json.loads((at / "manifest.json").read_text())["step"] == 1
