@@ -1,5 +1,6 @@
 """Saving runs and going on with them: everything that a run is, of one step, and nothing in it that could run."""
 
+from funcfreeze.checkpoint.batches import Batches as Batches
 from funcfreeze.checkpoint.loading import check as check
 from funcfreeze.checkpoint.loading import load as load
 from funcfreeze.checkpoint.loading import load_into as load_into

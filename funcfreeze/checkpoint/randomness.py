@@ -21,7 +21,7 @@ def generator_states(own: Mapping[str, Any]) -> dict[str, Any]:
         TypeError: something in it is none of these.
     """
     found: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's
         found["cuda"] = list(torch.cuda.get_rng_state_all())
     numpy = sys.modules.get("numpy")
     if numpy is not None:
