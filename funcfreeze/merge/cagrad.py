@@ -100,8 +100,9 @@ def cagrad(c: float, *, norm_eps: float = 1e-4, iterations: int = ITERATIONS, at
 
     Args:
         c: the radius; at least 0.
-        norm_eps: where |g_w| is less than this, for gradients whose squared norms sum to 1, nothing improves all losses
-            any more, and the merged gradient is zero.
+        norm_eps: where |g_w| is less than this, for gradients whose squared norms sum to 1, the merged gradient is
+            zero, as in TorchJD: there hardly anything improves all losses any more, or one loss's gradient is 1e4 times
+            as small as another's. 0 leaves only the first.
         iterations: of the interior point method.
         at: "parameters", or "activations" (see `Rule`).
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
+from inspect import signature
 from math import isfinite
 from typing import Any
 
@@ -23,6 +24,8 @@ PLACES = ("parameters", "activations")
 @dataclass(frozen=True, eq=False)
 class Meeting:
     """What a rule sees: one row for every loss that touches a parameter of the overlap, in the order of the plan.
+
+    Of one row alone no rule is asked: the merged gradient is that row, and a state stays as it is.
 
     Attributes:
         losses: the names of the K rows.
@@ -61,6 +64,8 @@ class Meeting:
     def matrix(self) -> Tensor:
         """The gradients one below the other, (K, elements of the overlap); a complex one as its two parts.
 
+        In the gradients' dtype, float32 at least; `gramian`, `norms` and `values` are float64, so that
+        `(1 / meeting.norms).to(meeting.matrix) @ meeting.matrix` is written with a `to`.
         The columns are the parameters that a loss touched, one after the other as the plan lists them, each flattened.
         Finite: zeros where not all of them are, which is told otherwise.
         """
@@ -127,8 +132,10 @@ class Rule:
             raise TypeError(f"a Rule is given a function as `weights`, or one as `vector`, got {shown}")
         if self.at not in PLACES:
             raise ValueError(f"a rule's `at` is 'parameters' or 'activations', got {self.at!r}")
-        if self.init is not None and not callable(self.init):
-            raise TypeError(f"a Rule's `init` is a function from a number of losses to a state, got {self.init!r}")
+        if self.init is not None and not _takes_one(self.init):
+            raise TypeError(
+                f"a Rule's `init` is a function from a number of losses to a state (tensors by name), got {self.init!r}"
+            )
         if self.init is not None and self.at != PLACES[0]:
             raise ValueError("a rule that keeps a state looks at parameters, not at activations")
         object.__setattr__(self, "name", self.name or str(getattr(given[0], "__name__", type(given[0]).__name__)))
@@ -157,6 +164,17 @@ class Rule:
     def looking_at(self, at: str) -> Rule:
         """The same rule, looking at the losses' gradients elsewhere."""
         return replace(self, at=at)
+
+
+def _takes_one(init: Any) -> bool:
+    """Whether it can be called with one argument."""
+    try:
+        signature(init).bind(1)
+    except TypeError:
+        return False
+    except ValueError:  # a builtin that does not say
+        return callable(init)
+    return True
 
 
 def _differs(given: Any, field: Any) -> bool:

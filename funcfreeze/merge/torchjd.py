@@ -31,4 +31,9 @@ def from_torchjd(aggregator: Callable[[Tensor], Tensor]) -> Rule:
     """
     if isinstance(aggregator, type) or not callable(aggregator):
         raise TypeError(f"from_torchjd takes an aggregator such as torchjd.aggregation.UPGrad(), got {aggregator!r}")
+    if any(kind.__name__ == "Weighting" and kind.__module__.startswith("torchjd") for kind in type(aggregator).__mro__):
+        raise TypeError(
+            f"from_torchjd takes an aggregator, a function from the matrix to the merged gradient; {aggregator!r} is a "
+            "Weighting, which gives weights. Give the aggregator of that name, UPGrad() for UPGradWeighting()"
+        )
     return Rule(vector=_Aggregated(aggregator), name="from_torchjd", compiles=False)

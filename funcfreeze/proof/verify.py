@@ -14,6 +14,7 @@ from torch import Tensor
 from funcfreeze.alternating.alternation import Alternation
 from funcfreeze.computation.specification import check_fits
 from funcfreeze.computation.state import State
+from funcfreeze.declare.overlaps import refuse_crossings
 from funcfreeze.model.watching import Watch, by_memory
 from funcfreeze.proof.by_turns import by_turns
 from funcfreeze.proof.comparison import COARSE_TOLERANCE, TOLERANCES, Seen, checks, coarsest
@@ -53,6 +54,7 @@ def verify(step: Step | Alternation, state: State, batch: Any, *, steps: int = 5
 
     Raises:
         ValueError, TypeError, RuntimeError: what the step itself would raise.
+        ValueError: a merge rule of the step looks at activations.
 
     >>> from torch import nn
     >>> import funcfreeze as ff
@@ -75,6 +77,8 @@ def verify(step: Step | Alternation, state: State, batch: Any, *, steps: int = 5
         }
         return by_turns(step, state, batch, steps, alone)
     state = check_fits(state, step.specification)
+    why = "which the recipe, one backward a loss, cannot; verify the step with at='parameters', or without the rule"
+    refuse_crossings(step.plan.merge, why)
     with random_numbers(0):
         touched = step.gradients(state, batch).keys()
     try:

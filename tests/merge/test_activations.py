@@ -206,3 +206,9 @@ def test_where_nobody_knows_such_places_it_is_refused():
             call()
     with pytest.raises(ValueError, match="a rule that keeps a state looks at parameters"):
         merge.gradnorm().looking_at("activations")
+
+
+def test_verify_says_that_it_cannot_look_there():
+    step = ff.Step(network(), losses, ROUTES, optimizer=ff.optim.sgd(0.1), merge=merge.mgda(at="activations"))
+    with pytest.raises(ValueError, match=r"merge '\*': at='activations' decides where losses meet, which the recipe"):
+        ff.verify(step, step.init(), torch.randn(6, 5), steps=1)

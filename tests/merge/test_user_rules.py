@@ -608,9 +608,7 @@ def test_a_rule_is_one_function():
         Rule(ones, at="heads")
     with pytest.raises(ValueError, match="a rule that keeps a state looks at parameters, not at activations"):
         Rule(slow_norms, init=begun, at="activations")
-    with pytest.raises(
-        TypeError, match="a Rule's `init` is a function from a number of losses to a state, got {'k': 1}"
-    ):
+    with pytest.raises(TypeError, match=r"from a number of losses to a state \(tensors by name\), got {'k': 1}"):
         Rule(slow_norms, init={"k": 1})
 
 
@@ -718,3 +716,12 @@ def test_an_aggregator_of_ones_own():
     step = step_with(ff.merge.from_torchjd(lambda matrix: matrix))
     with pytest.raises(ValueError, match=re.escape("gives a merged gradient of shape (16,)")):
         step(step.init(), data)
+
+
+def test_an_init_that_takes_nothing_and_a_weighting_of_torchjds():
+    for init in (lambda: None, {"kept": torch.zeros(2)}, 3):
+        with pytest.raises(TypeError, match="a Rule's `init` is a function from a number of losses to a state"):
+            Rule(inverse_norms, init=init)
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    with pytest.raises(TypeError, match=r"is a Weighting, which gives weights. Give the aggregator of that name"):
+        ff.merge.from_torchjd(aggregation.MeanWeighting())
