@@ -17,7 +17,7 @@ from funcfreeze.optim.skip import keep_if
 from funcfreeze.optim.transform import OptState, PyTree, by_path
 
 MERGE = "merge"
-"""Where in an optimizer's state rules keep theirs: label of an overlap -> name of the rule -> what it keeps."""
+"""Where in an optimizer's state rules keep theirs: label of an overlap -> rule and losses -> what it keeps."""
 
 KEYS = frozenset({MERGE, "optimizer"})
 
@@ -36,7 +36,7 @@ def keeping(transform: Transform, overlaps: Sequence[Overlap]) -> Transform:
         tensors = by_path(params).tensors.values()
         device = next((tensor.device for tensor in tensors), torch.device("cpu"))
         return {
-            MERGE: {one.label: {one.rule.name: _begun(one, device)} for one in kept},
+            MERGE: {one.label: {one.kept_under: _begun(one, device)} for one in kept},
             "optimizer": transform.init(params),
         }
 
@@ -66,11 +66,14 @@ def keeping(transform: Transform, overlaps: Sequence[Overlap]) -> Transform:
 def _begun(overlap: Overlap, device: torch.device) -> RuleState:
     init = overlap.rule.init
     assert init is not None
-    state = init(len(overlap.losses))
+    state: Any = init(len(overlap.losses))
+    where = f"merge {overlap.label!r}: the state of {overlap.rule} is tensors by name"
+    if not isinstance(state, Mapping):
+        raise TypeError(f"{where}; its `init` gave {type(state).__name__}")
     others = [name for name, kept in state.items() if not isinstance(kept, Tensor)]
     if others:
-        raise TypeError(f"merge {overlap.label!r}: the state of {overlap.rule} is tensors by name; {others[0]} is none")
-    return {name: kept.detach().to(device) for name, kept in state.items()}
+        raise TypeError(f"{where}; {others[0]} is none")
+    return {name: kept.detach().to(device, copy=True) for name, kept in state.items()}  # steps may overwrite them
 
 
 def keeps_rules(optimizer: Any) -> bool:

@@ -42,10 +42,16 @@ class Overlap:
     paths: tuple[str, ...]
     losses: tuple[str, ...]
 
+    @property
+    def kept_under(self) -> str:
+        """What the state of the rule is called: that of other losses is another one."""
+        return f"{self.rule.name}: {', '.join(self.losses)}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data; a rule of the user's own is written down as what it looks like."""
         known = {"rule": self.rule.name, "options": self.rule.options}
-        rule = known if self.rule.name in BY_NAME else {"function": repr(self.rule)}
+        is_ours = self.rule.name in BY_NAME and type(self.rule.decide).__module__.startswith("funcfreeze.merge.")
+        rule = known if is_ours else {"function": repr(self.rule)}
         return {"selector": self.label, **rule, "parameters": list(self.paths), "losses": list(self.losses)}
 
     @staticmethod

@@ -241,14 +241,14 @@ def _triangle(row: int, column: int) -> int:
 
 
 def _flattened(gradient: Tensor) -> Tensor:
-    return (torch.view_as_real(gradient) if gradient.is_complex() else gradient).reshape(-1)
+    return (torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient).reshape(-1)
 
 
 def _shaped(part: Tensor, like: Tensor) -> Tensor:
     """A part of a vector, as the gradient that it stands for."""
     if like.is_complex():
         real = part.to(like.device, like.real.dtype).reshape(*like.shape, 2)
-        return torch.view_as_complex(real.contiguous())
+        return torch.view_as_complex(real.clone())  # of its own: a complex number cannot begin everywhere
     return part.to(like.device, like.dtype).view(like.shape)
 
 

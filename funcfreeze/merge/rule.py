@@ -25,7 +25,8 @@ PLACES = ("parameters", "activations")
 class Meeting:
     """What a rule sees: one row for every loss that touches a parameter of the overlap, in the order of the plan.
 
-    Of one row alone no rule is asked: the merged gradient is that row, and a state stays as it is.
+    A rule changes nothing of what it is shown. Of one row alone no rule is asked: the merged gradient is that row, and
+    a state stays as it is.
 
     Attributes:
         losses: the names of the K rows.

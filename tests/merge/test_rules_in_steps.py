@@ -239,7 +239,7 @@ def test_thawing_parameters_start_afresh_beside_rules_that_keep_a_state():
     for _ in range(3):
         state, _ = step(state, batch())
     assert state.optimizer["optimizer"]["heads.0.weight"]["step"] == 1
-    assert bool(state.optimizer["merge"]["trunks"]["gradnorm"]["seen"].all())
+    assert bool(state.optimizer["merge"]["trunks"]["gradnorm: a, b, c"]["seen"].all())
 
 
 def test_members_of_an_alternation_have_rules_of_their_own():
@@ -257,7 +257,7 @@ def test_members_of_an_alternation_have_rules_of_their_own():
     for path, tensor in two.params.items():
         torch.testing.assert_close(state.params[path], tensor)
     torch.testing.assert_close(metrics["second"]["ff/weight/trunks"], second["ff/weight/trunks"])
-    kept = [state.optimizer[name]["merge"]["trunks"]["gradnorm"]["weights"] for name in ("first", "second")]
+    kept = [state.optimizer[name]["merge"]["trunks"]["gradnorm: a, b, c"]["weights"] for name in ("first", "second")]
     assert not torch.equal(*kept)
     lines = str(step.plan).splitlines()
     assert "merge  second: trunks: gradnorm(lr=0.1) on 2 parameters (35 elements), where a, b, c meet" in lines

@@ -201,7 +201,7 @@ SLOW = Rule(slow_norms, init=begun, name="slow_norms")
 
 def kept_by(state):
     """What the rule keeps in a State."""
-    return state.optimizer["merge"]["trunk"]["slow_norms"]
+    return state.optimizer["merge"]["trunk"]["slow_norms: a, b, c"]
 
 
 def copied(state):

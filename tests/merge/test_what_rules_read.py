@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import itertools
+import logging
+import pathlib
+import sys
+import threading
 import types
+import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -199,3 +206,206 @@ def test_a_schedule_of_a_users_own_is_no_reading():
     box["lr"] = 0.7
     assert_equal_steps(eager, compiled)
     assert compiled.traces == 1
+
+
+SCRIPT = """
+import torch, funcfreeze as ff
+from torch import nn
+from test_what_rules_read import GRAPH, ROUTES, losses
+
+def slow_norms(meeting):
+    kept = meeting.taken(meeting.state["norms"])
+    norms = 0.9 * kept + 0.1 * meeting.norms * (1 + meeting.step)
+    return norms.mean() / norms, {"norms": meeting.put(meeting.state["norms"], norms)}
+
+rule = ff.merge.Rule(slow_norms, init=lambda losses: {"norms": torch.ones(losses, dtype=torch.float64)})
+model = nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 1), nn.Linear(4, 1)])
+fast = ff.Step(model, losses, ROUTES, optimizer=ff.optim.sgd(0.1), merge={"0": rule}, compile=GRAPH, donate=False)
+state, x = fast.init(), torch.randn(5, 3)
+for step in range(12):
+    state, metrics = fast(state, x)
+    norms = values = metrics["ff/norm/0"]
+"""
+
+
+def test_globals_of_the_names_of_attributes_are_no_readings():
+    """A script at module level, with globals `state`, `step` and `norms`, and a rule that names attributes so."""
+    names = {"__name__": "a_script_of_the_users"}
+    exec(compile(SCRIPT, "script.py", "exec"), names)
+    assert names["fast"].traces == 1
+
+
+class Trainer:
+    """A method as a rule, in an object that changes at every step."""
+
+    def __init__(self):
+        self.done, self.history, self.factor = 0, [], 1.0
+
+    def rule(self, meeting):
+        return self.factor / meeting.norms
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.alpha = 1.0
+
+    def forward(self, meeting):
+        return self.alpha / meeting.norms
+
+
+class Slotted:
+    __slots__ = ("__hidden", "factor", "unset")
+
+    def __init__(self):
+        self.factor, self.__hidden = 1.0, 2.0
+
+    def __call__(self, meeting):
+        return self.factor * self.__hidden / meeting.norms
+
+
+class Loose:
+    """Answers to any name, from a dict."""
+
+    def __init__(self, **kept):
+        self._kept = kept
+
+    def __getattr__(self, name):
+        return self._kept[name]
+
+
+def test_what_a_rule_does_not_name_may_change():
+    trainer = Trainer()
+    eager, compiled = pair_of_steps(merge=Rule(trainer.rule))
+    for _ in range(4):
+        assert_equal_steps(eager, compiled)
+        trainer.done += 1
+        trainer.history.append(torch.ones(2))
+        trainer.state = object()
+    assert compiled.traces == 1
+    trainer.factor = 2.0
+    assert_equal_steps(eager, compiled)
+    assert compiled.traces == 2
+
+
+def inner_of(settings):
+    inner = Rule(lambda meeting: settings["factor"] / meeting.norms)
+    return lambda meeting: inner.decide(meeting)
+
+
+def with_an_attribute(meeting):
+    return with_an_attribute.factor / meeting.norms
+
+
+def importing(meeting):
+    import a_config_of_the_users
+
+    return a_config_of_the_users.factor / meeting.norms
+
+
+def test_more_that_is_seen(monkeypatch):
+    net, slotted, loose, settings = Net(), Slotted(), Loose(factor=1.0), {"factor": 1.0}
+    array = np.ones(1)
+    with_an_attribute.factor = 1.0
+    config = types.ModuleType("a_config_of_the_users")
+    config.factor = 1.0
+    monkeypatch.setitem(sys.modules, "a_config_of_the_users", config)
+    for decide, change in [
+        (net, lambda: setattr(net, "alpha", 3.0)),
+        (net.forward, lambda: setattr(net, "alpha", 4.0)),
+        (slotted, lambda: setattr(slotted, "factor", 3.0)),
+        (slotted, lambda: setattr(slotted, "_Slotted__hidden", 5.0)),
+        (lambda meeting: loose.factor / meeting.norms, lambda: loose._kept.update(factor=3.0)),
+        (inner_of(settings), lambda: settings.update(factor=3.0)),
+        (with_an_attribute, lambda: setattr(with_an_attribute, "factor", 3.0)),
+        (importing, lambda: setattr(config, "factor", 3.0)),
+        (lambda meeting: float(array[0]) / meeting.norms, lambda: array.__setitem__(0, 3.0)),
+    ]:
+        eager, compiled = pair_of_steps(merge=Rule(decide))
+        assert_equal_steps(eager, compiled)
+        change()
+        assert_equal_steps(eager, compiled, times=2)
+        assert compiled.traces == 2, decide
+
+
+class Odd:
+    def __init__(self):
+        self.factor = 1.0
+        self.path, self.lock, self.log = pathlib.Path("x"), threading.Lock(), logging.getLogger("fresh")
+        self.dead = weakref.proxy(Trainer())
+        self.big = {number: number for number in range(5_000)}
+        self.loop = [1.0]
+        self.loop.append(self.loop)
+        self.names = {Loose: 1, 2.5: "x"}
+
+    def __call__(self, meeting):
+        if len(meeting.losses) > 9:
+            self.log.warning("%s %s %s %s", self.path, self.lock, self.dead, self.names)
+            LOG.warning("never")
+        return self.factor * self.loop[0] * self.big[1] / meeting.norms
+
+
+LOG = logging.getLogger("a fresh one")
+
+
+def test_odd_objects_are_no_matter():
+    decide = Odd()
+    eager, compiled = pair_of_steps(merge=Rule(decide))
+    assert_equal_steps(eager, compiled, times=2)
+    decide.factor = 2.0
+    assert_equal_steps(eager, compiled)
+    assert compiled.traces == 2
+
+
+@functools.lru_cache
+def ones_of(number):
+    return torch.ones(number)
+
+
+def test_a_cache_of_a_helper_is_not_left_with_what_only_stands_for_tensors():
+    decide = Rule(lambda meeting: ones_of(len(meeting.losses)) * 2.0)
+    ones_of.cache_clear()
+    _, compiled = pair_of_steps(merge=decide)
+    with pytest.raises(RuntimeError, match="the cache of ones_of changed while a merge rule"):
+        compiled(compiled.init(), torch.randn(5, 3))
+    assert type(ones_of(2)) is torch.Tensor
+    eager, compiled = pair_of_steps(merge=decide)
+    assert_equal_steps(eager, compiled)
+
+
+class Writing:
+    __slots__ = ("__dict__", "calls")
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, meeting):
+        global MADE
+        self.calls += 1
+        self.last = meeting.norms
+        MADE = meeting.norms
+        return 1 / meeting.norms
+
+
+def test_all_that_was_written_is_taken_back():
+    decide = Writing()
+    _, compiled = pair_of_steps(merge=Rule(decide))
+    with pytest.raises(RuntimeError, match=r"(?s)MADE.*Writing\.calls.*Writing\.last changed"):
+        compiled(compiled.init(), torch.randn(5, 3))
+    assert decide.calls == 0
+    assert vars(decide) == {}
+    assert "MADE" not in globals()
+
+
+def test_tensors_are_not_kept_alive():
+    holder = Scaled()
+    _, compiled = pair_of_steps(merge=Rule(holder))
+    compiled(compiled.init(), torch.randn(5, 3))
+    seen = weakref.ref(holder.tensor)
+    holder.tensor = torch.tensor(2.0)
+    torch._dynamo.reset()
+    compiled(compiled.init(), torch.randn(5, 3))
+    assert compiled.traces == 2
+    del compiled
+    gc.collect()
+    assert seen() is None
