@@ -50,3 +50,11 @@ def test_exactly_two_lines_set_everything_up():
         'pip install -c constraints.txt ".[demo]" && funcfreeze demo',
         'pip install -c constraints.txt ".[test]" && pytest',
     ]
+
+
+def test_a_script_that_starts_and_restarts(ran, tmp_path):
+    with torch.random.fork_rng():
+        wanted = ran["script"](tmp_path / "whole", 12)
+        ran["script"](tmp_path / "parts", 6)
+        found = ran["script"](tmp_path / "parts", 12)
+    assert all(torch.equal(found.params[path], tensor) for path, tensor in wanted.params.items())
