@@ -1,6 +1,8 @@
 """Saving runs and going on with them: everything that a run is, of one step, and nothing in it that could run."""
 
 from funcfreeze.checkpoint.batches import Batches as Batches
+from funcfreeze.checkpoint.dcp import from_dcp as from_dcp
+from funcfreeze.checkpoint.dcp import to_dcp as to_dcp
 from funcfreeze.checkpoint.loading import check as check
 from funcfreeze.checkpoint.loading import load as load
 from funcfreeze.checkpoint.loading import load_into as load_into

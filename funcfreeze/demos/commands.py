@@ -85,6 +85,27 @@ def demo_finetune(
     show_finetune(Console(), range(seeds), steps)
 
 
+@app.command("checkpoint")
+def look_at_checkpoints(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint, or the folder of a run's checkpoints.")],
+    other: Annotated[Path | None, typer.Argument(help="Another checkpoint, to compare the first with.")] = None,
+) -> None:
+    """What is in checkpoints, whether they are whole, and how two of them differ by path.
+
+    Exits with 1 if one is damaged.
+    """
+    from funcfreeze.demos.checkpoints import show_checkpoints, show_differences
+
+    try:
+        if other is not None:
+            show_differences(Console(), folder, other)
+        elif not show_checkpoints(Console(), folder):
+            raise typer.Exit(1)
+    except ValueError as error:
+        typer.echo(f"funcfreeze: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
 @verify.command("seeds")
 def verify_seeds() -> None:
     """Check the cases one can work out with pencil and paper, differentiated symbolically, on every engine."""

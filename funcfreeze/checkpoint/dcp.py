@@ -1,0 +1,55 @@
+"""A state as the flat dict that `torch.distributed.checkpoint` saves well, for those whose runs live there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from funcfreeze.checkpoint.plain import in_form_of, packed, unpacked
+from funcfreeze.checkpoint.saving import AnyStep
+from funcfreeze.computation.state import FIELDS, State
+
+
+def to_dcp(step: AnyStep, state: State) -> dict[str, Tensor]:
+    """All tensors of a state by name, `params/encoder.weight`: the state's own, which are not copied.
+
+    `torch.distributed.checkpoint` keeps whatever is no tensor in a flat dict as a pickle; here is nothing such.
+
+    >>> import torch
+    >>> import funcfreeze as ff
+    >>> losses = lambda model, x: {"fit": model(x).square().mean()}
+    >>> step = ff.Step(torch.nn.Linear(2, 1), losses, {"fit": "*"}, optimizer=ff.optim.sgd(0.1))
+    >>> flat = to_dcp(step, step.init())
+    >>> sorted(flat)
+    ['params/bias', 'params/weight', 'step']
+    >>> from_dcp(step, flat)
+    State(step=0, 2 parameters, 0 buffers)
+    """
+    step.call(state, lambda model: None)  # raises where it is not this step's
+    tensors: dict[str, Tensor] = {}
+    for name in FIELDS:
+        packed(getattr(state, name), name, tensors)
+    return tensors
+
+
+def from_dcp(step: AnyStep, flat: Mapping[str, Tensor]) -> State:
+    """The state of these tensors: `flat = to_dcp(step, step.init())`, which `torch.distributed.checkpoint.load` fills.
+
+    Raises:
+        ValueError: names are missing or unknown, or shapes are others: tells all.
+    """
+    fresh = step.init()
+    wanted: dict[str, Tensor] = {}
+    made = {name: packed(getattr(fresh, name), name, wanted) for name in FIELDS}
+    problems = [f"{name}: the Step has it, it is not given" for name in wanted if name not in flat]
+    problems += [f"{name}: it is given, the Step does not have it" for name in flat if name not in wanted]
+    problems += [
+        f"{name}: the Step has shape {tuple(tensor.shape)}, given is {tuple(flat[name].shape)}"
+        for name, tensor in wanted.items()
+        if name in flat and flat[name].shape != tensor.shape
+    ]
+    if problems:
+        raise ValueError("\n".join(["these tensors are of another step:", *(f"  - {line}" for line in problems)]))
+    fields = {name: unpacked(part, flat) for name, part in made.items()}
+    return fresh.replace(**{**fields, "optimizer": in_form_of(fresh.optimizer, fields["optimizer"])})

@@ -1,0 +1,101 @@
+"""What is in checkpoints, and how two of them differ, for a reader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcfreeze.checkpoint.files import TENSORS, Damaged, read_tensors
+from funcfreeze.checkpoint.folder import checkpoints_in, good
+from funcfreeze.checkpoint.manifest import MANIFEST, Manifest
+from funcfreeze.checkpoint.plans import plan_problems
+
+
+@dataclass(frozen=True)
+class Look:
+    """A checkpoint, seen from outside.
+
+    Attributes:
+        path: where it is.
+        manifest: what it says of itself; None if it is damaged.
+        problems: what is wrong with it.
+    """
+
+    path: Path
+    manifest: Manifest | None
+    problems: tuple[str, ...]
+
+    @property
+    def bytes(self) -> int:
+        """All files of it."""
+        return sum(file.stat().st_size for file in self.path.iterdir() if file.is_file())
+
+
+def look_into(path: Path) -> list[Look]:
+    """A checkpoint, or all in a folder, the newest first.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [path] if (path / MANIFEST).is_file() else checkpoints_in(path)
+    if not found:
+        raise ValueError(f"{path} holds no checkpoint")
+    return [_looked(one) for one in found]
+
+
+def _looked(path: Path) -> Look:
+    try:
+        return Look(path, good(path), ())
+    except Damaged as error:
+        return Look(path, None, tuple(str(error).splitlines()))
+    except ValueError as error:
+        return Look(path, None, (str(error),))
+
+
+def differences(one: Path, other: Path) -> Iterator[str]:
+    """Lines about how a checkpoint differs from another: by path, and in plan and values beside.
+
+    Raises:
+        ValueError: one of them is damaged, or none.
+    """
+    (first,), (second,) = look_into(one), look_into(other)
+    for look in (first, second):
+        if look.manifest is None:
+            raise ValueError("\n".join(look.problems))
+    assert first.manifest is not None
+    assert second.manifest is not None
+    if first.manifest.step != second.manifest.step:
+        yield f"step {first.manifest.step} and {second.manifest.step}"
+    mine, theirs = (read_tensors(look.path / TENSORS, look.manifest.forms) for look in (first, second) if look.manifest)
+    for name in sorted(mine.keys() | theirs.keys()):
+        told = _difference(mine.get(name), theirs.get(name))
+        if told:
+            yield f"{name}: {told}"
+    yield from plan_problems(first.manifest.plan, second.manifest.plan)
+    for name in ("extra", "data", "versions", "options"):
+        was, now = getattr(first.manifest, name), getattr(second.manifest, name)
+        if was != now:
+            yield f"{name}: {_short(was)} and {_short(now)}"
+
+
+def _difference(one: Tensor | None, other: Tensor | None) -> str:
+    if one is None or other is None:
+        return "only in the first" if other is None else "only in the second"
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return f"{tuple(one.shape)} {one.dtype} and {tuple(other.shape)} {other.dtype}"
+    if torch.equal(one, other):
+        return ""
+    if not one.dtype.is_floating_point:
+        return "differs"
+    gap = (one.double() - other.double()).norm() / one.double().norm().clamp(min=1e-300)
+    return f"differs by {float(gap):.1e} of its length"
+
+
+def _short(value: Any) -> str:
+    shown = str(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."

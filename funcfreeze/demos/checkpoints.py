@@ -1,0 +1,68 @@
+"""`funcfreeze checkpoint`: tables of what `funcfreeze.checkpoint.looking` sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from funcfreeze.checkpoint.looking import Look, differences, look_into
+
+
+def show_checkpoints(console: Console, path: Path) -> bool:
+    """What is in a checkpoint or in a folder of them; returns whether all are whole.
+
+    Raises:
+        ValueError: there is none.
+    """
+    looks = look_into(path)
+    console.print(_table(looks))
+    for look in looks:
+        for problem in look.problems:
+            console.print(f"{look.path.name}: {problem}", markup=False, highlight=False, soft_wrap=True)
+    whole = next((look for look in looks if look.manifest is not None), None)
+    if whole is not None:
+        _show(console, whole)
+    return all(not look.problems for look in looks)
+
+
+def show_differences(console: Console, one: Path, other: Path) -> None:
+    """How a checkpoint differs from another.
+
+    Raises:
+        ValueError: one of them is damaged, or none.
+    """
+    lines = list(differences(one, other))
+    for line in lines or ["the two are the same"]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(looks: Sequence[Look]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("step", "MB"):
+        table.add_column(name, justify="right")
+    for name in ("saved", "torch", ""):
+        table.add_column(name)
+    for look in looks:
+        manifest = look.manifest
+        size = f"{look.bytes / 1e6:,.2f}"
+        if manifest is None:
+            table.add_row(look.path.name, size, "", "", "damaged")
+        else:
+            table.add_row(f"{manifest.step:,}", size, manifest.saved, manifest.versions["torch"], "whole")
+    return table
+
+
+def _show(console: Console, look: Look) -> None:
+    manifest = look.manifest
+    assert manifest is not None
+    lines = [f"{look.path.name} of {manifest.options['step']}"]
+    if manifest.extra:
+        lines.append(f"extra: {manifest.extra}")
+    if manifest.data is not None:
+        lines.append(f"data: {manifest.data}")
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
