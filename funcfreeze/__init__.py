@@ -20,6 +20,8 @@ from funcfreeze.declare.selectors import kind as kind
 from funcfreeze.declare.selectors import path as path
 from funcfreeze.declare.selectors import regex as regex
 from funcfreeze.declare.selectors import where as where
+from funcfreeze.fitting.fit import Fitted as Fitted
+from funcfreeze.fitting.fit import fit as fit
 from funcfreeze.loops.backward import backward as backward
 from funcfreeze.loops.combine import combine as combine
 from funcfreeze.loops.combine import plan as plan

@@ -24,6 +24,7 @@ FLOORS = [
     ["step"],
     ["alternating"],
     ["proof", "checkpoint"],
+    ["fitting"],
     ["demos"],
     ["cli"],
 ]
@@ -91,6 +92,7 @@ def test_the_public_surface():
     modules = {path.name.removesuffix(".py") for path in PACKAGE.iterdir()}
     assert public - modules | {"checkpoint", "merge", "optim", "schedules", "backward", "verify"} == {
         "Alternation",
+        "Fitted",
         "Half",
         "LossScale",
         "Microbatches",
@@ -105,6 +107,7 @@ def test_the_public_surface():
         "checkpoint",
         "combine",
         "ema",
+        "fit",
         "grad",
         "grad_and_value",
         "kind",

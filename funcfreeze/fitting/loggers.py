@@ -1,0 +1,79 @@
+"""Where metrics go: one small protocol, and files that any tool reads."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Logger(Protocol):
+    """Takes metrics as plain numbers."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> Any:
+        """The metrics after so many steps."""
+        ...
+
+
+class JSONLines:
+    """A line of JSON each time: `{"step": 50, "cls": 0.31}`. A run that goes on appends to it.
+
+    Args:
+        path: of the file; folders are made.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append a line."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+
+class CSV:
+    """A row for each number, `step,name,value`: which metrics there are may change from step to step.
+
+    Args:
+        path: of the file; folders are made.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append the rows."""
+        is_new = not self._path.exists()
+        with self._path.open("a", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            if is_new:
+                writer.writerow(["step", "name", "value"])
+            writer.writerows([step, name, value] for name, value in metrics.items())
+
+
+class TensorBoard:
+    """Scalars for TensorBoard, which has to be installed.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        ImportError: it is not.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError("this logger writes for TensorBoard: pip install tensorboard") from error
+        self._writer = SummaryWriter(str(folder))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the scalars."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
