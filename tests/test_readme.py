@@ -58,3 +58,14 @@ def test_a_script_that_starts_and_restarts(ran, tmp_path):
         ran["script"](tmp_path / "parts", 6)
         found = ran["script"](tmp_path / "parts", 12)
     assert all(torch.equal(found.params[path], tensor) for path, tensor in wanted.params.items())
+
+
+def test_the_loop_that_is_there(ran, tmp_path):
+    with torch.random.fork_rng():
+        whole, fitted = ran["fitted_script"](tmp_path / "whole", 12)
+        ran["fitted_script"](tmp_path / "parts", 6)
+        parts, _ = ran["fitted_script"](tmp_path / "parts", 12)
+    assert fitted.reason == "steps"
+    assert fitted.best is not None
+    assert all(torch.equal(parts.params[path], tensor) for path, tensor in whole.params.items())
+    assert len((tmp_path / "whole" / "log.jsonl").read_text().splitlines()) == 3

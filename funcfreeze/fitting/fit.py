@@ -252,16 +252,16 @@ def _extra(plan: _Plan, run: _Run) -> dict[str, Any]:
 
 def _batches(data: Iterable[Any], steps: int | None, epochs: int | None) -> Iterator[Any]:
     """Batch after batch: through the data so many times, or without end where it can be gone through again."""
-    passes = 0
+    passes = empty = 0
     while True:
         if epochs is not None and (data.epoch if isinstance(data, Batches) else passes) >= epochs:
             return
-        seen = False
+        empty += 1
         for batch in data:
-            seen = True
+            empty = 0
             yield batch
         passes += 1
-        if not seen or isinstance(data, Iterator):
+        if empty > 1 or isinstance(data, Iterator):  # a pass that was stopped at its very end has nothing left
             return
 
 

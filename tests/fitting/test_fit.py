@@ -106,6 +106,19 @@ class Reading(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("stop", [6, 7, 8, 14])
+def test_stopped_where_an_epoch_ends(stop):
+    wanted, _ = by_hand(20, batches())
+    step, data = step_of(), ff.checkpoint.Batches(batches(), 1, shuffle=False, collate_fn=lambda items: items[0])
+    state, _ = ff.fit(step, step.init(), data, steps=stop, show=False)
+    again = ff.checkpoint.Batches(batches(), 1, shuffle=False, collate_fn=lambda items: items[0])
+    again.load_state_dict(data.state_dict())
+    state, fitted = ff.fit(step, state, again, steps=20, show=False)
+    assert fitted.reason == "steps"
+    assert_same(state, wanted)
+    assert ff.fit(step, state, [], steps=30, show=False)[1].reason == "data"
+
+
 def test_nothing_waits_but_what_is_shown(monkeypatch):
     step, noting, fetched = step_of(), Noting(), []
     state = step.init()
