@@ -8,6 +8,7 @@ import sys
 PACKAGES = {
     "typer": "typer",
     "rich": "rich",
+    "safetensors": "safetensors",
     "sklearn": "scikit-learn",
     "matplotlib": "matplotlib",
     "threadpoolctl": "threadpoolctl",

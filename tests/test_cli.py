@@ -3,6 +3,7 @@
 import io
 import json
 import runpy
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -225,3 +226,47 @@ def test_a_narrow_encoding_does_not_end_the_command(monkeypatch):
     sys.stdout.flush()
     assert not ended.value.code
     assert b"?  frozen: no route" in printed.getvalue()
+
+
+@pytest.mark.slow
+def test_a_demo_that_is_stopped_and_resumed_gives_the_same_table(tmp_path):
+    """SIGTERM in the middle of the training, SIGKILL later on, and the same numbers as undisturbed."""
+    options = ["--seeds", "2", "--steps", "240", "--speed-seconds", "0"]
+
+    def run(folder, *more, kill=None, after=""):
+        command = [
+            sys.executable,
+            "-u",
+            "-m",
+            "funcfreeze.cli",
+            "demo",
+            "--out",
+            str(tmp_path / folder),
+            *options,
+            *more,
+        ]
+        out = []
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            for line in process.stdout:
+                out.append(line)
+                if kill is not None and line.startswith(after):
+                    process.send_signal(kill)
+                    kill = None
+            told = process.stderr.read()
+        return process.returncode, "".join(out), told
+
+    code, wanted, told = run("whole")
+    assert code == 0, told
+    code, _, told = run("parts", kill=signal.SIGTERM, after="training  2")
+    assert code == 1
+    assert told.splitlines()[-1] == "funcfreeze: stopped by SIGTERM; the same command with --resume goes on"
+    code, _, _ = run("parts", "--resume", kill=signal.SIGKILL, after="training  6")
+    assert code == -signal.SIGKILL
+    code, found, told = run("parts", "--resume")
+    assert code == 0, told
+    whole, parts = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "parts"))
+    for run_ in ("baseline", "adversarial"):
+        assert whole[run_] == parts[run_]
+    table = [line for line in wanted.splitlines() if "->" in line]
+    assert [line for line in found.splitlines() if "->" in line] == table
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["curves.png", "plan.json", "results.json"]

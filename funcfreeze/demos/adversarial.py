@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import funcfreeze as ff
-from funcfreeze.demos.digits import Batch, Domains, Images, batches, two_domains
+from funcfreeze.demos.digits import Batch, Domains, Drawn, Images, batches, two_domains
 from funcfreeze.demos.probe import domain_probe
 from funcfreeze.demos.threads import one_thread
 from funcfreeze.proof.report import Report
@@ -118,8 +119,31 @@ def verify_step(seed: int, settings: Settings) -> Report:
         return ff.verify(step, state, batch)
 
 
+class Stopped(Exception):
+    """A signal ended the training between two steps."""
+
+
+@dataclass(frozen=True)
+class Watching:
+    """A logger that tells of the losses.
+
+    Attributes:
+        watch: called with the number of steps taken and the losses.
+    """
+
+    watch: Callable[[int, Mapping[str, float]], None]
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Tell."""
+        self.watch(step, {name: metrics[name] for name in ("class", "domain")})
+
+
 def train(
-    seed: int, weight: float, settings: Settings, watch: Callable[[int, Mapping[str, Tensor]], None]
+    seed: int,
+    weight: float,
+    settings: Settings,
+    watch: Callable[[int, Mapping[str, float]], None],
+    folder: Path | None = None,
 ) -> tuple[Point, ...]:
     """Train once, and measure on the way.
 
@@ -128,21 +152,43 @@ def train(
         weight: the adversarial weight.
         settings: everything else.
         watch: called after every step with the number of steps taken and their losses.
+        folder: for checkpoints; what is there goes on.
 
     Returns:
         What was measured; the last point is the outcome.
+
+    Raises:
+        Stopped: by Ctrl-C or SIGTERM; with a folder nothing is lost.
     """
     domains = two_domains(seed)
-    step = make_step(seed, weight, settings)
-    state = step.init()
-    at = {round(settings.steps * part / settings.points) for part in range(1, settings.points + 1)}
-    points = []
-    for done, batch in enumerate(batches(domains, seed, settings.steps, settings.batch), start=1):
-        state, metrics = step(state, batch)
-        watch(done, metrics)
-        if done in at:
-            points.append(step.call(state, lambda model, done=done: measure(model, domains, done, seed)))
-    return tuple(points)
+    step, data = make_step(seed, weight, settings), Drawn(domains, seed, settings.steps, settings.batch)
+    state, extra = (step.init(), {}) if folder is None else ff.checkpoint.resume(folder, step, data=data)
+    points: list[dict[str, Any]] = extra.setdefault("points", [])
+    every = max(1, settings.steps // settings.points)
+
+    def evaluate(model: Any) -> dict[str, float]:
+        done = min((len(points) + 1) * every, settings.steps)
+        points.append(asdict(measure(model, domains, done, seed)))
+        return {"target_accuracy": points[-1]["target_accuracy"]}
+
+    _, fitted = ff.fit(
+        step,
+        state,
+        data,
+        steps=settings.steps,
+        evaluate=evaluate,
+        evaluate_every=every,
+        best="max",
+        folder=folder,
+        save_every=every,
+        extra=extra,
+        log=Watching(watch),
+        show_every=1,
+        show=False,
+    )
+    if fitted.reason != "steps":
+        raise Stopped(fitted.reason)
+    return tuple(Point(**point) for point in points)
 
 
 def measure(model: Any, domains: Domains, step: int, seed: int) -> Point:

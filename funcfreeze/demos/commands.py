@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Annotated
@@ -50,6 +51,7 @@ def demo_adversarial(
     seeds: Seeds = 5,
     steps: Steps = 800,
     speed_seconds: Seconds = 8.0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a training that was stopped.")] = False,
 ) -> None:
     """Digits classified by an encoder that hides a nuisance domain, with the speed of a step beside it.
 
@@ -59,12 +61,19 @@ def demo_adversarial(
     if context.invoked_subcommand is not None:
         _refuse_options(context)
         return
-    from funcfreeze.demos.adversarial import Settings
+    from funcfreeze.demos.adversarial import Settings, Stopped
     from funcfreeze.demos.shows import show_adversarial
     from funcfreeze.demos.speed import Size
 
+    show = partial(show_adversarial, seconds=speed_seconds, size=Size(), resume=resume)
     try:
-        ok = show_adversarial(Console(), out, range(seeds), Settings(steps=steps), seconds=speed_seconds, size=Size())
+        ok = show(Console(), out, range(seeds), Settings(steps=steps))
+    except Stopped as stopped:
+        typer.echo(f"funcfreeze: stopped by {stopped}; the same command with --resume goes on", err=True)
+        raise typer.Exit(1) from None
+    except ValueError as error:
+        typer.echo(f"funcfreeze: {error}\nResume with the --steps it was started with, or leave --resume out", err=True)
+        raise typer.Exit(1) from error
     except OSError as error:
         where = error.filename or out
         typer.echo(f"funcfreeze: cannot write {where}: {error.strerror}; give another folder with --out DIR", err=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 
 import torch
 from sklearn.datasets import load_digits
@@ -101,6 +103,27 @@ def batches(domains: Domains, seed: int, steps: int, size: int) -> Iterator[Batc
         source = domains.source[torch.randint(len(domains.source), (size,), generator=draw)]
         target = domains.target[torch.randint(len(domains.target), (size,), generator=draw)]
         yield source.pixels, source.labels, target.pixels
+
+
+class Drawn:
+    """The same batches, once, as something that says where it is."""
+
+    def __init__(self, domains: Domains, seed: int, steps: int, size: int) -> None:
+        self._drawn = partial(batches, domains, seed, steps, size)
+        self._position = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in islice(self._drawn(), self._position, None):
+            self._position += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """How many were drawn."""
+        return {"position": self._position}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on after so many."""
+        self._position = state["position"]
 
 
 def only(images: Images, digits: range) -> Images:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
-from torch import Tensor
 
 from funcfreeze.demos import adversarial, finetune, speed
 from funcfreeze.demos.files import results, write_json
@@ -28,7 +29,14 @@ UPDATE_EVERY = 10
 
 
 def show_adversarial(
-    console: Console, out: Path, seeds: range, settings: adversarial.Settings, *, seconds: float, size: speed.Size
+    console: Console,
+    out: Path,
+    seeds: range,
+    settings: adversarial.Settings,
+    *,
+    seconds: float,
+    size: speed.Size,
+    resume: bool = False,
 ) -> bool:
     """The main demo; whether the step was verified. If not, it ends there.
 
@@ -39,8 +47,10 @@ def show_adversarial(
         settings: of the training.
         seconds: how long to measure the speed.
         size: of the network whose speed is measured.
+        resume: whether to go on with the training that was stopped.
 
     Raises:
+        Stopped: by a signal, while training.
         OSError: `out` cannot be written to. This is found before the training.
     """
     step = adversarial.make_step(seeds.start, adversarial.WEIGHTS["adversarial"], settings)
@@ -51,7 +61,10 @@ def show_adversarial(
     _block(console, "Proof against the recipe, on this model and data", str(report))
     if not report.ok:
         return False
-    trials = _train(console, seeds, settings)
+    kept = out / "checkpoints"
+    if not resume:
+        shutil.rmtree(kept, ignore_errors=True)
+    trials = _train(console, seeds, settings, kept)
     _title(console, f"\nHeld-out images after the last step, {' -> '.join(trials.curves)}")
     console.print(trials_table(trials))
     for sentence in trials_in_words(trials):
@@ -70,14 +83,15 @@ def show_adversarial(
     console.print()
     draw_curves(trials, out / "curves.png")
     write_json(out / "results.json", results(trials, report, timings, settings))
+    shutil.rmtree(kept, ignore_errors=True)
     _verbatim(console, f"wrote {out / 'curves.png'}, {out / 'plan.json'} and {out / 'results.json'}")
     return True
 
 
-def _train(console: Console, seeds: range, settings: adversarial.Settings) -> Trials:
+def _train(console: Console, seeds: range, settings: adversarial.Settings, folder: Path) -> Trials:
     watch = _watch(seeds, [*adversarial.WEIGHTS], settings.steps)
     with progress(console, "training") as tell:
-        return run_trials(settings, seeds, partial(watch, tell))
+        return run_trials(settings, seeds, partial(watch, tell), folder)
 
 
 def show_finetune(console: Console, seeds: range, steps: int) -> None:
@@ -93,13 +107,11 @@ def show_finetune(console: Console, seeds: range, steps: int) -> None:
     _prose(console, finetune_in_words(found))
 
 
-def _watch(
-    seeds: range, runs: Sequence[str], steps: int
-) -> Callable[[Show, int, str, int, Mapping[str, Tensor]], None]:
+def _watch(seeds: range, runs: Sequence[str], steps: int) -> Callable[[Show, int, str, int, Mapping[str, Any]], None]:
     """Tell a progress how far a training of all runs for all seeds is."""
     width = max(map(len, runs))
 
-    def watch(show: Show, seed: int, run: str, step: int, losses: Mapping[str, Tensor]) -> None:
+    def watch(show: Show, seed: int, run: str, step: int, losses: Mapping[str, Any]) -> None:
         if step % UPDATE_EVERY == 0 or step == steps:
             done = (seeds.index(seed) * len(runs) + runs.index(run)) * steps + step
             shown = " ".join(f"{name} {float(loss):.3f}" for name, loss in losses.items())

@@ -6,8 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-
-from torch import Tensor
+from pathlib import Path
 
 from funcfreeze.demos.adversarial import WEIGHTS, Point, Settings, train
 from funcfreeze.demos.threads import one_thread
@@ -21,7 +20,7 @@ MEASURES: Mapping[str, Callable[[Point], float]] = {
 Curve = tuple[Point, ...]
 """One run's measurements, from early to late."""
 
-Watch = Callable[[int, str, int, Mapping[str, Tensor]], None]
+Watch = Callable[[int, str, int, Mapping[str, float]], None]
 """`watch(seed, run, step, losses)`, called after every step."""
 
 
@@ -47,13 +46,17 @@ class Trials:
         return max((statistics.fmean(map(MEASURES[measure], points)), points[0].step) for points in moments)
 
 
-def run_trials(settings: Settings, seeds: Sequence[int], watch: Watch) -> Trials:
-    """Train every run for every seed. All runs of a seed have the same data, initial values and batches."""
+def run_trials(settings: Settings, seeds: Sequence[int], watch: Watch, folder: Path | None = None) -> Trials:
+    """Train every run for every seed. All runs of a seed have the same data, initial values and batches.
+
+    With a folder each has checkpoints of its own, and goes on from there.
+    """
     curves: dict[str, list[Curve]] = {run: [] for run in WEIGHTS}
     with one_thread():
         for seed in seeds:
             for run, weight in WEIGHTS.items():
-                curves[run].append(train(seed, weight, settings, partial(watch, seed, run)))
+                own = None if folder is None else folder / f"{run}-{seed}"
+                curves[run].append(train(seed, weight, settings, partial(watch, seed, run), own))
     return Trials(tuple(seeds), {run: tuple(found) for run, found in curves.items()})
 
 
