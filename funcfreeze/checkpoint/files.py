@@ -54,12 +54,18 @@ class File:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
     """Write tensors of the CPU as a safetensors file.
 
+    Raises:
+        OSError: it cannot be written.
+
     Returns:
         What such a file cannot say: of complex tensors that they are, of others than contiguous ones their strides.
     """
     safetensors = _safetensors()
     kept = {name: _as_plain(tensor) for name, tensor in tensors.items()}
-    safetensors.save_file(kept, path, metadata={"format": "pt"})
+    try:
+        safetensors.torch.save_file(kept, path, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:  # its own word for a disk that is full
+        raise OSError(f"{path}: {error}") from error
     synced(path)
     forms = {name: _form(tensor) for name, tensor in tensors.items()}
     return {name: form for name, form in forms.items() if form}
@@ -67,7 +73,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[s
 
 def read_tensors(path: Path, forms: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
     """The tensors of such a file, in memory of their own."""
-    found: dict[str, Tensor] = _safetensors().load_file(path)
+    found: dict[str, Tensor] = _safetensors().torch.load_file(path)
     return {name: _in_form(tensor, forms.get(name, {})) for name, tensor in found.items()}
 
 
@@ -110,4 +116,4 @@ def _safetensors() -> Any:
         import safetensors.torch
     except ImportError as error:
         raise ImportError("checkpoints are safetensors files: pip install 'funcfreeze[checkpoint]'") from error
-    return safetensors.torch
+    return safetensors

@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import shutil
+import subprocess
 import threading
 import warnings
 
@@ -233,3 +234,31 @@ def test_what_a_killed_process_left_goes(tmp_path):
     assert not gone.exists()
     assert other.exists()
     assert json.loads((at / "manifest.json").read_text())["step"] == 1
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills(tmp_path):
+    """A real one, where the machine lets us have one."""
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("no right to mount")
+    try:
+        step = lone(network())
+        state, saved = step.init(), []
+        with pytest.raises(OSError, match="No space left on device"):
+            for _ in range(20):
+                state = train(step, state, 1)
+                saved.append(ff.checkpoint.save(small, step, state, keep=None))
+        assert ff.checkpoint.check(small) == []
+        assert sorted(small.iterdir()) == saved
+        state = train(step, state, 1)  # training goes on
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_folder_that_is_a_file(tmp_path):
+    step = lone(network())
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(OSError, match="taken"):
+        ff.checkpoint.save(tmp_path / "taken", step, step.init())
