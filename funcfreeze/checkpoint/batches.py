@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 
 class Batches:
@@ -18,7 +18,7 @@ class Batches:
 
     So they do not depend on how many workers there are, on what else draws random numbers, or on whether the run was
     stopped in between: iterating goes on where it was, and through one epoch. Python's, NumPy's and torch's global
-    generators are seeded for every batch while its items are made, and put back.
+    generators are seeded for every batch while it is made, `collate_fn` included, and put back.
 
     Args:
         dataset: with a length, and items by number.
@@ -64,8 +64,9 @@ class Batches:
         self._seed, self._shuffle = seed, shuffle
         self.epoch, self.position = 0, 0
         # the loader's own generator: from the global one it would draw once more where a run is resumed
+        drawing = _Drawing(dataset, seed, options.pop("collate_fn", None) or default_collate)
         self._loader: DataLoader[Any] = DataLoader(
-            _Drawing(dataset, seed), batch_sampler=_Ahead(self), generator=torch.Generator(), **options
+            drawing, batch_sampler=_Ahead(self), collate_fn=_as_it_is, generator=torch.Generator(), **options
         )
 
     def __len__(self) -> int:
@@ -141,18 +142,23 @@ class _Ahead:
 
 
 class _Drawing(Dataset[Any]):
-    """A data set that makes the items of a batch under a seed of the batch's own."""
+    """A data set that makes a batch, items and what is made of them, under a seed of the batch's own."""
 
-    def __init__(self, dataset: Any, seed: int) -> None:
-        self._dataset, self._seed = dataset, seed
+    def __init__(self, dataset: Any, seed: int, collate: Callable[[list[Any]], Any]) -> None:
+        self._dataset, self._seed, self._collate = dataset, seed, collate
 
-    def __getitems__(self, batch: Numbered) -> list[Any]:
+    def __getitems__(self, batch: Numbered) -> Any:
         with seeded(_seed(self._seed, batch.epoch, batch.number)):
             together = getattr(self._dataset, "__getitems__", None)
-            return together([*batch]) if together is not None else [self._dataset[index] for index in batch]
+            items = together([*batch]) if together is not None else [self._dataset[index] for index in batch]
+            return self._collate(items)
 
     def __getitem__(self, index: int) -> Any:
         return self._dataset[index]
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _seed(seed: int, epoch: int, what: object) -> int:

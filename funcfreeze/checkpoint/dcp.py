@@ -45,9 +45,10 @@ def from_dcp(step: AnyStep, flat: Mapping[str, Tensor]) -> State:
     problems = [f"{name}: the Step has it, it is not given" for name in wanted if name not in flat]
     problems += [f"{name}: it is given, the Step does not have it" for name in flat if name not in wanted]
     problems += [
-        f"{name}: the Step has shape {tuple(tensor.shape)}, given is {tuple(flat[name].shape)}"
+        f"{name}: the Step has shape {tuple(tensor.shape)} and {tensor.dtype}, given is {tuple(flat[name].shape)} and "
+        f"{flat[name].dtype}"
         for name, tensor in wanted.items()
-        if name in flat and flat[name].shape != tensor.shape
+        if name in flat and (flat[name].shape, flat[name].dtype) != (tensor.shape, tensor.dtype)
     ]
     if problems:
         raise ValueError("\n".join(["these tensors are of another step:", *(f"  - {line}" for line in problems)]))

@@ -72,8 +72,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[s
 
 
 def read_tensors(path: Path, forms: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
-    """The tensors of such a file, in memory of their own."""
-    found: dict[str, Tensor] = _safetensors().torch.load_file(path)
+    """The tensors of such a file, in memory of their own.
+
+    Raises:
+        ValueError: it is none.
+    """
+    safetensors = _safetensors()
+    try:
+        found: dict[str, Tensor] = safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from error
     return {name: _in_form(tensor, forms.get(name, {})) for name, tensor in found.items()}
 
 

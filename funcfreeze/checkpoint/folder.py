@@ -14,8 +14,12 @@ from pathlib import Path
 from funcfreeze.checkpoint.files import Damaged, synced
 from funcfreeze.checkpoint.manifest import MANIFEST, Manifest
 
-_NAME = re.compile(r"step-\d{10}")
+_NAME = re.compile(r"step-\d{10}(\.old)?")
 _UNFINISHED = re.compile(r"\.step-\d{10}\.(?P<host>.+)\.(?P<process>\d+)\.[0-9a-f]{8}")
+
+
+_OLD = ".old"
+"""Ends the name of one that makes way for another of its step."""
 
 
 def name_of(step: int) -> str:
@@ -27,7 +31,8 @@ def checkpoints_in(folder: Path) -> list[Path]:
     """All that were put into a folder, the newest first."""
     if not folder.is_dir():
         return []
-    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name)), reverse=True)
+    found = (path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+    return sorted(found, key=lambda path: (path.stem, path.suffix != _OLD), reverse=True)
 
 
 def put(folder: Path, step: int, keep: int | None, write: Callable[[Path], None]) -> Path:
@@ -54,6 +59,7 @@ def put(folder: Path, step: int, keep: int | None, write: Callable[[Path], None]
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     synced(folder)
+    _remove(_old(final))
     for old in [path for path in checkpoints_in(folder) if path != final][max(0, (keep or 0) - 1) :] if keep else []:
         _remove(old)
     return final
@@ -76,6 +82,7 @@ def good(path: Path) -> Manifest:
 
 
 def _rename(unfinished: Path, final: Path) -> None:
+    """Another of this step makes way, under a name by which it is found as long as there is no new one."""
     for _ in range(100):
         try:
             os.rename(unfinished, final)
@@ -83,13 +90,19 @@ def _rename(unfinished: Path, final: Path) -> None:
         except OSError:
             if not final.exists():
                 raise
-            _remove(final)  # another of this step, perhaps of another process a moment ago
+            _remove(_old(final))
+            with contextlib.suppress(OSError):  # another process, a moment ago
+                os.rename(final, _old(final))
     os.rename(unfinished, final)
+
+
+def _old(final: Path) -> Path:
+    return final.with_name(final.name + _OLD)
 
 
 def _remove(path: Path) -> None:
     """Under another name first, so that no half of it is taken for a checkpoint."""
-    gone = path.with_name(_unfinished_name(int(path.name.removeprefix("step-"))))
+    gone = path.with_name(_unfinished_name(int(path.stem.removeprefix("step-"))))
     with contextlib.suppress(FileNotFoundError):  # another process was faster
         os.rename(path, gone)
         shutil.rmtree(gone, ignore_errors=True)

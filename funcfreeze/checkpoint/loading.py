@@ -15,7 +15,7 @@ from funcfreeze.checkpoint.folder import checkpoints_in, good
 from funcfreeze.checkpoint.manifest import MANIFEST, Manifest
 from funcfreeze.checkpoint.plain import in_form_of, packed, unpacked
 from funcfreeze.checkpoint.plans import plan_data, plan_problems
-from funcfreeze.checkpoint.randomness import restore_generators
+from funcfreeze.checkpoint.randomness import restoring_generators
 from funcfreeze.checkpoint.resumable import checked_data
 from funcfreeze.checkpoint.saving import AnyStep, wait_for
 from funcfreeze.computation.state import FIELDS, State
@@ -67,6 +67,9 @@ def resume(
     position = checked_data(data)
     folder = Path(folder)
     wait_for(folder)
+    if folder.is_file() or (folder / MANIFEST).is_file():
+        what = "a file" if folder.is_file() else "a checkpoint; `load` takes one"
+        raise ValueError(f"resume takes the folder that save was given, and {folder} is {what}")
     problems: list[str] = []
     for path in checkpoints_in(folder):
         try:
@@ -80,9 +83,10 @@ def resume(
         if (position is None) != (manifest.data is None):
             missing = "it was not saved" if manifest.data is None else "data= was not given"
             raise ValueError(f"{path}: where the data was cannot be restored, since {missing}")
-        restore_generators(unpacked(manifest.random, tensors), generators or {})
+        restore = restoring_generators(unpacked(manifest.random, tensors), generators or {})
         if position is not None:
             position.load_state_dict(unpacked(manifest.data, tensors))
+        restore()
         return state, extra
     if problems:
         raise ValueError(f"all checkpoints in {folder} are damaged:\n" + "\n".join(problems))
@@ -115,6 +119,7 @@ def load_into(model: nn.Module, path: str | Path) -> nn.Module:
         ValueError: it is damaged, or not of this model: tells everything at once.
     """
     path = Path(path)
+    wait_for(path.parent)
     if path.is_dir():
         try:
             manifest = good(path)
@@ -126,10 +131,16 @@ def load_into(model: nn.Module, path: str | Path) -> nn.Module:
         }
     else:
         own = read_tensors(path, {})
-    wanted = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    wanted = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     persistent = model.state_dict().keys()
+    given = {id(wanted[name]) for name in own if name in wanted}  # a tied one by any of its names
     problems = [
-        f"{name}: the model has it, the file does not" for name in wanted if name in persistent and name not in own
+        f"{name}: the model has it, the file does not"
+        for name, tensor in wanted.items()
+        if name in persistent and id(tensor) not in given
     ]
     problems += [f"{name}: the file has it, the model does not" for name in own if name not in wanted]
     problems += [

@@ -98,6 +98,8 @@ def in_form_of(wanted: Any, value: Any) -> Any:
     """A value with named tuples where these are in the same place of another."""
     if isinstance(wanted, Mapping) and isinstance(value, dict):
         return {key: in_form_of(wanted[key], part) if key in wanted else part for key, part in value.items()}
+    if isinstance(wanted, list) and isinstance(value, list) and len(wanted) == len(value):
+        return [in_form_of(one, other) for one, other in zip(wanted, value, strict=True)]
     if isinstance(wanted, tuple) and isinstance(value, tuple) and len(wanted) == len(value):
         parts = [in_form_of(one, other) for one, other in zip(wanted, value, strict=True)]
         return tuple(parts) if type(wanted) is tuple else type(wanted)(*parts)

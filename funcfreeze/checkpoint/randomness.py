@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,17 +31,26 @@ def generator_states(own: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def restore_generators(states: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Put them where they were.
+def restoring_generators(states: Mapping[str, Any], own: Mapping[str, Any]) -> Callable[[], None]:
+    """What puts them where they were.
 
     Raises:
-        ValueError: the user's are of other names.
+        ValueError: the user's are of other names or kinds; nothing has changed then.
     """
     if states["own"].keys() != own.keys():
         raise ValueError(
             f"the checkpoint holds generators {_named(states['own'])}, given were {_named(own)}; give the same ones, "
             "generators={...}"
         )
+    others = [name for name, state in states["own"].items() if not _fits(own[name], state)]
+    if others:
+        raise ValueError(
+            f"the generators {', '.join(map(repr, others))} are of another kind than those that were saved"
+        )
+    return partial(_restore, states, own)
+
+
+def _restore(states: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
     torch.set_rng_state(states["torch"].cpu())
@@ -77,6 +87,15 @@ def _state_of(name: str, generator: Any) -> Any:
         f"generators[{name!r}] is a torch.Generator, random.Random or numpy.random.Generator, got "
         f"{type(generator).__name__}"
     )
+
+
+def _fits(generator: Any, state: Any) -> bool:
+    """Whether a state is that of such a generator."""
+    if isinstance(state, torch.Tensor):
+        return isinstance(generator, torch.Generator) and generator.get_state().shape == state.shape
+    if isinstance(state, tuple):
+        return isinstance(generator, random.Random)
+    return _is_numpys(generator) and generator.bit_generator.state["bit_generator"] == state["bit_generator"]
 
 
 def _is_numpys(generator: Any) -> bool:

@@ -22,7 +22,7 @@ from funcfreeze.checkpoint.manifest import Manifest
 from funcfreeze.checkpoint.plain import packed
 from funcfreeze.checkpoint.plans import plan_data
 from funcfreeze.checkpoint.randomness import generator_states
-from funcfreeze.checkpoint.resumable import checked_data
+from funcfreeze.checkpoint.resumable import Resumable, checked_data
 from funcfreeze.computation.state import FIELDS, State
 from funcfreeze.step import Step
 
@@ -81,10 +81,8 @@ def save(
     >>> at.name, int(state.step), extra
     ('step-0000000001', 1, {'best': 0.5})
     """
-    folder = Path(folder)
-    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
-        raise ValueError(f"keep is the number of checkpoints that stay, at least 1, or None for all; got {keep!r}")
-    position = checked_data(data)
+    folder = Path(folder).absolute()  # a thread writes there, wherever the program goes
+    position = checked(data, extra, keep)
     step.call(state, lambda model: None)  # raises where it is not this step's
     wait_for(folder)
     tensors: dict[str, Tensor] = {}
@@ -112,6 +110,21 @@ def save(
         _in_background(folder, partial(put, folder, count, keep, write))
         return folder / name_of(count)
     return put(folder, count, keep, write)
+
+
+def checked(data: object, extra: Mapping[str, Any] | None, keep: int | None) -> Resumable | None:
+    """The data, if all of these can be saved.
+
+    Raises:
+        TypeError, ValueError: one of them cannot.
+    """
+    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
+        raise ValueError(f"keep is the number of checkpoints that stay, at least 1, or None for all; got {keep!r}")
+    position = checked_data(data)
+    packed({} if extra is None else extra, "extra", {})
+    if position is not None:
+        packed(position.state_dict(), "data", {})
+    return position
 
 
 def wait_for(folder: Path) -> None:

@@ -31,7 +31,8 @@ class JSONLines:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append a line."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+            others = {name: value for name, value in metrics.items() if name != "step"}
+            file.write(json.dumps({"step": step, **others}) + "\n")
 
 
 class CSV:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def _scalars(metrics: Mapping[str, Any], before: str) -> Iterator[tuple[str, Any
         if isinstance(value, Mapping):
             yield from _scalars(value, f"{before}{name}.")
         elif isinstance(value, Tensor):
-            if value.ndim == 0 and not value.is_complex():
-                yield before + name, value.detach()
-        elif isinstance(value, int | float):
-            yield before + name, value
+            if value.numel() == 1 and not value.is_complex():
+                yield before + name, value.detach().reshape(())
+        elif isinstance(value, Real):
+            yield before + name, float(value)

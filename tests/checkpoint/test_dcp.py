@@ -36,5 +36,5 @@ def test_of_another_step():
     assert str(error.value).splitlines()[1:] == [
         "  - params/b.weight: the Step has it, it is not given",
         "  - params/c.weight: it is given, the Step does not have it",
-        "  - params/a.weight: the Step has shape (2, 8), given is (1,)",
+        "  - params/a.weight: the Step has shape (2, 8) and torch.float64, given is (1,) and torch.float64",
     ]

@@ -116,5 +116,5 @@ def test_killed_at_random_moments(tmp_path, seed):
 def assert_nothing_is_lost(folder):
     """What was said to be saved is there, but for what is written in the background: there the one before."""
     saved = max((int(line.split()[1]) for line in lines_of(folder) if line.startswith("saved")), default=0)
-    present = [int(path.name.removeprefix("step-")) for path in Path(folder / "saved").glob("step-*")]
+    present = [int(path.stem.removeprefix("step-")) for path in Path(folder / "saved").glob("step-*")]
     assert max(present, default=0) >= saved - EVERY

@@ -226,7 +226,7 @@ def test_options_that_are_no_good():
         "got steps=1 and epochs=1",
         "best is 'min' or 'max', got 'least'",
         "got int",
-        "show_every is a number",
+        "show_every is a whole number, at least 1, got 0",
         "a logger has a method",
     ):
         assert told in str(error.value)

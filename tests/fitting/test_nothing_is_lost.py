@@ -1,0 +1,154 @@
+"""What goes wrong around a step loses nothing that was reached; what cannot work is said before the first step."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import funcfreeze as ff
+from funcfreeze.checkpoint.folder import checkpoints_in
+
+
+def step_of():
+    torch.manual_seed(1)
+    return ff.Step(nn.Linear(3, 1), lambda m, x: {"l": m(x).square().mean()}, {"l": "*"}, optimizer=ff.optim.adam(0.1))
+
+
+def batches(count=28):
+    return ff.checkpoint.Batches([torch.randn(3) for _ in range(count)], 4, seed=3)
+
+
+class Noting:
+    def __init__(self):
+        self.rows = []
+
+    def log(self, step, metrics):
+        self.rows.append((step, dict(metrics)))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"extra": {"classes": {"a", "b"}}}, r"not extra.classes \(set\)"),
+        ({"keep": 0}, "keep is the number of checkpoints"),
+        ({"save_every": 0}, "save_every is a whole number, at least 1, got 0"),
+        ({"patience": 2}, "give evaluate=, too"),
+        ({"extra": {"fit": "linear"}}, r"extra\['fit'\] is where fit keeps"),
+        ({"steps": 2.5}, "steps is a whole number, got 2.5"),
+    ],
+    ids=lambda value: "".join(value) if isinstance(value, dict) else "",
+)
+def test_what_cannot_work_is_said_before_the_first_step(options, told, tmp_path):
+    step = step_of()
+    state = step.init()
+    with pytest.raises((TypeError, ValueError), match=told):
+        ff.fit(step, state, batches(), **{"steps": 3, "folder": tmp_path, "show": False, **options})
+    assert int(state.step) == 0
+
+
+def test_a_folder_that_is_a_file(tmp_path):
+    (tmp_path / "taken").write_text("")
+    step = step_of()
+    state = step.init()
+    with pytest.raises(OSError, match="taken"):
+        ff.fit(step, state, batches(), steps=3, folder=tmp_path / "taken", show=False)
+    assert int(state.step) == 0
+
+
+@pytest.mark.parametrize("where", ["evaluate", "logger", "data"])
+def test_what_raises_around_a_step(where, tmp_path):
+    step, data = step_of(), batches()
+
+    def fail(*args):
+        raise OSError("it is down")
+
+    class Failing:
+        log = staticmethod(fail)
+
+    class Ending(ff.checkpoint.Batches):
+        def __iter__(self):
+            yield from (batch for batch, _ in zip(super().__iter__(), range(5), strict=False))
+            fail()
+
+    given = Ending([torch.randn(3) for _ in range(28)], 4, seed=3) if where == "data" else data
+    options = {
+        "evaluate": {"evaluate": fail, "evaluate_every": 5},
+        "logger": {"log": Failing(), "show_every": 5},
+        "data": {},
+    }
+    with pytest.raises(OSError, match="it is down") as error:
+        ff.fit(step, step.init(), given, steps=20, folder=tmp_path, show=False, **options[where])
+    assert error.value.__notes__[0].endswith("what was reached is saved as " + str(tmp_path / "step-0000000005"))
+    state, _ = ff.checkpoint.resume(tmp_path, step, data=batches())
+    assert int(state.step) == 5
+
+
+def test_more_signals_while_it_saves_change_nothing(tmp_path, monkeypatch):
+    step = step_of()
+    ours = ff.fitting.fit.save
+
+    def saving(*args, **options):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        return ours(*args, **options)
+
+    monkeypatch.setattr(ff.fitting.fit, "save", saving)
+    state, fitted = ff.fit(step, step.init(), batches(), steps=5, folder=tmp_path, show=False)
+    assert (int(state.step), fitted.reason) == (5, "steps")
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["step-0000000005"]
+
+
+def test_evaluations_are_logged_where_they_were_made():
+    step, noting, values = step_of(), Noting(), iter(range(100))
+    ff.fit(
+        step, step.init(), batches(), epochs=2, evaluate=lambda model: np.float32(next(values)), evaluate_every=3,
+        show_every=4, log=noting, show=False,
+    )  # fmt: skip
+    rows = [(at, row.get("eval/value"), "l" in row) for at, row in noting.rows]
+    assert rows == [
+        (3, 0, False),
+        (4, None, True),
+        (6, 1, False),
+        (8, None, True),
+        (9, 2, False),
+        (12, 3, True),
+        (14, 4, True),
+    ]
+
+
+def test_patience_that_is_over_is_over(tmp_path):
+    step, data = step_of(), batches()
+    options = {"evaluate": lambda model: 1.0, "evaluate_every": 1, "patience": 2, "folder": tmp_path, "show": False}
+    state, fitted = ff.fit(step, step.init(), data, steps=50, **options)
+    assert (int(state.step), fitted.reason) == (3, "patience")
+    state, extra = ff.checkpoint.resume(tmp_path, step, data=data)
+    state, fitted = ff.fit(step, state, data, steps=50, extra=extra, **options)
+    assert (int(state.step), fitted.reason) == (3, "patience")
+
+
+def test_generators_and_twins(tmp_path):
+    noise = torch.Generator().manual_seed(5)
+    step = step_of().remade(targets={"average": ff.ema("*", 0.5, buffers="copied")})
+    seen = []
+
+    def evaluate(model):
+        seen.append(next(model.parameters()).clone())
+        return 0.0
+
+    options = {
+        "folder": tmp_path,
+        "generators": {"noise": noise},
+        "targets": "average",
+        "evaluate": evaluate,
+        "show": False,
+    }
+    state, _ = ff.fit(step, step.init(), batches(), steps=3, **options)
+    assert torch.equal(seen[-1], state.targets["average"]["weight"])
+    drawn = torch.rand(3, generator=noise)
+    ff.checkpoint.resume(tmp_path, step, data=batches(), generators={"noise": noise})
+    assert torch.equal(torch.rand(3, generator=noise), drawn)
