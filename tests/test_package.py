@@ -13,7 +13,7 @@ import funcfreeze as ff
 PACKAGE = pathlib.Path(ff.__file__).parent
 
 FLOORS = [
-    ["tracing"],
+    ["tracing", "seeding"],
     ["schedules", "merge"],
     ["declare"],
     ["model"],

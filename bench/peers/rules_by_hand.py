@@ -54,7 +54,7 @@ def imtl_g(matrix: Tensor) -> Tensor:
 
 def cagrad(matrix: Tensor) -> Tensor:
     """The dual problem goes to SciPy's SLSQP."""
-    from scipy.optimize import minimize  # type: ignore[import-untyped]
+    from scipy.optimize import minimize
 
     gramian, small = _on_host(matrix @ matrix.T), 1e-8
     slope = gramian.mean(1)

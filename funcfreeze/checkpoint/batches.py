@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import random
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from funcfreeze.seeding import seeded
 
 
 class Batches:
@@ -74,11 +73,26 @@ class Batches:
         return self._items // self._size if self._drop_last else -(-self._items // self._size)
 
     def __iter__(self) -> Iterator[Any]:
-        """The rest of this epoch."""
+        """The rest of this epoch.
+
+        Raises:
+            RuntimeError: somebody else iterates, too, and would take batches away.
+        """
+        at = self.epoch, self.position
         for batch in self._loader:
+            self._refuse_elsewhere(at)
             self.position += 1
+            at = self.epoch, self.position
             yield batch
+        self._refuse_elsewhere(at)
         self.epoch, self.position = self.epoch + 1, 0
+
+    def _refuse_elsewhere(self, at: tuple[int, int]) -> None:
+        if (self.epoch, self.position) != at:
+            raise RuntimeError(
+                f"these Batches were moved from {_named(at)} to {_named((self.epoch, self.position))} while they were "
+                "iterated; for an evaluation on the same data make a loader of its own"
+            )
 
     def numbered(self) -> Iterator[Numbered]:
         """What the rest of the epoch is made of: the items' numbers, batch by batch."""
@@ -157,6 +171,10 @@ class _Drawing(Dataset[Any]):
         return self._dataset[index]
 
 
+def _named(at: tuple[int, int]) -> str:
+    return f"batch {at[1]} of epoch {at[0]}"
+
+
 def _as_it_is(batch: Any) -> Any:
     return batch
 
@@ -164,21 +182,3 @@ def _as_it_is(batch: Any) -> Any:
 def _seed(seed: int, epoch: int, what: object) -> int:
     """A seed of its own for every epoch and batch, 63 bits."""
     return int.from_bytes(hashlib.sha256(f"{seed} {epoch} {what}".encode()).digest()[:8], "big") >> 1
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Inside, the global generators of Python, NumPy and torch's CPU begin at a seed; afterwards they are as before."""
-    numpy = sys.modules.get("numpy")
-    kept = random.getstate(), torch.get_rng_state(), None if numpy is None else numpy.random.get_state()
-    random.seed(seed)
-    torch.default_generator.manual_seed(seed)
-    if numpy is not None:
-        numpy.random.seed(seed % 2**32)
-    try:
-        yield
-    finally:
-        random.setstate(kept[0])
-        torch.set_rng_state(kept[1])
-        if numpy is not None:
-            numpy.random.set_state(kept[2])

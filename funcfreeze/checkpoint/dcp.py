@@ -6,9 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from funcfreeze.checkpoint.plain import in_form_of, packed, unpacked
-from funcfreeze.checkpoint.saving import AnyStep
-from funcfreeze.computation.state import FIELDS, State
+from funcfreeze.checkpoint.states import AnyStep, fields_of, packed_state, refuse_others_state
+from funcfreeze.computation.state import State
 
 
 def to_dcp(step: AnyStep, state: State) -> dict[str, Tensor]:
@@ -26,10 +25,9 @@ def to_dcp(step: AnyStep, state: State) -> dict[str, Tensor]:
     >>> from_dcp(step, flat)
     State(step=0, 2 parameters, 0 buffers)
     """
-    step.call(state, lambda model: None)  # raises where it is not this step's
+    refuse_others_state(step, state)
     tensors: dict[str, Tensor] = {}
-    for name in FIELDS:
-        packed(getattr(state, name), name, tensors)
+    packed_state(state, tensors)
     return tensors
 
 
@@ -41,7 +39,7 @@ def from_dcp(step: AnyStep, flat: Mapping[str, Tensor]) -> State:
     """
     fresh = step.init()
     wanted: dict[str, Tensor] = {}
-    made = {name: packed(getattr(fresh, name), name, wanted) for name in FIELDS}
+    made = packed_state(fresh, wanted)
     problems = [f"{name}: the Step has it, it is not given" for name in wanted if name not in flat]
     problems += [f"{name}: it is given, the Step does not have it" for name in flat if name not in wanted]
     problems += [
@@ -52,5 +50,4 @@ def from_dcp(step: AnyStep, flat: Mapping[str, Tensor]) -> State:
     ]
     if problems:
         raise ValueError("\n".join(["these tensors are of another step:", *(f"  - {line}" for line in problems)]))
-    fields = {name: unpacked(part, flat) for name, part in made.items()}
-    return fresh.replace(**{**fields, "optimizer": in_form_of(fresh.optimizer, fields["optimizer"])})
+    return fresh.replace(**fields_of(made, flat, fresh))

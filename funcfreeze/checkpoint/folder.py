@@ -17,7 +17,6 @@ from funcfreeze.checkpoint.manifest import MANIFEST, Manifest
 _NAME = re.compile(r"step-\d{10}(\.old)?")
 _UNFINISHED = re.compile(r"\.step-\d{10}\.(?P<host>.+)\.(?P<process>\d+)\.[0-9a-f]{8}")
 
-
 _OLD = ".old"
 """Ends the name of one that makes way for another of its step."""
 
@@ -27,11 +26,21 @@ def name_of(step: int) -> str:
     return f"step-{step:010d}"
 
 
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, by its name."""
+    return int(path.stem.removeprefix("step-"))
+
+
+def is_named_so(path: Path) -> bool:
+    """Whether a path is named as checkpoints are."""
+    return _NAME.fullmatch(path.name) is not None
+
+
 def checkpoints_in(folder: Path) -> list[Path]:
     """All that were put into a folder, the newest first."""
     if not folder.is_dir():
         return []
-    found = (path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+    found = filter(is_named_so, folder.iterdir())
     return sorted(found, key=lambda path: (path.stem, path.suffix != _OLD), reverse=True)
 
 
@@ -60,8 +69,9 @@ def put(folder: Path, step: int, keep: int | None, write: Callable[[Path], None]
         raise
     synced(folder)
     _remove(_old(final))
-    for old in [path for path in checkpoints_in(folder) if path != final][max(0, (keep or 0) - 1) :] if keep else []:
-        _remove(old)
+    if keep is not None:
+        for old in [path for path in checkpoints_in(folder) if path != final][keep - 1 :]:
+            _remove(old)
     return final
 
 
@@ -102,7 +112,7 @@ def _old(final: Path) -> Path:
 
 def _remove(path: Path) -> None:
     """Under another name first, so that no half of it is taken for a checkpoint."""
-    gone = path.with_name(_unfinished_name(int(path.stem.removeprefix("step-"))))
+    gone = path.with_name(_unfinished_name(step_of(path)))
     with contextlib.suppress(FileNotFoundError):  # another process was faster
         os.rename(path, gone)
         shutil.rmtree(gone, ignore_errors=True)

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from funcfreeze.checkpoint.files import TENSORS, Damaged, read_tensors
 from funcfreeze.checkpoint.folder import checkpoints_in, good
+from funcfreeze.checkpoint.looking import look_into
 from funcfreeze.checkpoint.manifest import MANIFEST, Manifest
-from funcfreeze.checkpoint.plain import in_form_of, packed, unpacked
-from funcfreeze.checkpoint.plans import plan_data, plan_problems
+from funcfreeze.checkpoint.plain import unpacked
+from funcfreeze.checkpoint.plans import algorithm_problems, algorithms_of, plan_data, plan_problems
 from funcfreeze.checkpoint.randomness import restoring_generators
 from funcfreeze.checkpoint.resumable import checked_data
-from funcfreeze.checkpoint.saving import AnyStep, wait_for
+from funcfreeze.checkpoint.saving import wait_for
+from funcfreeze.checkpoint.states import AnyStep, fields_of, packed_state, refuse_others_state
 from funcfreeze.computation.state import FIELDS, State
 
 Extra = dict[str, Any]
@@ -36,11 +38,7 @@ def load(path: str | Path, step: AnyStep, *, strict: bool = True) -> tuple[State
     """
     path = Path(path)
     wait_for(path.parent)
-    try:
-        manifest = good(path)
-    except Damaged as error:
-        raise ValueError(f"this checkpoint cannot be loaded:\n{error}") from None
-    state, extra, _ = _read(path, manifest, step, strict)
+    state, extra, _ = _read(path, _whole(path), step, strict)
     return state, extra
 
 
@@ -102,10 +100,7 @@ def check(path: str | Path) -> list[str]:
     path = Path(path)
     wait_for(path)
     wait_for(path.parent)
-    found = [path] if (path / MANIFEST).is_file() or path.name.startswith("step-") else checkpoints_in(path)
-    if not found:
-        raise ValueError(f"{path} holds no checkpoint")
-    return [line for one in found for line in _problems(one)]
+    return [problem for look in look_into(path) for problem in look.problems]
 
 
 def load_into(model: nn.Module, path: str | Path) -> nn.Module:
@@ -121,11 +116,7 @@ def load_into(model: nn.Module, path: str | Path) -> nn.Module:
     path = Path(path)
     wait_for(path.parent)
     if path.is_dir():
-        try:
-            manifest = good(path)
-        except Damaged as error:
-            raise ValueError(f"this checkpoint cannot be loaded:\n{error}") from None
-        tensors = read_tensors(path / TENSORS, manifest.forms)
+        tensors = read_tensors(path / TENSORS, _whole(path).forms)
         own = {
             name.removeprefix(kind): t for name, t in tensors.items() for kind in _OF_MODULE if name.startswith(kind)
         }
@@ -164,22 +155,24 @@ def _read(path: Path, manifest: Manifest, step: AnyStep, strict: bool) -> tuple[
     tensors = read_tensors(path / TENSORS, manifest.forms)
     fresh = step.init()
     places: dict[str, Tensor] = {}
-    for name in FIELDS:
-        packed(getattr(fresh, name), name, places)
+    packed_state(fresh, places)
     device = next(iter(fresh.params.values())).device
     here = {
         name: tensor.to(places[name].device if name in places else device) if name.split("/")[0] in FIELDS else tensor
         for name, tensor in tensors.items()
     }
-    fields = {name: unpacked(manifest.state[name], here) for name in FIELDS}
-    fields["optimizer"] = in_form_of(fresh.optimizer, fields["optimizer"])
+    fields = fields_of(manifest.state, here, fresh)
     extra: Extra = unpacked(manifest.extra, tensors)
     if not strict:
         state, adoption = step.adopt(State(**fields))
         if adoption.afresh or adoption.left:
             warnings.warn(f"{path}: {adoption}", stacklevel=3)
         return state, extra, tensors
-    problems = [*_step_problems(step, State(**fields)), *plan_problems(manifest.plan, plan_data(step.plan))]
+    problems = [
+        *_step_problems(step, State(**fields)),
+        *plan_problems(manifest.plan, plan_data(step.plan)),
+        *algorithm_problems(manifest.options["algorithms"], algorithms_of(step)),
+    ]
     if problems:
         shown = "\n".join(f"  - {problem}" for problem in problems)
         raise ValueError(f"{path} was saved by another step; strict=False of `load` takes what fits:\n{shown}")
@@ -188,16 +181,13 @@ def _read(path: Path, manifest: Manifest, step: AnyStep, strict: bool) -> tuple[
 
 def _step_problems(step: AnyStep, state: State) -> Iterator[str]:
     try:
-        step.call(state, lambda model: None)
+        refuse_others_state(step, state)
     except ValueError as error:
         yield from (line.strip().removeprefix("- ") for line in str(error).splitlines()[1:])
 
 
-def _problems(path: Path) -> list[str]:
+def _whole(path: Path) -> Manifest:
     try:
-        good(path)
+        return good(path)
     except Damaged as error:
-        return str(error).splitlines()
-    except ValueError as error:
-        return [str(error)]
-    return []
+        raise ValueError(f"this checkpoint cannot be loaded:\n{error}") from None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from funcfreeze.checkpoint.files import TENSORS, Damaged, read_tensors
-from funcfreeze.checkpoint.folder import checkpoints_in, good
+from funcfreeze.checkpoint.folder import checkpoints_in, good, is_named_so
 from funcfreeze.checkpoint.manifest import MANIFEST, Manifest
 from funcfreeze.checkpoint.plans import plan_problems
 
@@ -42,7 +42,7 @@ def look_into(path: Path) -> list[Look]:
     Raises:
         ValueError: there is none.
     """
-    found = [path] if (path / MANIFEST).is_file() else checkpoints_in(path)
+    found = [path] if (path / MANIFEST).is_file() or is_named_so(path) else checkpoints_in(path)
     if not found:
         raise ValueError(f"{path} holds no checkpoint")
     return [_looked(one) for one in found]
@@ -76,7 +76,7 @@ def differences(one: Path, other: Path) -> Iterator[str]:
         told = _difference(mine.get(name), theirs.get(name))
         if told:
             yield f"{name}: {told}"
-    yield from plan_problems(first.manifest.plan, second.manifest.plan)
+    yield from plan_problems(first.manifest.plan, second.manifest.plan, ("the first", "the second"))
     for name in ("extra", "data", "versions", "options"):
         was, now = getattr(first.manifest, name), getattr(second.manifest, name)
         if was != now:

@@ -7,7 +7,7 @@ strings are marked by a key that begins with `$`.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -104,15 +104,3 @@ def in_form_of(wanted: Any, value: Any) -> Any:
         parts = [in_form_of(one, other) for one, other in zip(wanted, value, strict=True)]
         return tuple(parts) if type(wanted) is tuple else type(wanted)(*parts)
     return value
-
-
-def tensor_names(made: Any) -> Iterator[str]:
-    """The names of the tensors in what `packed` made."""
-    if isinstance(made, list):
-        for part in made:
-            yield from tensor_names(part)
-    elif isinstance(made, dict):
-        if [*made] == [_TENSOR]:
-            yield made[_TENSOR]
-        else:
-            yield from tensor_names([*made.values()])

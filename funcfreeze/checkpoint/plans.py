@@ -1,4 +1,4 @@
-"""A plan as a checkpoint holds it, and how the plan of a step differs from it."""
+"""What a checkpoint holds of declarations, and how a step's differ from it: plans, and the algorithms of optimizers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from funcfreeze.alternating.alternation import Alternation
+from funcfreeze.checkpoint.states import AnyStep
 from funcfreeze.declare.plan import Plan
 from funcfreeze.declare.plans import Plans
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+SIDES = ("the checkpoint", "this step")
+"""Whose declarations are compared."""
 
 
 def plan_data(plan: Plan | Plans) -> Any:
@@ -18,26 +23,58 @@ def plan_data(plan: Plan | Plans) -> Any:
     return _settled(json.loads(json.dumps(plan.to_dict())))
 
 
-def plan_problems(saved: Any, present: Any) -> list[str]:
+def plan_problems(saved: Any, present: Any, sides: tuple[str, str] = SIDES) -> Iterator[str]:
     """Where two such plans differ, in words."""
-    if "parameters" in saved and "parameters" in present:
-        return [*_differences(saved, present)]
-    if "parameters" in saved or "parameters" in present:
-        own, other = ("a Step", "an alternation") if "parameters" in present else ("an alternation", "a Step")
-        return [f"plan: saved was {other}, here is {own}"]
-    members = {**saved.get("members", saved), **present.get("members", present)}
-    return [] if saved == present else [f"plan: the members {', '.join(members)} are not declared alike"]
+    kinds = ["a Step" if "parameters" in plan else "an alternation" for plan in (saved, present)]
+    if kinds[0] != kinds[1]:
+        yield f"plan: {sides[0]} is of {kinds[0]}, {sides[1]} of {kinds[1]}"
+    elif "parameters" in saved:
+        yield from _differences(saved, present, sides, "plan")
+    else:
+        for member in saved | present:
+            one, other = saved.get(member), present.get(member)
+            if one is None or other is None:
+                yield f"plan: only {sides[other is not None]} has a member {member!r}"
+                continue
+            yield from _differences(one["plan"], other["plan"], sides, f"plan of {member}")
+            if one["turns"] != other["turns"]:
+                yield f"plan of {member}: turns {one['turns']} in {sides[0]}, {other['turns']} in {sides[1]}"
 
 
-def _differences(saved: Mapping[str, Any], present: Mapping[str, Any]) -> Iterator[str]:
+def _differences(
+    saved: Mapping[str, Any], present: Mapping[str, Any], sides: tuple[str, str], what: str
+) -> Iterator[str]:
     before, now = ({row["names"][0]: row for row in plan["parameters"]} for plan in (saved, present))
-    for path in before.keys() & now.keys():
-        was, is_ = (json.dumps(row.get("weights", {})) for row in (before[path], now[path]))
-        if was != is_ or before[path].get("timings") != now[path].get("timings"):
-            yield f"plan: {path} was routed {was}, is routed {is_}"
+    for path in [path for path in before if path in now]:
+        one, other = ({key: row.get(key, {}) for key in ("weights", "timings")} for row in (before[path], now[path]))
+        if one != other:
+            yield f"{what}: {path} is routed {_routes(one)} in {sides[0]}, {_routes(other)} in {sides[1]}"
     for name in sorted((saved.keys() | present.keys()) - {"parameters"}):
         if saved.get(name) != present.get(name):
-            yield f"plan: {name} was {json.dumps(saved.get(name))}, is {json.dumps(present.get(name))}"
+            was, is_ = (json.dumps(plan.get(name)) for plan in (saved, present))
+            yield f"{what}: {name} is {was} in {sides[0]}, {is_} in {sides[1]}"
+
+
+def _routes(row: Mapping[str, Any]) -> str:
+    return json.dumps(row["weights"]) + (f" at {json.dumps(row['timings'])}" if row["timings"] else "")
+
+
+def algorithms_of(step: AnyStep) -> dict[str, Any]:
+    """Path -> what torch.optim calls the optimizer that updates it, where it has a name for it; by member."""
+    if isinstance(step, Alternation):
+        return {name: algorithms_of(member) for name, member in step.members.items()}
+    found = step.transform.algorithms
+    return {} if found is None else {path: algorithm.name for path, algorithm in found(step.plan.routed).items()}
+
+
+def algorithm_problems(saved: Mapping[str, Any], present: Mapping[str, Any], where: str = "optimizer") -> Iterator[str]:
+    """Where a parameter is updated by another algorithm; what only one of the two has is told with the state."""
+    for name in [name for name in saved if name in present]:
+        one, other = saved[name], present[name]
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from algorithm_problems(one, other, f"{where} of {name}")
+        elif one != other:
+            yield f"{where}: {name} is updated by {one} in {SIDES[0]}, by {other} in {SIDES[1]}"
 
 
 def _settled(value: Any) -> Any:

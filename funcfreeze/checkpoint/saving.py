@@ -15,18 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcfreeze.alternating.alternation import Alternation
 from funcfreeze.checkpoint.files import TENSORS, File, write_tensors
 from funcfreeze.checkpoint.folder import name_of, put
 from funcfreeze.checkpoint.manifest import Manifest
 from funcfreeze.checkpoint.plain import packed
-from funcfreeze.checkpoint.plans import plan_data
+from funcfreeze.checkpoint.plans import algorithms_of, plan_data
 from funcfreeze.checkpoint.randomness import generator_states
-from funcfreeze.checkpoint.resumable import Resumable, checked_data
-from funcfreeze.computation.state import FIELDS, State
-from funcfreeze.step import Step
-
-AnyStep = Step | Alternation
+from funcfreeze.checkpoint.resumable import checked_data
+from funcfreeze.checkpoint.states import AnyStep, packed_state, refuse_others_state
+from funcfreeze.computation.state import State
 
 
 def save(
@@ -82,20 +79,21 @@ def save(
     ('step-0000000001', 1, {'best': 0.5})
     """
     folder = Path(folder).absolute()  # a thread writes there, wherever the program goes
-    position = checked(data, extra, keep)
-    step.call(state, lambda model: None)  # raises where it is not this step's
+    _refuse_keep(keep)
+    position = checked_data(data)
+    refuse_others_state(step, state)
     wait_for(folder)
     tensors: dict[str, Tensor] = {}
     count = int(state.step)
     manifest = partial(
         Manifest,
         step=count,
-        state={name: packed(getattr(state, name), name, tensors) for name in FIELDS},
+        state=packed_state(state, tensors),
         plan=plan_data(step.plan),
         extra=packed({} if extra is None else extra, "extra", tensors),
         data=None if position is None else packed(position.state_dict(), "data", tensors),
         random=packed(generator_states(generators or {}), "random", tensors),
-        options={"step": repr(step)},
+        options={"step": repr(step), "algorithms": algorithms_of(step)},
         versions={"funcfreeze": version("funcfreeze"), "torch": torch.__version__, "python": platform.python_version()},
         saved=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     )
@@ -112,19 +110,22 @@ def save(
     return put(folder, count, keep, write)
 
 
-def checked(data: object, extra: Mapping[str, Any] | None, keep: int | None) -> Resumable | None:
-    """The data, if all of these can be saved.
+def refuse_what_cannot_be_saved(data: object, extra: Mapping[str, Any], keep: int | None) -> None:
+    """For a loop that saves later on: what `save` would raise then.
 
     Raises:
-        TypeError, ValueError: one of them cannot.
+        TypeError, ValueError: one of these cannot be saved.
     """
-    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
-        raise ValueError(f"keep is the number of checkpoints that stay, at least 1, or None for all; got {keep!r}")
+    _refuse_keep(keep)
     position = checked_data(data)
-    packed({} if extra is None else extra, "extra", {})
+    packed(extra, "extra", {})
     if position is not None:
         packed(position.state_dict(), "data", {})
-    return position
+
+
+def _refuse_keep(keep: object) -> None:
+    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
+        raise ValueError(f"keep is the number of checkpoints that stay, at least 1, or None for all; got {keep!r}")
 
 
 def wait_for(folder: Path) -> None:

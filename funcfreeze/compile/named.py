@@ -10,6 +10,7 @@ import dis
 import functools
 import itertools
 import sys
+import sysconfig
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -22,8 +23,8 @@ from funcfreeze.merge.rule import Rule
 from funcfreeze.model.attributes import MANY
 from funcfreeze.optim import Transform
 
-_NOT_THE_USERS = frozenset(sys.stdlib_module_names) | {"funcfreeze", "numpy", "optree", "scipy", "torch", "torchjd"}
-"""Packages whose functions do not change what they compute from step to step."""
+_NOT_THE_USERS = frozenset({"funcfreeze", "numpy", "optree", "scipy", "torch", "torchjd"})
+"""Packages whose functions do not change what they compute from step to step, beside Python's own."""
 
 _VALUES = frozenset(
     {bool, int, float, complex, str, bytes, type(None), itertools.count, torch.dtype, torch.device, torch.Size}
@@ -54,8 +55,6 @@ class _Same:
     def __eq__(self, other: object) -> bool:
         tensor = self._tensor()
         return tensor is not None and isinstance(other, _Same) and other._tensor() is tensor
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 def transforms_within(held: Any) -> list[Callable[..., Any]]:
@@ -245,6 +244,8 @@ def _named_in(code: CodeType) -> tuple[frozenset[str], frozenset[str], frozenset
             found["ATTR"].add(instruction.argval)
         elif operation == "IMPORT_NAME":
             found["IMPORT"].add(instruction.argval)
+        elif operation == "LOAD_CONST" and isinstance(instruction.argval, str) and instruction.argval.isidentifier():
+            found["ATTR"].add(instruction.argval)  # getattr(config, "temperature")
     inside = [_named_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
     globals_, attributes, modules = (
         frozenset(own).union(*(names[kind] for names in inside)) for kind, own in enumerate(found.values())
@@ -313,4 +314,13 @@ def _is_the_users(value: Any) -> bool:
         return _is_the_users(value.func)
     else:
         package = value.__module__ if kind is FunctionType or issubclass(kind, type) else kind.__module__
-    return str(package).partition(".")[0] not in _NOT_THE_USERS
+    return _is_a_package_of_the_users(str(package).partition(".")[0])
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_a_package_of_the_users(name: str) -> bool:
+    """Also of one that has the name of a module of Python's own, `trace.py`, and is another."""
+    if name not in sys.stdlib_module_names:
+        return name not in _NOT_THE_USERS
+    origin = getattr(getattr(sys.modules.get(name), "__spec__", None), "origin", None)
+    return origin is not None and origin.endswith(".py") and not origin.startswith(sysconfig.get_path("stdlib"))

@@ -163,7 +163,7 @@ def train(
     domains = two_domains(seed)
     step, data = make_step(seed, weight, settings), Drawn(domains, seed, settings.steps, settings.batch)
     state, extra = (step.init(), {}) if folder is None else ff.checkpoint.resume(folder, step, data=data)
-    points: list[dict[str, Any]] = extra.setdefault("points", [])
+    points: list[dict[str, Any]] = extra.setdefault("points", [])  # each checkpoint holds those that there are then
     every = max(1, settings.steps // settings.points)
 
     def evaluate(model: Any) -> dict[str, float]:

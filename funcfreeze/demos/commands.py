@@ -72,6 +72,8 @@ def demo_adversarial(
         typer.echo(f"funcfreeze: stopped by {stopped}; the same command with --resume goes on", err=True)
         raise typer.Exit(1) from None
     except ValueError as error:
+        if not resume:
+            raise
         typer.echo(f"funcfreeze: {error}\nResume with the --steps it was started with, or leave --resume out", err=True)
         raise typer.Exit(1) from error
     except OSError as error:

@@ -9,29 +9,27 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
-
-from funcfreeze.checkpoint.batches import Batches
+from funcfreeze.checkpoint.folder import name_of
 from funcfreeze.checkpoint.resumable import Resumable
-from funcfreeze.checkpoint.saving import AnyStep, checked, save, wait_for
+from funcfreeze.checkpoint.saving import save, wait_for
+from funcfreeze.checkpoint.states import AnyStep
 from funcfreeze.computation.acting import Names
 from funcfreeze.computation.state import State
 from funcfreeze.fitting.loggers import Logger
 from funcfreeze.fitting.numbers import numbers_in
+from funcfreeze.fitting.options import FIT, Options
+from funcfreeze.fitting.passes import batch_after_batch, end_of
 from funcfreeze.fitting.progress import Progress
 from funcfreeze.fitting.stopping import Wish, stopping_between_steps
-from funcfreeze.fitting.watching import AIMS, Watched
+from funcfreeze.fitting.watching import Watched
 
 BEST = "best"
 """The folder of the best so far, in that of the run."""
-
-FIT = "fit"
-"""Where `extra` of a checkpoint keeps what evaluations came to."""
 
 
 class Fitted(NamedTuple):
@@ -46,39 +44,6 @@ class Fitted(NamedTuple):
     reason: str
     best: float | None
     best_step: int | None
-
-
-@dataclass
-class _Run:
-    """A run under way: what changes from step to step beside the state."""
-
-    state: State
-    count: int
-    watched: Watched
-    evaluated: dict[str, float] = field(default_factory=dict)
-    saved: float = field(default_factory=time.monotonic)
-    looked: int = -1
-
-
-@dataclass(frozen=True, eq=False)
-class _Plan:
-    """What was asked for; see `fit`."""
-
-    step: AnyStep
-    data: Any
-    evaluate: Callable[[nn.Module], Any] | None
-    evaluate_every: int
-    patience: int | None
-    folder: Path | None
-    save_every: int | None
-    save_minutes: float | None
-    keep: int | None
-    generators: Mapping[str, Any] | None
-    targets: Names
-    extra: Mapping[str, Any]
-    log: Sequence[Logger]
-    show_every: int
-    progress: Progress | None
 
 
 def fit(
@@ -142,6 +107,7 @@ def fit(
         ValueError, TypeError: an option is no good; whatever the step raises.
 
     >>> import torch
+    >>> from torch import nn
     >>> import funcfreeze as ff
     >>> losses = lambda model, x: {"fit": (model(x) - 1).square().mean()}
     >>> step = ff.Step(nn.Linear(2, 1), losses, {"fit": "*"}, optimizer=ff.optim.adam(0.1))
@@ -150,228 +116,167 @@ def fit(
     >>> int(state.step), fitted.reason
     (20, 'epochs')
     """
-    loggers = tuple(log) if isinstance(log, Sequence) else (log,)
-    kept = {} if extra is None else dict(extra)
-    counts = {
-        "evaluate_every": evaluate_every,
-        "show_every": show_every,
-        "save_every": save_every,
-        "patience": patience,
-    }
-    _refuse(steps, epochs, data, best, counts, loggers)
-    if patience is not None and evaluate is None:
-        raise ValueError("fit: patience= waits for better evaluations; give evaluate=, too")
-    if not isinstance(kept.get(FIT, {}), Mapping):
-        raise ValueError(f"fit: extra[{FIT!r}] is where fit keeps what evaluations came to; call yours otherwise")
-    if folder is not None:  # now, and not when all is done
-        checked(data if isinstance(data, Resumable) else None, kept, keep)
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    if folder is not None and not isinstance(data, Resumable):
-        warnings.warn(
-            f"{type(data).__name__} cannot say where it is: a run that is stopped will go on at the beginning of its "
-            "data; ff.checkpoint.Batches and torchdata's StatefulDataLoader can",
-            stacklevel=2,
-        )
-    watched = Watched.of(best, kept.pop(FIT, {}))
-    run = _Run(state, int(state.step), watched)
-    total = steps if steps is not None else _end_of(data, epochs, run.count)
-    plan = _Plan(
-        step,
-        data,
-        evaluate,
-        evaluate_every,
-        patience,
-        None if folder is None else Path(folder).absolute(),
-        save_every,
-        save_minutes,
-        keep,
-        generators,
-        targets,
-        kept,
-        loggers,
-        show_every,
-        Progress(total, run.count) if show else None,
+    options = Options(
+        steps=steps,
+        epochs=epochs,
+        evaluate=evaluate,
+        evaluate_every=evaluate_every,
+        best=best,
+        patience=patience,
+        folder=None if folder is None else Path(folder).absolute(),
+        save_every=save_every,
+        save_minutes=save_minutes,
+        keep=keep,
+        extra={} if extra is None else extra,
+        generators=generators,
+        targets=targets,
+        loggers=tuple(log) if isinstance(log, Sequence) else (log,),
+        show_every=show_every,
     )
+    options.refuse(data)
+    count = int(state.step)
+    options.look_at_folder(data, count)
+    end = end_of(data, epochs, count) if epochs is not None else steps
+    progress = Progress(end, count) if show else None
+    run = _Run(step, data, options, progress, state, count, Watched.of(best, options.extra.get(FIT, {})))
     with stopping_between_steps() as wish:
         try:
-            reason = _run(plan, run, _batches(data, steps, epochs), steps, wish)
+            reason = run.until_it_ends(wish)
         except Exception as error:
-            _save_what_there_is(plan, run, wish, error)
-            raise
-        if plan.folder is not None:
             wish.is_granted = True
-            at = _save(plan, run, background=False)
-            wait_for(plan.folder / BEST)
-            if plan.progress is not None and reason == wish.signal:
-                plan.progress.tell(f"stopped by {reason} after step {run.count:,}; saved as {at}. It goes on with")
-                plan.progress.tell(f"  {shlex.join(sys.orig_argv)}")
-    if plan.progress is not None:
-        plan.progress.end()
+            error.add_note(f"in a run of ff.fit; what was reached is {run.saved_at_last()}")
+            raise
+        wish.is_granted = True
+        told = run.saved_at_last()
+    if progress is not None:
+        if reason == wish.signal:
+            progress.tell(f"stopped by {reason} after step {run.count:,}; {told}. The command was")
+            progress.tell(f"  {shlex.join(sys.orig_argv)}")
+        progress.end()
     return run.state, Fitted(reason, run.watched.best, run.watched.step)
 
 
-def _save_what_there_is(plan: _Plan, run: _Run, wish: Wish, error: Exception) -> None:
-    """Before an error goes on: nothing that was reached is to be lost; the error says what became of it."""
-    if plan.folder is None:
-        return
-    wish.is_granted = True
-    try:
-        error.add_note(f"what was reached is saved as {_save(plan, run, background=False)}")
-    except Exception as other:
-        error.add_note(f"what was reached could not be saved: {type(other).__name__}: {other}")
+@dataclass
+class _Run:
+    """A run under way: what it was told, and what changes from step to step.
 
+    Attributes:
+        watched: what evaluations came to.
+        evaluated: the numbers of the last one, and `evaluated_at` where it was.
+        shown_at: where metrics were shown last.
+        saved: when a checkpoint was, by a clock that only goes on; and with which step and evaluations.
+    """
 
-def _run(plan: _Plan, run: _Run, batches: Iterator[Any], steps: int | None, wish: Wish) -> str:
-    """Take steps until there is a reason to stop, which is returned."""
-    if steps is not None and run.count >= steps:
-        return "steps"
-    if _is_out_of_patience(plan, run):
-        return "patience"
-    metrics: Mapping[str, Any] = {}
-    for batch in batches:
-        run.state, metrics = plan.step(run.state, batch)
-        run.count += 1
-        is_last = run.count == steps
-        _look(plan, run, metrics, is_last)
-        if _is_time_to_save(plan, run):
-            _save(plan, run, background=True)
-        if _is_out_of_patience(plan, run):
-            return "patience"
-        if wish.signal is not None:
-            return wish.signal
-        if is_last:
+    step: AnyStep
+    data: Any
+    options: Options
+    progress: Progress | None
+    state: State
+    count: int
+    watched: Watched
+    evaluated: Mapping[str, float] = field(default_factory=dict)
+    evaluated_at: int = -1
+    shown_at: int = -1
+    saved: float = field(default_factory=time.monotonic)
+    saved_with: tuple[int, Watched] | None = None
+
+    def until_it_ends(self, wish: Wish) -> str:
+        """Take steps until there is a reason to stop, which is returned."""
+        steps, metrics = self.options.steps, None
+        if steps is not None and self.count >= steps:
             return "steps"
-    _look(plan, run, metrics, is_last=True)
-    return "epochs" if steps is None else "data"
+        if self._is_out_of_patience():
+            return "patience"
+        for batch in batch_after_batch(self.data, self.options.epochs):
+            self.state, metrics = self.step(self.state, batch)
+            self.count += 1
+            is_last = self.count == steps
+            self._look(metrics, is_last)
+            if self._is_time_to_save():
+                self._save(background=True)
+            if self._is_out_of_patience():
+                return "patience"
+            if wish.signal is not None:
+                return wish.signal
+            if is_last:
+                return "steps"
+        if metrics is not None:
+            self._look(metrics, is_last=True)
+        return "epochs" if steps is None else "data"
 
-
-def _is_out_of_patience(plan: _Plan, run: _Run) -> bool:
-    return plan.patience is not None and run.watched.since >= plan.patience
-
-
-def _look(plan: _Plan, run: _Run, metrics: Mapping[str, Any], is_last: bool) -> None:
-    """Evaluate and show, where it is due and was not done after this step."""
-    is_due = run.looked != run.count
-    is_evaluated = plan.evaluate is not None and is_due and (run.count % plan.evaluate_every == 0 or is_last)
-    if is_evaluated:
-        _evaluate(plan, run)
-    if is_due and metrics and (run.count % plan.show_every == 0 or is_last):
-        _show(plan, run, metrics, run.evaluated if is_evaluated else {})
-    elif is_evaluated:
-        _log(plan, run, run.evaluated)
-    if is_last or is_evaluated or run.count % plan.show_every == 0:
-        run.looked = run.count
-
-
-def _evaluate(plan: _Plan, run: _Run) -> None:
-    assert plan.evaluate is not None
-    found = plan.step.call(run.state, plan.evaluate, targets=plan.targets)
-    numbers = numbers_in(found if isinstance(found, Mapping) else {"value": found})
-    if not numbers:
-        raise TypeError(f"evaluate returns a number, or numbers by name; it returned {type(found).__name__}")
-    run.watched = run.watched.after(run.count, next(iter(numbers.values())))
-    run.evaluated = {f"eval/{name}": value for name, value in numbers.items()}
-    if plan.folder is not None and run.watched.step == run.count:
-        save(plan.folder / BEST, plan.step, run.state, extra=_extra(plan, run), keep=1, background=True)
-
-
-def _show(plan: _Plan, run: _Run, metrics: Mapping[str, Any], evaluated: Mapping[str, float]) -> None:
-    if plan.progress is None and not plan.log:
-        return
-    numbers = numbers_in(metrics)
-    _log(plan, run, {**numbers, **evaluated})
-    if plan.progress is not None:
-        plan.progress.show(run.count, {**numbers, **run.evaluated})
-
-
-def _log(plan: _Plan, run: _Run, numbers: Mapping[str, float]) -> None:
-    for logger in plan.log:
-        logger.log(run.count, numbers)
-
-
-def _is_time_to_save(plan: _Plan, run: _Run) -> bool:
-    if plan.folder is None:
-        return False
-    if plan.save_every is not None:
-        return run.count % plan.save_every == 0
-    return plan.save_minutes is not None and time.monotonic() - run.saved >= 60 * plan.save_minutes
-
-
-def _save(plan: _Plan, run: _Run, *, background: bool) -> Path:
-    assert plan.folder is not None
-    run.saved = time.monotonic()
-    where = plan.data if isinstance(plan.data, Resumable) else None
-    return save(
-        plan.folder,
-        plan.step,
-        run.state,
-        data=where,
-        extra=_extra(plan, run),
-        generators=plan.generators,
-        keep=plan.keep,
-        background=background,
-    )
-
-
-def _extra(plan: _Plan, run: _Run) -> dict[str, Any]:
-    return {**plan.extra, FIT: run.watched.to_dict()}
-
-
-def _batches(data: Iterable[Any], steps: int | None, epochs: int | None) -> Iterator[Any]:
-    """Batch after batch: through the data so many times, or without end where it can be gone through again."""
-    passes = empty = 0
-    while True:
-        if epochs is not None and (data.epoch if isinstance(data, Batches) else passes) >= epochs:
+    def _look(self, metrics: Mapping[str, Any], is_last: bool) -> None:
+        """Evaluate and show, each where it is due and has not been done yet."""
+        options, count = self.options, self.count
+        is_evaluated = options.evaluate is not None and self.evaluated_at != count
+        is_evaluated &= is_last or count % options.evaluate_every == 0
+        if is_evaluated:
+            self._evaluate()
+        is_shown = self.shown_at != count and (is_last or count % options.show_every == 0)
+        if not is_shown and not is_evaluated:
             return
-        empty += 1
-        for batch in data:
-            empty = 0
-            yield batch
-        passes += 1
-        if empty > 1 or isinstance(data, Iterator):  # a pass that was stopped at its very end has nothing left
-            return
+        told = numbers_in(metrics) if is_shown and (self.progress is not None or options.loggers) else {}
+        for logger in options.loggers:
+            logger.log(count, {**told, **(self.evaluated if is_evaluated else {})})
+        if is_shown:
+            self.shown_at = count
+            if self.progress is not None:
+                self.progress.show(count, {**told, **self.evaluated})
 
+    def _evaluate(self) -> None:
+        evaluate = self.options.evaluate
+        assert evaluate is not None
+        found = self.step.call(self.state, evaluate, targets=self.options.targets)
+        numbers = numbers_in(found if isinstance(found, Mapping) else {"value": found})
+        if not numbers:
+            raise TypeError(f"evaluate returns a number, or numbers by name; it returned {type(found).__name__}")
+        self.watched = self.watched.after(self.count, next(iter(numbers.values())))
+        self.evaluated, self.evaluated_at = {f"eval/{name}": value for name, value in numbers.items()}, self.count
+        folder = self.options.folder
+        if folder is not None and self.watched.step == self.count:
+            save(folder / BEST, self.step, self.state, extra=self._extra(), keep=1, background=True)
 
-def _end_of(data: Any, epochs: int | None, count: int) -> int | None:
-    """The count at which so many epochs end, if the data says how long it is."""
-    assert epochs is not None
-    if isinstance(data, Batches):
-        return count + (epochs - data.epoch) * len(data) - data.position
-    try:
-        return count + epochs * len(data)
-    except TypeError:  # a stream, or a loader of one
-        return None
+    def _is_out_of_patience(self) -> bool:
+        return self.options.patience is not None and self.watched.since >= self.options.patience
 
+    def _is_time_to_save(self) -> bool:
+        if self.options.folder is None:
+            return False
+        if self.options.save_every is not None:
+            return self.count % self.options.save_every == 0
+        minutes = self.options.save_minutes
+        return minutes is not None and time.monotonic() - self.saved >= 60 * minutes
 
-def _refuse(
-    steps: int | None,
-    epochs: int | None,
-    data: object,
-    best: str,
-    counts: Mapping[str, int | None],
-    loggers: Sequence[Any],
-) -> None:
-    """Raise for all problems with the options at once."""
-    problems = []
-    if (steps is None) == (epochs is None):
-        problems.append(f"one of steps= and epochs= says when it ends, got steps={steps!r} and epochs={epochs!r}")
-    if best not in AIMS:
-        problems.append(f"best is 'min' or 'max', got {best!r}")
-    if not isinstance(data, Iterable):
-        problems.append(f"data is iterable, batch after batch; got {type(data).__name__}")
-    problems += [
-        f"{name} is a whole number, at least 1, got {value!r}"
-        for name, value in {**counts, "epochs": epochs}.items()
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1)
-    ]
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int)):
-        problems.append(f"steps is a whole number, got {steps!r}")
-    problems += [
-        f"a logger has a method log(step, metrics), {logger!r} has none" for logger in loggers if _is_none(logger)
-    ]
-    if problems:
-        raise ValueError(f"fit: {'; '.join(problems)}")
+    def _save(self, *, background: bool) -> Path:
+        assert self.options.folder is not None
+        self.saved, self.saved_with = time.monotonic(), (self.count, self.watched)
+        return save(
+            self.options.folder,
+            self.step,
+            self.state,
+            data=self.data if isinstance(self.data, Resumable) else None,
+            extra=self._extra(),
+            generators=self.options.generators,
+            keep=self.options.keep,
+            background=background,
+        )
 
+    def saved_at_last(self) -> str:
+        """Save what was reached, and say where; a failure is a warning, since the state is still to be had."""
+        if self.options.folder is None:
+            return "not saved, since there is no folder"
+        wait_for(self.options.folder)
+        there = self.options.folder / name_of(self.count)
+        try:
+            at = (
+                there
+                if self.saved_with == (self.count, self.watched) and there.is_dir()
+                else self._save(background=False)
+            )
+        except Exception as error:
+            warnings.warn(f"no checkpoint was saved: {type(error).__name__}: {error}", stacklevel=3)
+            return f"not saved: {error}"
+        wait_for(self.options.folder / BEST)
+        return f"saved as {at}"
 
-def _is_none(logger: Any) -> bool:
-    return not callable(getattr(logger, "log", None))
+    def _extra(self) -> dict[str, Any]:
+        return {**self.options.extra, FIT: self.watched.to_dict()}

@@ -25,8 +25,7 @@ class JSONLines:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._path = Path(path)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = _in_a_folder(path)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append a line."""
@@ -43,8 +42,7 @@ class CSV:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._path = Path(path)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = _in_a_folder(path)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append the rows."""
@@ -54,6 +52,13 @@ class CSV:
             if is_new:
                 writer.writerow(["step", "name", "value"])
             writer.writerows([step, name, value] for name, value in metrics.items())
+
+
+def _in_a_folder(path: str | Path) -> Path:
+    """The path, in a folder that is there."""
+    found = Path(path)
+    found.parent.mkdir(parents=True, exist_ok=True)
+    return found
 
 
 class TensorBoard:

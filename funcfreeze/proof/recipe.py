@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import random
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from funcfreeze.model.attributes import let_go_of_graphs, nodes_made
 from funcfreeze.model.functional import FunctionalModule
 from funcfreeze.optim.skip import find_non_finite
 from funcfreeze.proof.twins import TwinsByHand
+from funcfreeze.seeding import seeded
 from funcfreeze.step import Step
 
 
@@ -156,22 +155,9 @@ def _added(sums: Mapping[Any, Tensor], more: Mapping[Any, Tensor]) -> dict[Any, 
     return {key: sums[key] + gradient if key in sums else gradient for key, gradient in more.items()}
 
 
-@contextmanager
-def random_numbers(seed: int) -> Iterator[None]:
-    """The same random numbers for every side of a comparison, and the generators as they were afterwards."""
-    numpy = sys.modules.get("numpy")  # only a program that has imported it can draw from it
-    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        if numpy:
-            numpy.random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            if numpy:
-                numpy.random.set_state(numpy_state)
+def random_numbers(seed: int) -> AbstractContextManager[None]:
+    """The same random numbers for every side of a comparison, on all devices."""
+    return seeded(seed, range(torch.cuda.device_count()))
 
 
 def with_torchs_random_numbers(step: Step) -> Any:

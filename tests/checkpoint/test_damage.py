@@ -128,7 +128,8 @@ def test_another_model_plan_or_optimizer_is_told_at_once(tmp_path):
         "parameter trunk.0.bias: the State has it, the Step does not",
         r"parameter a.weight: the Step has shape (3, 8)",
         "optimizer",
-        'plan: trunk.0.weight was routed {"a": [1.0], "b": [0.5]}, is routed {"a": [1.0], "b": [0.7]}',
+        'plan: trunk.0.weight is routed {"a": [1.0], "b": [0.5]} in the checkpoint, {"a": [1.0], "b": [0.7]} in this',
+        "optimizer: trunk.0.weight is updated by AdamW in the checkpoint, by SGD in this step",
     ]:
         assert told in str(error.value), error.value
     (at,) = checkpoints_in(tmp_path)
@@ -136,7 +137,7 @@ def test_another_model_plan_or_optimizer_is_told_at_once(tmp_path):
         state, _ = ff.checkpoint.load(at, step, strict=False)
     assert int(state.step) == 1
     alternation = by_turns(network())
-    with pytest.raises(ValueError, match="plan: saved was a Step, here is an alternation"):
+    with pytest.raises(ValueError, match="plan: the checkpoint is of a Step, this step of an alternation"):
         ff.checkpoint.resume(tmp_path, alternation)
     with pytest.raises(ValueError, match=r"is of another model:\n(.*\n)*.*a.weight: the file has shape \(2, 8\)"):
         ff.checkpoint.load_into(other, at)
@@ -242,7 +243,7 @@ def test_a_disk_that_fills(tmp_path):
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], capture_output=True).returncode:
-        pytest.skip("no right to mount")
+        pytest.skip("no right to mount a file system of so many bytes, and so no disk that fills")
     try:
         step = lone(network())
         state, saved, failed = step.init(), [], None

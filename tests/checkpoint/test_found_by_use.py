@@ -131,3 +131,60 @@ def test_into_a_tied_module(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "file.safetensors").read_bytes()[:40])
     with pytest.raises(ValueError, match="cut.safetensors is no safetensors file"):
         ff.checkpoint.load_into(Tied(), tmp_path / "cut.safetensors")
+
+
+def test_another_algorithm_of_the_same_form_is_told(tmp_path):
+    def step_with(optimizer):
+        return ff.Step(nn.Linear(2, 1), lambda m, x: {"l": m(x).mean()}, {"l": "*"}, optimizer=optimizer)
+
+    step = step_with(ff.optim.adam(0.1))
+    ff.checkpoint.save(tmp_path, step, step.init())
+    for other in (ff.optim.adam(0.5), ff.optim.adam(ff.schedules.cosine(0.1, 0.0, 9))):
+        ff.checkpoint.resume(tmp_path, step_with(other))
+    for other, name in ((ff.optim.adamw(0.1), "AdamW"), (ff.optim.sgd(0.1), "SGD")):
+        with pytest.raises(
+            ValueError, match=f"optimizer: weight is updated by Adam in the checkpoint, by {name} in this"
+        ):
+            ff.checkpoint.resume(tmp_path, step_with(other))
+
+
+def test_members_that_are_declared_otherwise_are_named(tmp_path):
+    def both(weight, every, rate=ff.optim.adam):
+        model = nn.ModuleDict({"g": nn.Linear(2, 2), "d": nn.Linear(2, 1)})
+        losses = {"g": lambda m, x: {"l": -m["d"](m["g"](x)).mean()}, "d": lambda m, x: {"l": m["d"](x).mean()}}
+        members = {
+            name: ff.Step(
+                model, losses[name], {"l": {name: weight}}, optimizer=rate(0.1) if name == "g" else ff.optim.sgd(0.1)
+            )
+            for name in "gd"
+        }
+        return ff.alternate(members, every={"g": every})
+
+    step = both(1.0, 2)
+    ff.checkpoint.save(tmp_path, step, step.init())
+    for other, told in [
+        (
+            both(0.5, 2),
+            r"plan of g: g.weight is routed \{\"l\": \[1.0\]\} in the checkpoint, \{\"l\": \[0.5\]\} in this step",
+        ),
+        (both(1.0, 3), "plan of g: turns .* in the checkpoint, .* in this step"),
+        (
+            both(1.0, 2, ff.optim.adamw),
+            "optimizer of g: g.weight is updated by Adam in the checkpoint, by AdamW in this",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=told):
+            ff.checkpoint.resume(tmp_path, other)
+
+
+def test_batches_that_somebody_else_iterates_say_so():
+    """An evaluation over the training batches would take them away from the training."""
+    batches = Batches(range(20), 2)
+    walk = iter(batches)
+    next(walk)
+    assert len(list(batches)) == 9
+    with pytest.raises(
+        RuntimeError, match="moved from batch 1 of epoch 0 to batch 0 of epoch 1 while they were iterated"
+    ):
+        next(walk)
+    assert len(list(batches)) == 10

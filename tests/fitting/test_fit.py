@@ -269,7 +269,7 @@ def test_a_signal_ends_the_step_saves_and_returns(number, tmp_path, capsys):
     assert signal.getsignal(number) is before
     assert int(ff.checkpoint.resume(tmp_path, step)[0].step) == 6
     told = capsys.readouterr().out
-    assert f"stopped by {fitted.reason} after step 6; saved as {tmp_path / 'step-0000000006'}. It goes on with" in told
+    assert f"stopped by {fitted.reason} after step 6; saved as {tmp_path / 'step-0000000006'}. The command was" in told
 
 
 SCRIPT = """

@@ -152,3 +152,48 @@ def test_generators_and_twins(tmp_path):
     drawn = torch.rand(3, generator=noise)
     ff.checkpoint.resume(tmp_path, step, data=batches(), generators={"noise": noise})
     assert torch.equal(torch.rand(3, generator=noise), drawn)
+
+
+def test_a_disk_that_is_full_at_the_end_is_a_warning(tmp_path, monkeypatch):
+    step = step_of()
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("funcfreeze.checkpoint.saving.write_tensors", full)
+    with pytest.warns(UserWarning, match="no checkpoint was saved: OSError: .*No space left on device"):
+        state, fitted = ff.fit(step, step.init(), batches(), steps=5, folder=tmp_path, show=False)
+    assert (int(state.step), fitted.reason) == (5, "steps")
+
+
+def test_a_fresh_run_in_an_old_folder_is_told(tmp_path):
+    step = step_of()
+    ff.fit(step, step.init(), batches(), steps=8, folder=tmp_path, show=False)
+    with pytest.warns(
+        UserWarning, match="holds a checkpoint of step 8, and this run begins at 0: .* Begin with resume"
+    ):
+        ff.fit(step, step.init(), batches(), steps=3, folder=tmp_path, show=False)
+
+
+def test_an_evaluation_over_the_training_batches_is_an_error():
+    step, data = step_of(), batches()
+    with pytest.raises(RuntimeError, match="for an evaluation on the same data make a loader of its own"):
+        ff.fit(step, step.init(), data, epochs=2, evaluate=lambda m: len(list(data)), evaluate_every=3, show=False)
+
+
+def test_the_last_step_is_shown_and_saved_once(tmp_path, monkeypatch):
+    step, noting, saved = step_of(), Noting(), []
+    ours = ff.fitting.fit.save
+    monkeypatch.setattr(
+        ff.fitting.fit, "save", lambda *args, **options: saved.append(args[0].name) or ours(*args, **options)
+    )
+    ff.fit(step, step.init(), batches(), epochs=2, folder=tmp_path, save_every=7, log=noting, show_every=5, show=False)
+    assert [at for at, _ in noting.rows] == [5, 10, 14]
+    assert len(saved) == 2
+    options = {"evaluate": lambda model: 1.0, "evaluate_every": 7, "log": noting, "show_every": 5, "show": False}
+    ff.fit(step, step.init(), batches(), epochs=1, **options)
+    assert [(at, "l" in row, "eval/value" in row) for at, row in noting.rows[3:]] == [
+        (5, True, False),
+        (7, False, True),
+        (7, True, False),
+    ]

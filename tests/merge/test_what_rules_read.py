@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import importlib
 import itertools
 import logging
 import pathlib
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 import funcfreeze as ff
+from funcfreeze.compile import named
 from funcfreeze.merge import Rule
 
 GRAPH = {"backend": "aot_eager"}
@@ -303,13 +305,19 @@ def importing(meeting):
     return a_config_of_the_users.factor / meeting.norms
 
 
-def test_more_that_is_seen(monkeypatch):
+def test_more_that_is_seen(monkeypatch, tmp_path):
     net, slotted, loose, settings = Net(), Slotted(), Loose(factor=1.0), {"factor": 1.0}
     array = np.ones(1)
     with_an_attribute.factor = 1.0
     config = types.ModuleType("a_config_of_the_users")
     config.factor = 1.0
     monkeypatch.setitem(sys.modules, "a_config_of_the_users", config)
+    by_name = types.SimpleNamespace(factor=1.0)
+    (tmp_path / "trace.py").write_text("factor = 1.0\n\ndef rule(meeting):\n    return factor / meeting.norms\n")
+    monkeypatch.syspath_prepend(tmp_path)  # a file of the user's with the name of one of Python's
+    monkeypatch.delitem(sys.modules, "trace", raising=False)
+    named._is_a_package_of_the_users.cache_clear()
+    trace = importlib.import_module("trace")
     for decide, change in [
         (net, lambda: setattr(net, "alpha", 3.0)),
         (net.forward, lambda: setattr(net, "alpha", 4.0)),
@@ -319,6 +327,8 @@ def test_more_that_is_seen(monkeypatch):
         (inner_of(settings), lambda: settings.update(factor=3.0)),
         (with_an_attribute, lambda: setattr(with_an_attribute, "factor", 3.0)),
         (importing, lambda: setattr(config, "factor", 3.0)),
+        (lambda meeting: getattr(by_name, "factor", 9.0) / meeting.norms, lambda: setattr(by_name, "factor", 3.0)),
+        (trace.rule, lambda: setattr(trace, "factor", 3.0)),
         (lambda meeting: float(array[0]) / meeting.norms, lambda: array.__setitem__(0, 3.0)),
     ]:
         eager, compiled = pair_of_steps(merge=Rule(decide))

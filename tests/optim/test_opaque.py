@@ -7,7 +7,6 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from funcfreeze.optim import adam, adamw, from_torch, rmsprop, sgd
-from funcfreeze.tracing import is_traced
 
 
 def stand_ins(count):
@@ -50,17 +49,3 @@ def test_torchs_own_fused_optimizers_cannot_be_traced_and_say_so(optimizer):
             with pytest.raises(ValueError, match=said):
                 form(grads, transform.init(params), params)
     assert transform.update(stand_ins(2), transform.init(params), stand_ins(2))  # eagerly they are welcome
-
-
-def test_who_is_tracing():
-    assert not is_traced(torch.ones(1))
-    seen = []
-
-    @torch._dynamo.nonstrict_trace
-    def looked_into(x):
-        seen.append(is_traced(x))
-        return x * 2
-
-    torch.compile(lambda x: looked_into(x) + is_traced(x), backend="aot_eager", fullgraph=True)(torch.ones(1))
-    assert seen
-    assert all(seen)
