@@ -1,7 +1,7 @@
 """`python -m bench`: workloads x peers x measures; `report FILE.json`: tables and a picture of that.
 
 `check`: whether all peers make the same update, in float64, without measuring; `bars`: the timed bars; `startup`: CPU
-seconds to a first step.
+seconds to a first step; `runs`: what `ff.fit` and checkpoints add to a loop.
 What is measured is printed as tables; `--out FILE.json` keeps it as JSON besides.
 """
 
@@ -19,6 +19,7 @@ import torch
 
 from bench import workloads
 from bench.bars import listing, measure
+from bench.long_runs import long_runs
 from bench.machine import describe, settle, versions
 from bench.peers import DEFAULTS, PEERS
 from bench.plot import draw
@@ -32,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 def parser() -> argparse.ArgumentParser:
     """Options before the command's name are the matrix's own."""
     made = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    made.add_argument("command", nargs="?", choices=["matrix", "report", "check", "bars", "startup"], default="matrix")
+    made.add_argument("command", nargs="?", choices=[*COMMANDS, "report", "check"], default="matrix")
     made.add_argument("file", nargs="?", type=Path, help="with `report`: the JSON to report on")
     made.add_argument("--device", default="cpu", help="cpu or cuda")
     made.add_argument("--scale", choices=workloads.SCALES, help="small on the CPU, large on CUDA unless told otherwise")
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check(options)
         return
     data: dict[str, Any] = {}
-    for data in {"matrix": matrix, "bars": bars, "startup": startups}[options.command](options):
+    for data in COMMANDS[options.command](options):
         if options.out is not None:  # after every workload: a long run that is stopped leaves what it measured
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(data, indent=1) + "\n")
@@ -105,6 +106,16 @@ def startups(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for name, taken in startup(options.workloads, options.device, _scale(options), rounds):
         measures[name], runs[name] = summary(taken), taken
         yield {**head, "measures": measures, "runs": runs}
+
+
+def runs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What long runs cost beside their steps, on the CPU."""
+    rounds = options.rounds or 30
+    yield {**_head("cpu", rounds), "measures": long_runs(rounds)}
+
+
+COMMANDS = {"matrix": matrix, "bars": bars, "startup": startups, "runs": runs}
+"""What measures, by name: each yields its results so far."""
 
 
 def _head(device: str, rounds: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The global random number generators of Python, NumPy and torch at a seed for a while, and as they were afterwards."""
+"""The global random number generators of Python, NumPy and torch, as they were afterwards."""
 
 from __future__ import annotations
 
@@ -8,6 +8,29 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+
+
+@contextmanager
+def kept(devices: Iterable[int] | None = None) -> Iterator[None]:
+    """Whatever is drawn inside, all of them are as they were afterwards.
+
+    Args:
+        devices: the CUDA devices whose generators are meant; None is all, where CUDA is in use.
+
+    >>> with kept():
+    ...     first = torch.rand(2)
+    >>> torch.equal(first, torch.rand(2))
+    True
+    """
+    numpy = sys.modules.get("numpy")
+    of_python, of_numpy = random.getstate(), numpy.random.get_state() if numpy else None
+    with torch.random.fork_rng(devices=[*(_in_use() if devices is None else devices)]):
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            if numpy and of_numpy:
+                numpy.random.set_state(of_numpy)
 
 
 @contextmanager
@@ -28,15 +51,14 @@ def seeded(seed: int, devices: Iterable[int] | None = None) -> Iterator[None]:
     (True, True)
     """
     numpy = sys.modules.get("numpy")
-    of_python, of_numpy = random.getstate(), numpy.random.get_state() if numpy else None
-    with torch.random.fork_rng(devices=[*(devices or ())]):
+    with kept(devices or ()):
         (torch.default_generator.manual_seed if devices is None else torch.manual_seed)(seed)
         random.seed(seed)
         if numpy:
             numpy.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(of_python)
-            if numpy:
-                numpy.random.set_state(of_numpy)
+        yield
+
+
+def _in_use() -> Iterable[int]:
+    """CUDA's devices, if the program has used one."""
+    return range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)  # type: ignore[no-untyped-call]

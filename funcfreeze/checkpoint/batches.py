@@ -29,6 +29,7 @@ class Batches:
 
     Raises:
         TypeError: the data set has no length or no items by number, or an option is decided here.
+        ValueError: there is no batch.
 
     >>> batches = Batches(range(7), 3, seed=1)
     >>> first = next(iter(batches))
@@ -61,6 +62,9 @@ class Batches:
             raise ValueError(f"batch_size is a number of items, at least 1, got {batch_size!r}")
         self._items, self._size, self._drop_last = len(dataset), batch_size, drop_last
         self._seed, self._shuffle = seed, shuffle
+        if len(self) == 0:
+            why = f"its {self._items} items are left out by drop_last" if self._items else "the data set has no items"
+            raise ValueError(f"there is no batch in Batches of {batch_size}: {why}")
         self.epoch, self.position = 0, 0
         # the loader's own generator: from the global one it would draw once more where a run is resumed
         drawing = _Drawing(dataset, seed, options.pop("collate_fn", None) or default_collate)

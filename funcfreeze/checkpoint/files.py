@@ -58,31 +58,31 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[s
         OSError: it cannot be written.
 
     Returns:
-        What such a file cannot say: of complex tensors that they are, of others than contiguous ones their strides.
+        Of each tensor the file that it is in, its dtype and shape, and the strides of one that is not contiguous: what
+        such a file does not say of complex tensors and memory formats.
     """
-    safetensors = _safetensors()
+    safetensors = required()
     kept = {name: _as_plain(tensor) for name, tensor in tensors.items()}
     try:
         safetensors.torch.save_file(kept, path, metadata={"format": "pt"})
     except safetensors.SafetensorError as error:  # its own word for a disk that is full
         raise OSError(f"{path}: {error}") from error
     synced(path)
-    forms = {name: _form(tensor) for name, tensor in tensors.items()}
-    return {name: form for name, form in forms.items() if form}
+    return {name: {"file": path.name, **_form(tensor)} for name, tensor in tensors.items()}
 
 
-def read_tensors(path: Path, forms: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
-    """The tensors of such a file, in memory of their own.
+def read_tensors(path: Path, pieces: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+    """The tensors of such a file, in memory of their own, in the form that `write_tensors` told of them.
 
     Raises:
         ValueError: it is none.
     """
-    safetensors = _safetensors()
+    safetensors = required()
     try:
         found: dict[str, Tensor] = safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file: {error}") from error
-    return {name: _in_form(tensor, forms.get(name, {})) for name, tensor in found.items()}
+    return {name: _in_form(tensor, pieces.get(name, {})) for name, tensor in found.items()}
 
 
 def synced(path: Path) -> None:
@@ -107,19 +107,24 @@ def _as_plain(tensor: Tensor) -> Tensor:
 
 
 def _form(tensor: Tensor) -> dict[str, Any]:
-    complex_ = {"complex": True} if tensor.is_complex() else {}
-    return complex_ if tensor.is_contiguous() else {**complex_, "stride": list(tensor.stride())}
+    form = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+    return form if tensor.is_contiguous() else {**form, "stride": list(tensor.stride())}
 
 
 def _in_form(tensor: Tensor, form: Mapping[str, Any]) -> Tensor:
     own = tensor.clone()  # it may be a part of the file, which may go, and where no complex number may begin
-    found = torch.view_as_complex(own) if form.get("complex") else own
+    found = torch.view_as_complex(own) if form.get("dtype", "").startswith("complex") else own
     if "stride" not in form:
         return found
     return torch.empty_strided(found.shape, form["stride"], dtype=found.dtype).copy_(found)
 
 
-def _safetensors() -> Any:
+def required() -> Any:
+    """The library whose files these are.
+
+    Raises:
+        ImportError: it is not installed.
+    """
     try:
         import safetensors.torch
     except ImportError as error:

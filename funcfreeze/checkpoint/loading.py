@@ -116,7 +116,7 @@ def load_into(model: nn.Module, path: str | Path) -> nn.Module:
     path = Path(path)
     wait_for(path.parent)
     if path.is_dir():
-        tensors = read_tensors(path / TENSORS, _whole(path).forms)
+        tensors = read_tensors(path / TENSORS, _whole(path).pieces)
         own = {
             name.removeprefix(kind): t for name, t in tensors.items() for kind in _OF_MODULE if name.startswith(kind)
         }
@@ -152,7 +152,7 @@ _OF_MODULE = ("params/", "buffers/")
 
 def _read(path: Path, manifest: Manifest, step: AnyStep, strict: bool) -> tuple[State, Extra, Mapping[str, Tensor]]:
     """The state, the user's own values, and all tensors by name."""
-    tensors = read_tensors(path / TENSORS, manifest.forms)
+    tensors = read_tensors(path / TENSORS, manifest.pieces)
     fresh = step.init()
     places: dict[str, Tensor] = {}
     packed_state(fresh, places)

@@ -14,6 +14,7 @@ from funcfreeze.checkpoint.files import TENSORS, Damaged, read_tensors
 from funcfreeze.checkpoint.folder import checkpoints_in, good, is_named_so
 from funcfreeze.checkpoint.manifest import MANIFEST, Manifest
 from funcfreeze.checkpoint.plans import plan_problems
+from funcfreeze.computation.state import FIELDS
 
 
 @dataclass(frozen=True)
@@ -69,18 +70,31 @@ def differences(one: Path, other: Path) -> Iterator[str]:
             raise ValueError("\n".join(look.problems))
     assert first.manifest is not None
     assert second.manifest is not None
-    if first.manifest.step != second.manifest.step:
-        yield f"step {first.manifest.step} and {second.manifest.step}"
-    mine, theirs = (read_tensors(look.path / TENSORS, look.manifest.forms) for look in (first, second) if look.manifest)
-    for name in sorted(mine.keys() | theirs.keys()):
+    mine, theirs = (
+        read_tensors(look.path / TENSORS, look.manifest.pieces) for look in (first, second) if look.manifest
+    )
+    for name in sorted(mine.keys() | theirs.keys(), key=_in_order):
         told = _difference(mine.get(name), theirs.get(name))
         if told:
             yield f"{name}: {told}"
     yield from plan_problems(first.manifest.plan, second.manifest.plan, ("the first", "the second"))
     for name in ("extra", "data", "versions", "options"):
-        was, now = getattr(first.manifest, name), getattr(second.manifest, name)
-        if was != now:
-            yield f"{name}: {_short(was)} and {_short(now)}"
+        yield from _differing(name, getattr(first.manifest, name), getattr(second.manifest, name))
+
+
+def _in_order(name: str) -> tuple[int, str]:
+    """The fields of a state as a state has them, and then what else there is."""
+    field = name.split("/")[0]
+    return (FIELDS.index(field) if field in FIELDS else len(FIELDS)), name
+
+
+def _differing(name: str, was: Any, now: Any) -> Iterator[str]:
+    """Values beside the tensors, by where they are."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in {**was, **now}:
+            yield from _differing(f"{name}.{key}", was.get(key), now.get(key))
+    elif was != now:
+        yield f"{name}: {shortened(was)} and {shortened(now)}"
 
 
 def _difference(one: Tensor | None, other: Tensor | None) -> str:
@@ -90,12 +104,15 @@ def _difference(one: Tensor | None, other: Tensor | None) -> str:
         return f"{tuple(one.shape)} {one.dtype} and {tuple(other.shape)} {other.dtype}"
     if torch.equal(one, other):
         return ""
+    if one.numel() == 1:
+        return f"{one.item():.6g} and {other.item():.6g}"
     if not one.dtype.is_floating_point:
         return "differs"
     gap = (one.double() - other.double()).norm() / one.double().norm().clamp(min=1e-300)
     return f"differs by {float(gap):.1e} of its length"
 
 
-def _short(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """A value in a line."""
     shown = str(value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."

@@ -23,7 +23,8 @@ class Manifest:
         step: the number of steps taken.
         files: all others of the folder.
         state: the fields of the state as JSON, tensors by name (see `plain`).
-        forms: of tensors, what a safetensors file cannot say.
+        pieces: of each tensor by name, the file that it is in, its dtype, its shape, and its strides if it is not
+            contiguous.
         plan: which loss may update which parameters.
         extra: the user's own values.
         data: where the data is.
@@ -37,7 +38,7 @@ class Manifest:
     step: int
     files: tuple[File, ...]
     state: Any
-    forms: Mapping[str, Any]
+    pieces: Mapping[str, Any]
     plan: Any
     extra: Any
     data: Any

@@ -7,7 +7,9 @@ strings are marked by a key that begins with `$`.
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+import copy
+from collections import deque
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +22,7 @@ def packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """A value as JSON.
 
     Args:
-        value: dicts, lists, tuples, strings, bytes, numbers, None and tensors.
+        value: dicts, lists, tuples, deques, strings, bytes, numbers, None and tensors.
         name: what it is called.
         tensors: gets the tensors in it, by name.
 
@@ -52,7 +54,7 @@ def _packed(value: Any, name: str, tensors: dict[str, Tensor], others: list[str]
         return {_TENSOR: name}
     if isinstance(value, bytes):
         return {_BYTES: base64.b64encode(value).decode()}
-    if isinstance(value, list):
+    if isinstance(value, list | deque):
         return [_packed(part, f"{name}/{index}", tensors, others) for index, part in enumerate(value)]
     if isinstance(value, tuple):
         return {_TUPLE: [_packed(part, f"{name}/{index}", tensors, others) for index, part in enumerate(value)]}
@@ -61,10 +63,17 @@ def _packed(value: Any, name: str, tensors: dict[str, Tensor], others: list[str]
             return {key: _packed(part, _below(name, key), tensors, others) for key, part in value.items()}
         if all(type(key) in (bool, int, float, str) for key in value):
             return {_ITEMS: [[key, _packed(part, _below(name, key), tensors, others)] for key, part in value.items()]}
+        kinds = sorted({type(key).__name__ for key in value} - {"bool", "int", "float", "str"})
+        others.append(f"{_dotted(name)} ({type(value).__name__} with keys that are {', '.join(kinds)})")
+        return None
     if type(value).__module__ == "numpy" and type(value).__name__ != "ndarray":
         return _packed(value.item(), name, tensors, others)
-    others.append(f"{name.replace('/', '.')} ({type(value).__name__})")
+    others.append(f"{_dotted(name)} ({type(value).__name__})")
     return None
+
+
+def _dotted(name: str) -> str:
+    return name.replace("/", ".")
 
 
 def _below(name: str, key: object) -> str:
@@ -72,7 +81,7 @@ def _below(name: str, key: object) -> str:
 
 
 def unpacked(made: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The value that `packed` made this of; what was a named tuple is a plain one.
+    """The value that `packed` made this of; what was a named tuple is a plain one, a deque a list, a mapping a dict.
 
     Raises:
         KeyError: a tensor is missing.
@@ -95,12 +104,26 @@ def unpacked(made: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def in_form_of(wanted: Any, value: Any) -> Any:
-    """A value with named tuples where these are in the same place of another."""
+    """A value with named tuples, deques and kinds of dicts where these are in the same place of another."""
     if isinstance(wanted, Mapping) and isinstance(value, dict):
-        return {key: in_form_of(wanted[key], part) if key in wanted else part for key, part in value.items()}
+        parts = {key: in_form_of(wanted[key], part) if key in wanted else part for key, part in value.items()}
+        return _filled(wanted, parts) if isinstance(wanted, MutableMapping) else parts
+    if isinstance(wanted, deque) and isinstance(value, list):
+        ends = [in_form_of(one, other) for one, other in zip(wanted, value, strict=False)]
+        return deque([*ends, *value[len(ends) :]], maxlen=wanted.maxlen)
     if isinstance(wanted, list) and isinstance(value, list) and len(wanted) == len(value):
         return [in_form_of(one, other) for one, other in zip(wanted, value, strict=True)]
     if isinstance(wanted, tuple) and isinstance(value, tuple) and len(wanted) == len(value):
-        parts = [in_form_of(one, other) for one, other in zip(wanted, value, strict=True)]
-        return tuple(parts) if type(wanted) is tuple else type(wanted)(*parts)
+        inside = [in_form_of(one, other) for one, other in zip(wanted, value, strict=True)]
+        return tuple(inside) if type(wanted) is tuple else type(wanted)(*inside)
     return value
+
+
+def _filled(wanted: MutableMapping[Any, Any], parts: dict[Any, Any]) -> Any:
+    """Such a mapping of these parts: an `OrderedDict`, a `defaultdict` with its factory."""
+    if type(wanted) is dict:
+        return parts
+    made = copy.copy(wanted)
+    made.clear()
+    made.update(parts)
+    return made

@@ -11,6 +11,7 @@ from funcfreeze.alternating.alternation import Alternation
 from funcfreeze.checkpoint.states import AnyStep
 from funcfreeze.declare.plan import Plan
 from funcfreeze.declare.plans import Plans
+from funcfreeze.declare.selectors import RouteError
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
@@ -39,6 +40,15 @@ def plan_problems(saved: Any, present: Any, sides: tuple[str, str] = SIDES) -> I
             yield from _differences(one["plan"], other["plan"], sides, f"plan of {member}")
             if one["turns"] != other["turns"]:
                 yield f"plan of {member}: turns {one['turns']} in {sides[0]}, {other['turns']} in {sides[1]}"
+
+
+def shown_plan(data: Any) -> str:
+    """Such a plan as its table, or why there is none."""
+    read = Plan.from_dict if "parameters" in data else Plans.from_dict
+    try:
+        return str(read(data))
+    except RouteError as error:
+        return f"the plan cannot be shown as a table: {error}"
 
 
 def _differences(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcfreeze.checkpoint.files import TENSORS, File, write_tensors
+from funcfreeze.checkpoint.files import TENSORS, File, required, write_tensors
 from funcfreeze.checkpoint.folder import name_of, put
 from funcfreeze.checkpoint.manifest import Manifest
 from funcfreeze.checkpoint.plain import packed
@@ -79,6 +79,7 @@ def save(
     ('step-0000000001', 1, {'best': 0.5})
     """
     folder = Path(folder).absolute()  # a thread writes there, wherever the program goes
+    required()
     _refuse_keep(keep)
     position = checked_data(data)
     refuse_others_state(step, state)
@@ -101,8 +102,8 @@ def save(
     copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
     def write(unfinished: Path) -> None:
-        forms = write_tensors(unfinished / TENSORS, copies)
-        manifest(files=(File.of(unfinished / TENSORS),), forms=forms).write(unfinished)
+        pieces = write_tensors(unfinished / TENSORS, copies)
+        manifest(files=(File.of(unfinished / TENSORS),), pieces=pieces).write(unfinished)
 
     if background:
         _in_background(folder, partial(put, folder, count, keep, write))
@@ -115,7 +116,9 @@ def refuse_what_cannot_be_saved(data: object, extra: Mapping[str, Any], keep: in
 
     Raises:
         TypeError, ValueError: one of these cannot be saved.
+        ImportError: safetensors is not installed.
     """
+    required()
     _refuse_keep(keep)
     position = checked_data(data)
     packed(extra, "extra", {})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +11,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from funcfreeze.checkpoint.looking import Look, differences, look_into
+from funcfreeze.checkpoint.looking import Look, differences, look_into, shortened
+from funcfreeze.checkpoint.plans import shown_plan
+from funcfreeze.fitting.options import EVALUATIONS, FIT, METRICS
 
 
 def show_checkpoints(console: Console, path: Path) -> bool:
@@ -43,25 +47,35 @@ def show_differences(console: Console, one: Path, other: Path) -> None:
 def _table(looks: Sequence[Look]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("step", "MB"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for name in ("saved", "torch", ""):
-        table.add_column(name)
+        table.add_column(name, no_wrap=True)
+    table.add_column("metrics")
     for look in looks:
         manifest = look.manifest
         size = f"{look.bytes / 1e6:,.2f}"
         if manifest is None:
-            table.add_row(look.path.name, size, "", "", "damaged")
+            table.add_row(look.path.name, size, "", "", "damaged", "")
         else:
-            table.add_row(f"{manifest.step:,}", size, manifest.saved, manifest.versions["torch"], "whole")
+            metrics = manifest.extra.get(FIT, {}).get(METRICS, {})
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if not name.startswith("ff/"))
+            saved = manifest.saved[: len("2026-11-26T12:00")].replace("T", " ")
+            table.add_row(f"{manifest.step:,}", size, saved, manifest.versions["torch"], "whole", shown)
     return table
 
 
 def _show(console: Console, look: Look) -> None:
     manifest = look.manifest
     assert manifest is not None
-    lines = [f"{look.path.name} of {manifest.options['step']}"]
-    if manifest.extra:
-        lines.append(f"extra: {manifest.extra}")
+    lines = [f"{look.path.name} of {manifest.options['step']}", *shown_plan(manifest.plan).splitlines()]
+    numbers = Counter[str]()
+    for name, piece in manifest.pieces.items():
+        numbers[name.split("/")[0]] += math.prod(piece["shape"])
+    lines.append("numbers: " + ", ".join(f"{count:,} of {name}" for name, count in numbers.items()))
+    best = manifest.extra.get(FIT, {}).get(EVALUATIONS, {})
+    if best.get("step") is not None:
+        lines.append(f"best: {best['name']} {best['best']:.6g} at step {best['step']:,} ({best['aim']})")
+    lines += [f"extra.{name}: {shortened(value)}" for name, value in manifest.extra.items() if name != FIT]
     if manifest.data is not None:
         lines.append(f"data: {manifest.data}")
     for line in lines:

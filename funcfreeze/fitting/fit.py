@@ -22,11 +22,12 @@ from funcfreeze.computation.acting import Names
 from funcfreeze.computation.state import State
 from funcfreeze.fitting.loggers import Logger
 from funcfreeze.fitting.numbers import numbers_in
-from funcfreeze.fitting.options import FIT, Options
+from funcfreeze.fitting.options import EVALUATIONS, FIT, METRICS, Options
 from funcfreeze.fitting.passes import batch_after_batch, end_of
 from funcfreeze.fitting.progress import Progress
 from funcfreeze.fitting.stopping import Wish, stopping_between_steps
 from funcfreeze.fitting.watching import Watched
+from funcfreeze.seeding import kept
 
 BEST = "best"
 """The folder of the best so far, in that of the run."""
@@ -85,15 +86,19 @@ def fit(
         steps: the count of steps, `state.step`, at which the run ends, those before it included.
         epochs: times through the data: those of `Batches` in all, of anything else from here on.
         evaluate: `evaluate(model) -> number`, or numbers by name, of which the first is the one that is judged; called
-            by `step.call`, the model in the mode in which it is.
+            by `step.call`, the model in the mode in which it is. What it draws of Python's, NumPy's and torch's global
+            generators is put back: training goes on as it would have without it.
         evaluate_every: so many steps.
         best: "min" or "max", what is better.
         patience: end after so many evaluations without a better one.
-        folder: for checkpoints, which are written in the background, and at the end; the best goes to `folder/best`.
+        folder: for checkpoints, which are written in the background, and at the end; the best goes to `folder/best`,
+            a folder that `resume` takes as well.
         save_every: so many steps; None goes by time.
         save_minutes: so many minutes; None does not.
         keep: so many checkpoints stay.
-        extra: what goes into each beside; of a run that goes on what `resume` gave.
+        extra: what goes into each beside; of a run that goes on what `resume` gave. What evaluations came to, and the
+            metrics of the step, are in it under "fit"; if they are not, they are taken from the folder's checkpoint of
+            the step at which this begins.
         generators: of the user's own, by name, which go into each as well.
         targets: of averaged twins, which `evaluate` sees in the place of what they are of.
         log: loggers, `log(step, metrics)`, which get what is shown.
@@ -104,7 +109,7 @@ def fit(
         The state, and how the run ended.
 
     Raises:
-        ValueError, TypeError: an option is no good; whatever the step raises.
+        ValueError, TypeError: an option is no good, or data gives no batch; whatever the step raises.
 
     >>> import torch
     >>> from torch import nn
@@ -138,7 +143,8 @@ def fit(
     options.look_at_folder(data, count)
     end = end_of(data, epochs, count) if epochs is not None else steps
     progress = Progress(end, count) if show else None
-    run = _Run(step, data, options, progress, state, count, Watched.of(best, options.extra.get(FIT, {})))
+    watched = Watched.of(best, options.evaluated_before(count))
+    run = _Run(step, data, options, progress, state, begun=count, count=count, watched=watched)
     with stopping_between_steps() as wish:
         try:
             reason = run.until_it_ends(wish)
@@ -161,9 +167,11 @@ class _Run:
     """A run under way: what it was told, and what changes from step to step.
 
     Attributes:
+        begun: the step at which it began.
         watched: what evaluations came to.
         evaluated: the numbers of the last one, and `evaluated_at` where it was.
-        shown_at: where metrics were shown last.
+        metrics: those of the last step, wherever they are computed.
+        shown_at: where they were shown last.
         saved: when a checkpoint was, by a clock that only goes on; and with which step and evaluations.
     """
 
@@ -172,39 +180,41 @@ class _Run:
     options: Options
     progress: Progress | None
     state: State
+    begun: int
     count: int
     watched: Watched
     evaluated: Mapping[str, float] = field(default_factory=dict)
     evaluated_at: int = -1
+    metrics: Mapping[str, Any] = field(default_factory=dict)
     shown_at: int = -1
     saved: float = field(default_factory=time.monotonic)
     saved_with: tuple[int, Watched] | None = None
 
     def until_it_ends(self, wish: Wish) -> str:
         """Take steps until there is a reason to stop, which is returned."""
-        steps, metrics = self.options.steps, None
+        steps = self.options.steps
         if steps is not None and self.count >= steps:
             return "steps"
         if self._is_out_of_patience():
             return "patience"
         for batch in batch_after_batch(self.data, self.options.epochs):
-            self.state, metrics = self.step(self.state, batch)
+            self.state, self.metrics = self.step(self.state, batch)
             self.count += 1
             is_last = self.count == steps
-            self._look(metrics, is_last)
+            self._look(is_last)
             if self._is_time_to_save():
-                self._save(background=True)
+                self._save_here(background=True)
             if self._is_out_of_patience():
                 return "patience"
             if wish.signal is not None:
                 return wish.signal
             if is_last:
                 return "steps"
-        if metrics is not None:
-            self._look(metrics, is_last=True)
+        if self.count > self.begun:
+            self._look(is_last=True)
         return "epochs" if steps is None else "data"
 
-    def _look(self, metrics: Mapping[str, Any], is_last: bool) -> None:
+    def _look(self, is_last: bool) -> None:
         """Evaluate and show, each where it is due and has not been done yet."""
         options, count = self.options, self.count
         is_evaluated = options.evaluate is not None and self.evaluated_at != count
@@ -214,7 +224,7 @@ class _Run:
         is_shown = self.shown_at != count and (is_last or count % options.show_every == 0)
         if not is_shown and not is_evaluated:
             return
-        told = numbers_in(metrics) if is_shown and (self.progress is not None or options.loggers) else {}
+        told = numbers_in(self.metrics) if is_shown and (self.progress is not None or options.loggers) else {}
         for logger in options.loggers:
             logger.log(count, {**told, **(self.evaluated if is_evaluated else {})})
         if is_shown:
@@ -225,15 +235,17 @@ class _Run:
     def _evaluate(self) -> None:
         evaluate = self.options.evaluate
         assert evaluate is not None
-        found = self.step.call(self.state, evaluate, targets=self.options.targets)
+        with kept():
+            found = self.step.call(self.state, evaluate, targets=self.options.targets)
         numbers = numbers_in(found if isinstance(found, Mapping) else {"value": found})
         if not numbers:
             raise TypeError(f"evaluate returns a number, or numbers by name; it returned {type(found).__name__}")
-        self.watched = self.watched.after(self.count, next(iter(numbers.values())))
+        name, judged = next(iter(numbers.items()))
+        self.watched = self.watched.after(self.count, name, judged)
         self.evaluated, self.evaluated_at = {f"eval/{name}": value for name, value in numbers.items()}, self.count
         folder = self.options.folder
         if folder is not None and self.watched.step == self.count:
-            save(folder / BEST, self.step, self.state, extra=self._extra(), keep=1, background=True)
+            self._save(folder / BEST, keep=1, background=True)
 
     def _is_out_of_patience(self) -> bool:
         return self.options.patience is not None and self.watched.since >= self.options.patience
@@ -246,17 +258,21 @@ class _Run:
         minutes = self.options.save_minutes
         return minutes is not None and time.monotonic() - self.saved >= 60 * minutes
 
-    def _save(self, *, background: bool) -> Path:
+    def _save_here(self, *, background: bool) -> Path:
         assert self.options.folder is not None
         self.saved, self.saved_with = time.monotonic(), (self.count, self.watched)
+        return self._save(self.options.folder, keep=self.options.keep, background=background)
+
+    def _save(self, folder: Path, *, keep: int | None, background: bool) -> Path:
+        of_fit = {EVALUATIONS: self.watched.to_dict(), METRICS: numbers_in(self.metrics)}
         return save(
-            self.options.folder,
+            folder,
             self.step,
             self.state,
             data=self.data if isinstance(self.data, Resumable) else None,
-            extra=self._extra(),
+            extra={**self.options.extra, FIT: of_fit},
             generators=self.options.generators,
-            keep=self.options.keep,
+            keep=keep,
             background=background,
         )
 
@@ -264,19 +280,18 @@ class _Run:
         """Save what was reached, and say where; a failure is a warning, since the state is still to be had."""
         if self.options.folder is None:
             return "not saved, since there is no folder"
+        if self.count == self.begun:
+            return "not saved, since no step was taken"
         wait_for(self.options.folder)
         there = self.options.folder / name_of(self.count)
         try:
             at = (
                 there
                 if self.saved_with == (self.count, self.watched) and there.is_dir()
-                else self._save(background=False)
+                else self._save_here(background=False)
             )
         except Exception as error:
             warnings.warn(f"no checkpoint was saved: {type(error).__name__}: {error}", stacklevel=3)
             return f"not saved: {error}"
         wait_for(self.options.folder / BEST)
         return f"saved as {at}"
-
-    def _extra(self) -> dict[str, Any]:
-        return {**self.options.extra, FIT: self.watched.to_dict()}

@@ -20,6 +20,8 @@ class Logger(Protocol):
 class JSONLines:
     """A line of JSON each time: `{"step": 50, "cls": 0.31}`. A run that goes on appends to it.
 
+    What is not finite is written as Python's `json` reads it, `NaN`; a metric that is called `step` as `metrics.step`.
+
     Args:
         path: of the file; folders are made.
     """
@@ -30,7 +32,7 @@ class JSONLines:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append a line."""
         with self._path.open("a", encoding="utf-8") as file:
-            others = {name: value for name, value in metrics.items() if name != "step"}
+            others = {"metrics.step" if name == "step" else name: value for name, value in metrics.items()}
             file.write(json.dumps({"step": step, **others}) + "\n")
 
 

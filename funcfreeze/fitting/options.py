@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from funcfreeze.checkpoint.folder import checkpoints_in, step_of
+from funcfreeze.checkpoint.files import Damaged
+from funcfreeze.checkpoint.folder import checkpoints_in, name_of, step_of
+from funcfreeze.checkpoint.manifest import MANIFEST, Manifest
 from funcfreeze.checkpoint.resumable import Resumable
 from funcfreeze.checkpoint.saving import refuse_what_cannot_be_saved
 from funcfreeze.computation.acting import Names
 from funcfreeze.fitting.loggers import Logger
-from funcfreeze.fitting.watching import AIMS
+from funcfreeze.fitting.watching import AIMS, Watched
 
 FIT = "fit"
-"""Where `extra` of a checkpoint keeps what evaluations came to."""
+"""Where `extra` of a checkpoint keeps what is of this loop: what evaluations came to, and the metrics of the step."""
+
+EVALUATIONS, METRICS = "evaluations", "metrics"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -65,7 +69,7 @@ class Options:
             problems.append("patience= waits for better evaluations; give evaluate=, too")
         if not isinstance(data, Iterable):
             problems.append(f"data is iterable, batch after batch; got {type(data).__name__}")
-        if not isinstance(self.extra.get(FIT, {}), Mapping):
+        if FIT in self.extra and not _is_ours(self.extra[FIT]):
             problems.append(f"extra[{FIT!r}] is where fit keeps what evaluations came to; call yours otherwise")
         problems += [
             f"a logger has a method log(step, metrics), {logger!r} has none"
@@ -103,6 +107,27 @@ class Options:
                 "ff.checkpoint.resume will take the other run's. Begin with resume, or in a folder of its own",
                 stacklevel=3,
             )
+
+    def evaluated_before(self, count: int) -> Mapping[str, Any]:
+        """What evaluations came to before a step: `extra` says it, or the checkpoint of that step in the folder."""
+        found = self.extra[FIT] if FIT in self.extra else self._in_folder(count)
+        return dict(found[EVALUATIONS]) if _is_ours(found) else {}
+
+    def _in_folder(self, count: int) -> Any:
+        """What the checkpoint of a step has from this loop."""
+        path = None if self.folder is None else self.folder / name_of(count)
+        if path is None or not (path / MANIFEST).is_file():
+            return None
+        try:
+            return Manifest.read(path).extra.get(FIT)
+        except Damaged:  # the run does not come from there then
+            return None
+
+
+def _is_ours(kept: object) -> bool:
+    """Whether it is what this loop keeps in `extra`."""
+    names = {field.name for field in fields(Watched)}
+    return isinstance(kept, Mapping) and EVALUATIONS in kept and kept[EVALUATIONS].keys() == names
 
 
 def _is_whole(value: object) -> bool:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import funcfreeze as ff
-from bench import alone, bars, overhead, peers, run, startup, table, workloads
+from bench import alone, bars, long_runs, overhead, peers, run, startup, table, workloads
 from bench.__main__ import main, readme_section
 from bench.contender import Absent, Contender, Peer
 from bench.counts import multiply_adds, products
@@ -284,6 +284,19 @@ def test_the_bars_run():
     assert set(bars.memory(adversarial)["bytes"]) == {"summed", "recipe", "routed"}
     measured = overhead.overhead(4, ff.optim.adam(1e-3), rounds=2)
     assert min(measured["step"], measured["guards alone"]) > 0
+
+
+def test_what_long_runs_cost_is_measured(monkeypatch, capsys):
+    found = {
+        "fit": long_runs.fit_beside_the_bare_loop(2, steps=3),
+        "saving": long_runs.background_save(2, layers=2, width=4),
+    }
+    assert found["fit"]["microseconds a step"].keys() == {"bare loop", "fit", "fit with a logger"}
+    assert found["saving"]["megabytes"] == 2 * 4 * 4 * torch.empty(0).itemsize / 1e6
+    assert min(found["saving"]["seconds"].values()) > 0
+    monkeypatch.setattr(importlib.import_module("bench.__main__"), "long_runs", lambda rounds: found)
+    main(["runs"])
+    assert "microseconds added by fit with a logger" in capsys.readouterr().out
 
 
 def test_startups_are_of_fresh_processes_in_turn(monkeypatch, capsys, tmp_path):

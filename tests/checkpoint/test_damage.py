@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
 import random
+import re
 import shutil
 import subprocess
+import sys
 import threading
 import warnings
 
@@ -152,6 +155,7 @@ def test_bad_values_write_nothing(tmp_path):
             TypeError,
             r"not extra.model \(ModuleDict\), extra.path.deep \(set\)",
         ),
+        ({"extra": {"at": {(1, 2): 3}}}, TypeError, r"not extra.at \(dict with keys that are tuple\)"),
         ({"data": [1, 2]}, TypeError, "list cannot say where it is"),
         ({"keep": 0}, ValueError, "keep is the number of checkpoints that stay, at least 1"),
         ({"generators": {"mine": 3}}, TypeError, r"generators\['mine'\] is a torch.Generator"),
@@ -220,6 +224,86 @@ def test_two_at_once_into_one_folder(tmp_path):
     assert errors == []
     assert ff.checkpoint.check(tmp_path) == []
     assert 1 <= len(os.listdir(tmp_path)) <= 3
+
+
+SAVING = """
+import sys, torch, funcfreeze as ff
+torch.manual_seed(0)
+folder, name = sys.argv[1:]
+model = torch.nn.Linear(64, 64)
+step = ff.Step(model, lambda m, x: {"l": m(x).square().mean()}, {"l": "*"}, optimizer=ff.optim.adam(0.1))
+state = step.init()
+for count in range(25):
+    state, _ = step(state, torch.ones(2, 64))
+    ff.checkpoint.save(folder, step, state, extra={"by": name}, keep=2, background=count % 2 == 0)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_into_one_folder(tmp_path):
+    """The later of a step's two stays, each is whole, nothing unfinished is left."""
+    command = [sys.executable, "-W", "error", "-c", SAVING, str(tmp_path)]
+    running = [subprocess.Popen([*command, name], stderr=subprocess.PIPE, text=True) for name in ("one", "other")]
+    told = [process.communicate()[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], told
+    assert told == ["", ""]
+    assert ff.checkpoint.check(tmp_path) == []
+    model = torch.nn.Linear(64, 64).float()
+    step = ff.Step(model, lambda m, x: {"l": m(x).square().mean()}, {"l": "*"}, optimizer=ff.optim.adam(0.1))
+    state, extra = ff.checkpoint.resume(tmp_path, step)
+    assert int(state.step) == 25
+    assert extra["by"] in ("one", "other")
+    assert 1 <= len(os.listdir(tmp_path)) <= 3
+
+
+@contextlib.contextmanager
+def nothing_can_be_written(folder):
+    """By rights, or as root, who has them all, by a file system that is mounted so."""
+    by_root = os.geteuid() == 0
+    if not by_root:
+        folder.chmod(0o555)
+    elif subprocess.run(["mount", "--bind", "-o", "ro", str(folder), str(folder)], capture_output=True).returncode:
+        pytest.skip("root without a right to mount may write anywhere")
+    try:
+        yield
+    finally:
+        if by_root:
+            subprocess.run(["umount", str(folder)], check=True)
+        else:
+            folder.chmod(0o755)
+
+
+def test_a_folder_that_is_read_only(tmp_path):
+    folder = tmp_path / "run"
+    step, state = run_with(2, folder)
+    before = sorted(os.listdir(folder))
+    with nothing_can_be_written(folder):
+        with pytest.raises(OSError, match=f"(Read-only file system|Permission denied).*{re.escape(str(folder))}"):
+            ff.checkpoint.save(folder, step, state)
+
+        def saved_in_the_background():
+            ff.checkpoint.save(folder, step, state, background=True)
+            return ff.checkpoint.resume(folder, step)[0]
+
+        with pytest.warns(UserWarning, match=r"no checkpoint was saved: \w+Error: .* are as before"):
+            found = saved_in_the_background()
+        assert int(found.step) == 2
+        assert ff.checkpoint.check(folder) == []
+    assert sorted(os.listdir(folder)) == before
+
+
+def test_without_safetensors_it_is_said_at_once(tmp_path, monkeypatch):
+    step = lone(network())
+    state = step.init()
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    for save in (
+        lambda: ff.checkpoint.save(tmp_path, step, state, background=True),
+        lambda: ff.fit(step, state, [torch.ones(6, 4)], steps=1, folder=tmp_path, show=False),
+    ):
+        with pytest.raises(ImportError, match=r"pip install 'funcfreeze\[checkpoint\]'"):
+            save()
+    assert int(state.step) == 0
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_what_a_killed_process_left_goes(tmp_path):

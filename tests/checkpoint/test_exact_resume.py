@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
+from collections import OrderedDict, defaultdict, deque
+from typing import NamedTuple
 
 import numpy as np
 import optree
@@ -122,6 +124,46 @@ def test_memory_formats_and_kinds_of_numbers(tmp_path):
         torch.testing.assert_close(file.get_tensor("params/conv.weight"), state.params["conv.weight"].contiguous())
     plain = ff.checkpoint.load_into(Odd(), at)
     assert all(torch.equal(p, state.params[path]) for path, p in plain.named_parameters())
+
+
+class Kept(NamedTuple):
+    history: deque
+    by_path: OrderedDict
+
+
+def windowed(rate, length=3):
+    """A user's own: the mean of the last gradients, in containers of every kind."""
+
+    def init(params):
+        zeros = OrderedDict((path, torch.zeros_like(p)) for path, p in reversed(params.items()))
+        return defaultdict(list, kept=Kept(deque([zeros], maxlen=length), OrderedDict(zeros)), seen=[0, (1, None)])
+
+    def update(grads, state, params, *, step=None):
+        assert type(state) is defaultdict
+        assert state.default_factory is list
+        kept = state["kept"]
+        assert [type(part) for part in (kept, *kept)] == [Kept, deque, OrderedDict]
+        assert kept.history.maxlen == length
+        history = deque(kept.history, maxlen=length)
+        history.append(OrderedDict((path, grads[path]) for path in kept.by_path))
+        moved = {path: -rate * sum(old[path] for old in history) / len(history) for path in grads}
+        state = defaultdict(list, kept=Kept(history, kept.by_path), seen=[state["seen"][0] + 1, (1, None)])
+        return moved, state
+
+    return ff.optim.Transform(init, update)
+
+
+def test_containers_of_every_kind_in_an_optimizers_state(tmp_path):
+    step = ff.Step(nn.Linear(3, 2), lambda m, x: {"l": m(x).sin().mean()}, {"l": "*"}, optimizer=windowed(0.3))
+    data = torch.randn(9, 4, 3)
+    wanted, state = step.init(), step.init()
+    for x in data:
+        wanted, _ = step(wanted, x)
+        state, _ = step(state, x)
+        ff.checkpoint.save(tmp_path, step, state, keep=1)
+        state, _ = ff.checkpoint.resume(tmp_path, step)
+    assert all(torch.equal(state.params[path], p) for path, p in wanted.params.items())
+    assert state.optimizer["seen"] == [9, (1, None)]
 
 
 def test_it_is_the_state_of_that_moment(tmp_path):

@@ -25,13 +25,16 @@ def test_what_is_there_and_how_two_differ(tmp_path):
     assert shown.exit_code == 0
     rows = [line for line in shown.output.splitlines() if "whole" in line]
     assert [row.split()[0] for row in rows] == ["2", "1"]
-    assert "extra: {'best': 0.25}" in shown.output
+    assert "extra.best: 0.25" in shown.output
     assert "step-0000000002 of Step(a, b; engine='routed', donate=True)" in shown.output
+    assert str(step.plan) in shown.output
+    assert "numbers: 83 of params, 17 of buffers, " in shown.output
     differing = typed(*paths)
     assert differing.exit_code == 0
-    assert "step 1 and 2" in differing.output
+    assert "\nstep: 1 and 2\n" in differing.output
+    assert differing.output.startswith("params/")
     assert "params/trunk.0.weight: differs by" in differing.output
-    assert "extra: {'best': 0.5} and {'best': 0.25}" in differing.output
+    assert "extra.best: 0.5 and 0.25" in differing.output
     assert typed(paths[0], paths[0]).output == "the two are the same\n"
 
 

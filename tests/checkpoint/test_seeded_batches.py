@@ -86,6 +86,8 @@ def test_other_batches_are_refused():
         (lambda: Batches(Stream(), 2), TypeError, "an iterable one decides its own order"),
         (lambda: Batches(range(3), 2, sampler=[0]), TypeError, "leave out sampler"),
         (lambda: Batches(range(3), 0), ValueError, "batch_size is a number of items, at least 1, got 0"),
+        (lambda: Batches([], 2), ValueError, "no batch in Batches of 2: the data set has no items"),
+        (lambda: Batches(range(3), 4, drop_last=True), ValueError, "its 3 items are left out by drop_last"),
     ]:
         with pytest.raises(error, match=message):
             make()
@@ -120,7 +122,8 @@ def test_a_run_with_data(workers, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 def test_torchdatas_loader_is_taken(tmp_path):
-    stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+    from torchdata.stateful_dataloader import StatefulDataLoader as stateful
+
     step = ff.Step(torch.nn.Linear(1, 1), lambda m, x: {"l": m(x).mean()}, {"l": "*"}, optimizer=ff.optim.sgd(0.1))
     loader = stateful([torch.full((1,), float(i)) for i in range(10)], batch_size=2)
     walk = iter(loader)

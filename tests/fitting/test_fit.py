@@ -116,7 +116,7 @@ def test_stopped_where_an_epoch_ends(stop):
     state, fitted = ff.fit(step, state, again, steps=20, show=False)
     assert fitted.reason == "steps"
     assert_same(state, wanted)
-    assert ff.fit(step, state, [], steps=30, show=False)[1].reason == "data"
+    assert ff.fit(step, state, iter([]), steps=30, show=False)[1].reason == "data"
 
 
 def test_nothing_waits_but_what_is_shown(monkeypatch):
@@ -160,9 +160,13 @@ def test_evaluation_best_and_patience(tmp_path):
     assert all(model is step.module for model in seen)
     best, extra = ff.checkpoint.load(tmp_path / "best" / "step-0000000004", step)
     assert int(best.step) == 4
-    assert extra["fit"]["best"] == pytest.approx(0.7)
+    assert extra["fit"]["evaluations"]["best"] == pytest.approx(0.7)
     _, extra = ff.checkpoint.resume(tmp_path, step, data=ff.checkpoint.Batches(batches(), 1))
-    assert extra["fit"] == {"best": pytest.approx(0.7), "step": 4, "since": 3}
+    kept = {"aim": "max", "name": "accuracy", "best": pytest.approx(0.7), "step": 4, "since": 3}
+    assert extra["fit"] == {
+        "evaluations": kept,
+        "metrics": {name: noting.rows[-1][1][name] for name in ["a", "b", "seen"]},
+    }
 
 
 def test_alternations_have_metrics_by_member():
@@ -188,6 +192,20 @@ def test_loggers(tmp_path):
         table = list(csv.DictReader(file))
     assert [(row["step"], row["name"]) for row in table[:3]] == [("2", "a"), ("2", "b"), ("2", "seen")]
     assert float(table[0]["value"]) == rows[0]["a"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # protobuf's and NumPy's, inside of tensorboard
+def test_tensorboard_reads_it_back(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    step, noting = step_of(), Noting()
+    both = [TensorBoard(tmp_path), noting]
+    ff.fit(step, step.init(), batches(), steps=4, log=both, show_every=2, show=False)
+    read = EventAccumulator(str(tmp_path)).Reload()
+    assert sorted(read.Tags()["scalars"]) == ["a", "b", "seen"]
+    for name in ("a", "b", "seen"):
+        found = [(event.step, event.value) for event in read.Scalars(name)]
+        assert found == [(at, pytest.approx(row[name], rel=1e-6)) for at, row in noting.rows]
 
 
 def test_tensorboard_is_asked_for(monkeypatch):
