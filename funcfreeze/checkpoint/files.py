@@ -14,6 +14,10 @@ from torch import Tensor
 
 TENSORS = "tensors.safetensors"
 
+_BLOCK = 2**24
+"""Bytes that are hashed at a time. `hashlib.file_digest` takes 2**18, after each of which a thread beside a busy loop waits
+for its turn: 500 MB took 12 to 20 seconds, and 1.3 to 2.4 like this."""
+
 
 class Damaged(Exception):
     """A file is missing, cut short or changed."""
@@ -36,9 +40,11 @@ class File:
     @staticmethod
     def of(path: Path) -> File:
         """The file as it is now."""
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return File(path.name, path.stat().st_size, digest)
+        digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
+        with path.open("rb", buffering=0) as file:
+            while read := file.readinto(block):
+                digest.update(block[:read])
+        return File(path.name, path.stat().st_size, digest.hexdigest())
 
     def problem_in(self, folder: Path) -> str | None:
         """What is wrong with the file in a folder."""
