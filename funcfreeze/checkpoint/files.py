@@ -15,8 +15,11 @@ from torch import Tensor
 TENSORS = "tensors.safetensors"
 
 _BLOCK = 2**24
-"""Bytes that are hashed at a time. `hashlib.file_digest` takes 2**18, after each of which a thread beside a busy loop waits
-for its turn: 500 MB took 12 to 20 seconds, and 1.3 to 2.4 like this."""
+"""Bytes that are hashed at a time.
+
+`hashlib.file_digest` takes 2**18, and beside a busy loop a thread waits for a turn each time: 500 MB took 12 to 20
+seconds, and 1.3 to 2.4 like this.
+"""
 
 
 class Damaged(Exception):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
+import itertools
 import json
 import os
 import pickle
@@ -12,14 +14,17 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import by_turns, lone, network, train
+from runs import batch, by_turns, lone, network, train
 from torch import nn
 
 import funcfreeze as ff
+from funcfreeze.checkpoint import saving
 from funcfreeze.checkpoint.folder import checkpoints_in
 
 
@@ -181,6 +186,28 @@ def test_the_last_ones_stay(tmp_path):
     assert len(checkpoints_in(tmp_path)) == 2
     assert ff.checkpoint.resume(tmp_path, step)[1] == {"again": 2}
     assert len(os.listdir(tmp_path)) == 2, "nothing unfinished is left"
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot say where it is")
+def test_a_clock_that_goes_backwards(tmp_path, monkeypatch):
+    """Which is the newest goes by steps, and when to save by a clock that only goes on."""
+    step, state = run_with(3, tmp_path)
+    for age, path in enumerate(checkpoints_in(tmp_path)):
+        os.utime(path, (1e9 + age, 1e9 + age))
+        os.utime(path / "manifest.json", (1e9 + age, 1e9 + age))
+    clock = itertools.count(2e9, -3600)
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    monkeypatch.setattr(saving, "datetime", SimpleNamespace(datetime=Backwards))
+    state, _ = ff.checkpoint.resume(tmp_path, step)
+    assert int(state.step) == 3
+    state, _ = ff.fit(step, state, [batch()] * 4, epochs=1, folder=tmp_path, save_minutes=1e-9, show=False)
+    assert [path.name[-1] for path in checkpoints_in(tmp_path)] == ["7", "6", "5"]
+
+
+class Backwards(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return datetime.datetime.fromtimestamp(time.time(), tz)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
