@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
@@ -17,7 +17,8 @@ class Batches:
 
     So they do not depend on how many workers there are, on what else draws random numbers, or on whether the run was
     stopped in between: iterating goes on where it was, and through one epoch. Python's, NumPy's and torch's global
-    generators are seeded for every batch while it is made, `collate_fn` included, and put back.
+    generators (of the CPU) are seeded for every batch while it is made, `collate_fn` included, and put back. Two in one
+    run get a seed each, by which one is not taken for the other.
 
     Args:
         dataset: with a length, and items by number.
@@ -60,6 +61,8 @@ class Batches:
             raise TypeError(f"Batches decides the order itself: leave out {', '.join(own)}")
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size is a number of items, at least 1, got {batch_size!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed is a whole number, got {type(seed).__name__}")
         self._items, self._size, self._drop_last = len(dataset), batch_size, drop_last
         self._seed, self._shuffle = seed, shuffle
         if len(self) == 0:
@@ -69,7 +72,11 @@ class Batches:
         # the loader's own generator: from the global one it would draw once more where a run is resumed
         drawing = _Drawing(dataset, seed, options.pop("collate_fn", None) or default_collate)
         self._loader: DataLoader[Any] = DataLoader(
-            drawing, batch_sampler=_Ahead(self), collate_fn=_as_it_is, generator=torch.Generator(), **options
+            drawing,
+            batch_sampler=cast("Any", _Ahead(self)),
+            collate_fn=_as_it_is,
+            generator=torch.Generator(),
+            **options,
         )
 
     def __len__(self) -> int:
@@ -101,9 +108,10 @@ class Batches:
     def numbered(self) -> Iterator[Numbered]:
         """What the rest of the epoch is made of: the items' numbers, batch by batch."""
         generator = torch.Generator().manual_seed(_seed(self._seed, self.epoch, "order"))
-        order = torch.randperm(self._items, generator=generator).tolist() if self._shuffle else range(self._items)
+        inside = range(self._items)
+        order = torch.randperm(self._items, generator=generator, device="cpu").tolist() if self._shuffle else inside
         for number in range(self.position, len(self)):
-            yield Numbered(order[number * self._size : (number + 1) * self._size], self.epoch, number)
+            yield Numbered([*order[number * self._size : (number + 1) * self._size]], self.epoch, number)
 
     def state_dict(self) -> dict[str, Any]:
         """Where it is."""
@@ -135,15 +143,12 @@ class Batches:
         }
 
 
-class Numbered(list[int]):
+class Numbered(NamedTuple):
     """The numbers of a batch's items, and which batch it is; as such it comes to a worker."""
 
-    def __init__(self, items: Sequence[int], epoch: int, number: int) -> None:
-        super().__init__(items)
-        self.epoch, self.number = epoch, number
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Numbered, ([*self], self.epoch, self.number)
+    items: list[int]
+    epoch: int
+    number: int
 
 
 class _Ahead:
@@ -168,11 +173,9 @@ class _Drawing(Dataset[Any]):
     def __getitems__(self, batch: Numbered) -> Any:
         with seeded(_seed(self._seed, batch.epoch, batch.number)):
             together = getattr(self._dataset, "__getitems__", None)
-            items = together([*batch]) if together is not None else [self._dataset[index] for index in batch]
+            numbers = batch.items
+            items = together(numbers) if together is not None else [self._dataset[index] for index in numbers]
             return self._collate(items)
-
-    def __getitem__(self, index: int) -> Any:
-        return self._dataset[index]
 
 
 def _named(at: tuple[int, int]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import optree
 from torch import Tensor
 
 from funcfreeze.checkpoint.states import AnyStep, fields_of, packed_state, refuse_others_state
@@ -14,6 +15,9 @@ def to_dcp(step: AnyStep, state: State) -> dict[str, Tensor]:
     """All tensors of a state by name, `params/encoder.weight`: the state's own, which are not copied.
 
     `torch.distributed.checkpoint` keeps whatever is no tensor in a flat dict as a pickle; here is nothing such.
+
+    Raises:
+        TypeError: the state holds numbers that are no tensors (a count of an optimizer of your own): tells all.
 
     >>> import torch
     >>> import funcfreeze as ff
@@ -26,6 +30,14 @@ def to_dcp(step: AnyStep, state: State) -> dict[str, Tensor]:
     State(step=0, 2 parameters, 0 buffers)
     """
     refuse_others_state(step, state)
+    paths, leaves, _ = optree.tree_flatten_with_path(state.optimizer)
+    others = [
+        f"{'.'.join(map(str, ('optimizer', *path)))} ({leaf!r})"
+        for path, leaf in zip(paths, leaves, strict=True)
+        if not isinstance(leaf, Tensor)
+    ]
+    if others:
+        raise TypeError(f"to_dcp gives tensors alone, not {', '.join(others)}; ff.checkpoint.save keeps all")
     tensors: dict[str, Tensor] = {}
     packed_state(state, tensors)
     return tensors

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,13 @@ class File:
         path = folder / self.name
         if not path.is_file():
             return f"{path}: it is missing"
-        size = path.stat().st_size
-        if size != self.bytes:
-            return f"{path}: {size:,} bytes, {self.bytes:,} were written"
-        return None if File.of(path) == self else f"{path}: its bytes are not those that were written (sha256)"
+        try:
+            size = path.stat().st_size
+            if size != self.bytes:
+                return f"{path}: {size:,} bytes, {self.bytes:,} were written"
+            return None if File.of(path) == self else f"{path}: its bytes are not those that were written (sha256)"
+        except OSError as error:
+            return f"{path}: it cannot be read: {error.strerror}"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
@@ -67,8 +71,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[s
         OSError: it cannot be written.
 
     Returns:
-        Of each tensor the file that it is in, its dtype and shape, and the strides of one that is not contiguous: what
-        such a file does not say of complex tensors and memory formats.
+        Of each tensor the file that it is in, its dtype and shape, and its strides if they are others than those of its
+        shape: what such a file does not say of complex tensors and memory formats.
     """
     safetensors = required()
     kept = {name: _as_plain(tensor) for name, tensor in tensors.items()}
@@ -80,25 +84,48 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[s
     return {name: {"file": path.name, **_form(tensor)} for name, tensor in tensors.items()}
 
 
-def read_tensors(path: Path, pieces: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+def read_tensors(
+    path: Path,
+    pieces: Mapping[str, Mapping[str, Any]],
+    wanted: Callable[[str], bool] = lambda name: True,
+    place: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
+) -> dict[str, Tensor]:
     """The tensors of such a file, in memory of their own, in the form that `write_tensors` told of them.
+
+    Args:
+        path: of the file.
+        pieces: what `write_tensors` returned.
+        wanted: by name, which are read.
+        place: puts each where it is to be, before the next one is read.
 
     Raises:
         ValueError: it is none.
     """
     safetensors = required()
     try:
-        found: dict[str, Tensor] = safetensors.torch.load_file(path)
+        with safetensors.safe_open(path, "pt") as file:
+            return {
+                name: place(name, _in_form(file.get_tensor(name), pieces.get(name, {})))
+                for name in file.keys()  # noqa: SIM118  # it is no mapping
+                if wanted(name)
+            }
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file: {error}") from error
-    return {name: _in_form(tensor, pieces.get(name, {})) for name, tensor in found.items()}
+        raise ValueError(
+            f"{path} is no safetensors file: {error}. What torch.save wrote is read by torch.load"
+        ) from error
 
 
 def synced(path: Path) -> None:
-    """Have a file, or what a folder lists, on the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Have a file, or what a folder lists, on the disk; the latter where the system can."""
+    is_folder = path.is_dir()
+    if is_folder and os.name == "nt":  # there a folder cannot be opened
+        return
+    handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not is_folder or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems sync no folders
+            raise
     finally:
         os.close(handle)
 
@@ -117,7 +144,8 @@ def _as_plain(tensor: Tensor) -> Tensor:
 
 def _form(tensor: Tensor) -> dict[str, Any]:
     form = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
-    return form if tensor.is_contiguous() else {**form, "stride": list(tensor.stride())}
+    of_shape = torch.empty(tensor.shape, device="meta").stride()  # where a size is 1, others are contiguous, too
+    return form if tensor.stride() == of_shape else {**form, "stride": list(tensor.stride())}
 
 
 def _in_form(tensor: Tensor, form: Mapping[str, Any]) -> Tensor:
@@ -125,7 +153,7 @@ def _in_form(tensor: Tensor, form: Mapping[str, Any]) -> Tensor:
     found = torch.view_as_complex(own) if form.get("dtype", "").startswith("complex") else own
     if "stride" not in form:
         return found
-    return torch.empty_strided(found.shape, form["stride"], dtype=found.dtype).copy_(found)
+    return torch.empty_strided(found.shape, form["stride"], dtype=found.dtype, device=found.device).copy_(found)
 
 
 def required() -> Any:

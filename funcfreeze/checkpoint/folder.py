@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
 import shutil
-import socket
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from funcfreeze.checkpoint.files import Damaged, synced
 from funcfreeze.checkpoint.manifest import MANIFEST, Manifest
 
+if sys.platform == "win32":
+    fcntl = None
+else:
+    import fcntl
+
 _NAME = re.compile(r"step-\d{10}(\.old)?")
-_UNFINISHED = re.compile(r"\.step-\d{10}\.(?P<host>.+)\.(?P<process>\d+)\.[0-9a-f]{8}")
+_UNFINISHED = re.compile(r"\.step-\d{10}\.[0-9a-f]{16}")
+
+_TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 
 _OLD = ".old"
 """Ends the name of one that makes way for another of its step."""
@@ -56,17 +65,13 @@ def put(folder: Path, step: int, keep: int | None, write: Callable[[Path], None]
     Raises:
         OSError: it cannot be written; all is as before.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     _clear(folder)
-    final, unfinished = folder / name_of(step), folder / _unfinished_name(step)
-    unfinished.mkdir()
-    try:
+    final = folder / name_of(step)
+    with _unfinished(folder, step) as unfinished:
         write(unfinished)
         synced(unfinished)
         _rename(unfinished, final)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     synced(folder)
     _remove(_old(final))
     if keep is not None:
@@ -86,9 +91,77 @@ def good(path: Path) -> Manifest:
         raise Damaged(f"{path} {what}")
     manifest = Manifest.read(path)
     problems = manifest.problems_in(path)
+    if is_named_so(path) and manifest.step != step_of(path):
+        problems.append(f"{path}: it is of step {manifest.step:,}, and its name says {step_of(path):,}")
     if problems:
         raise Damaged("\n".join(problems))
     return manifest
+
+
+def whole_ones(folder: Path) -> Iterator[tuple[Path, Manifest]]:
+    """All in a folder that are whole, the newest first; of damaged ones that are newer it warns.
+
+    Raises:
+        ValueError: all that are left are damaged.
+    """
+    problems: list[str] = []
+    for path in checkpoints_in(folder):
+        try:
+            manifest = good(path)
+        except Damaged as error:
+            problems.append(str(error))
+            continue
+        if problems:
+            newer = "\n".join(problems)
+            warnings.warn(f"{path} is the newest that is whole; newer ones are damaged:\n{newer}", stacklevel=4)
+        yield path, manifest
+    if problems:
+        raise ValueError(f"all checkpoints in {folder} are damaged:\n" + "\n".join(problems))
+
+
+def whole(path: Path) -> tuple[Path, Manifest]:
+    """The checkpoint at a path, or the newest that is whole in a folder of them.
+
+    Raises:
+        ValueError: telling everything that is wrong.
+    """
+    if is_one(path) or not checkpoints_in(path):
+        try:
+            return path, good(path)
+        except Damaged as error:
+            raise ValueError(f"this checkpoint cannot be loaded:\n{error}") from None
+    return next(whole_ones(path))
+
+
+def is_one(path: Path) -> bool:
+    """Whether this is a checkpoint, whole or not, and no folder of them."""
+    return (path / MANIFEST).is_file() or is_named_so(path)
+
+
+def _make(folder: Path) -> None:
+    """Make a folder and those above it that are not there, each known to the one above."""
+    if folder.is_dir():
+        return
+    if folder.exists():
+        raise FileExistsError(f"checkpoints go into a folder, and {folder} is a file")
+    _make(folder.parent)
+    folder.mkdir(exist_ok=True)
+    synced(folder.parent)
+
+
+@contextlib.contextmanager
+def _unfinished(folder: Path, step: int) -> Iterator[Path]:
+    """A folder to write a checkpoint into, which goes where that fails."""
+    made = folder / f".{secrets.token_hex(8)}.new"
+    made.mkdir()
+    with held(made):
+        unfinished = folder / _unfinished_name(step)  # only now, so that nobody takes it for one that nobody holds
+        os.rename(made, unfinished)
+        try:
+            yield unfinished
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
 
 
 def _rename(unfinished: Path, final: Path) -> None:
@@ -97,8 +170,8 @@ def _rename(unfinished: Path, final: Path) -> None:
         try:
             os.rename(unfinished, final)
             return
-        except OSError:
-            if not final.exists():
+        except OSError as error:
+            if error.errno not in _TAKEN:
                 raise
             _remove(_old(final))
             with contextlib.suppress(OSError):  # another process, a moment ago
@@ -119,27 +192,44 @@ def _remove(path: Path) -> None:
 
 
 def _unfinished_name(step: int) -> str:
-    return f".{name_of(step)}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
+    return f".{name_of(step)}.{secrets.token_hex(8)}"
 
 
 def _clear(folder: Path) -> None:
-    """Remove what processes of this machine left unfinished that are no more."""
-    for path in _unfinished(folder):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _unfinished(folder: Path) -> Iterator[Path]:
+    """Remove what was left unfinished by processes that are no more."""
     for path in folder.iterdir():
-        found = _UNFINISHED.fullmatch(path.name)
-        if found and found["host"] == socket.gethostname() and not _is_alive(int(found["process"])):
-            yield path
+        if _UNFINISHED.fullmatch(path.name):
+            with held(path) as is_ours:
+                if is_ours:
+                    shutil.rmtree(path, ignore_errors=True)
 
 
-def _is_alive(process: int) -> bool:
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[bool | None]:
+    """Hold a folder for as long as this lasts, at most until the process ends, however that ends.
+
+    Yields whether it is held now, or by somebody else: False. None where that cannot be known: the folder is gone, or
+    the system or the file system has no locks on folders.
+    """
+    if fcntl is None:
+        yield None
+        return
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        yield None
+        return
+    try:
+        yield _is_locked(handle)
+    finally:
+        os.close(handle)
+
+
+def _is_locked(handle: int) -> bool | None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         return False
-    except PermissionError:
-        return True
+    except OSError:
+        return None
     return True

@@ -7,20 +7,29 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import optree
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from funcfreeze.checkpoint.files import TENSORS, Damaged, read_tensors
-from funcfreeze.checkpoint.folder import checkpoints_in, good
+from funcfreeze.checkpoint.files import TENSORS, read_tensors
+from funcfreeze.checkpoint.folder import checkpoints_in, whole, whole_ones
 from funcfreeze.checkpoint.looking import look_into
 from funcfreeze.checkpoint.manifest import MANIFEST, Manifest
 from funcfreeze.checkpoint.plain import unpacked
-from funcfreeze.checkpoint.plans import algorithm_problems, algorithms_of, plan_data, plan_problems
+from funcfreeze.checkpoint.plans import (
+    algorithm_problems,
+    algorithms_of,
+    buffer_problems,
+    buffers_of,
+    plan_data,
+    plan_problems,
+)
 from funcfreeze.checkpoint.randomness import restoring_generators
-from funcfreeze.checkpoint.resumable import checked_data
-from funcfreeze.checkpoint.saving import wait_for
+from funcfreeze.checkpoint.resumable import checked_data, moved_to
+from funcfreeze.checkpoint.saving import refuse_what_cannot_be_saved, wait_for
 from funcfreeze.checkpoint.states import AnyStep, fields_of, packed_state, refuse_others_state
-from funcfreeze.computation.state import FIELDS, State
+from funcfreeze.checkpoint.versions import other_versions
+from funcfreeze.computation.state import FIELDS, Lease, State, make_state
 
 Extra = dict[str, Any]
 
@@ -29,7 +38,7 @@ def load(path: str | Path, step: AnyStep, *, strict: bool = True) -> tuple[State
     """The state in one checkpoint, and the user's own values. Random number generators are left as they are.
 
     Args:
-        path: of the checkpoint, `folder/step-0000000100`.
+        path: of the checkpoint, `folder/step-0000000100`, or of the folder, of which the newest is taken that is whole.
         step: the `Step` or alternation that is to go on with it.
         strict: False takes what fits, and warns of what starts afresh and what is left out.
 
@@ -37,13 +46,20 @@ def load(path: str | Path, step: AnyStep, *, strict: bool = True) -> tuple[State
         ValueError: it is damaged, of a newer format, or of another model, plan or optimizer: tells everything at once.
     """
     path = Path(path)
+    wait_for(path)
     wait_for(path.parent)
-    state, extra, _ = _read(path, _whole(path), step, strict)
-    return state, extra
+    path, manifest = whole(path)
+    state, tensors = _read(path, manifest, step, strict)
+    return state, unpacked(manifest.extra, tensors)
 
 
 def resume(
-    folder: str | Path, step: AnyStep, *, data: Any = None, generators: Mapping[str, Any] | None = None
+    folder: str | Path,
+    step: AnyStep,
+    *,
+    data: Any = None,
+    generators: Mapping[str, Any] | None = None,
+    strict: bool = True,
 ) -> tuple[State, Extra]:
     """Go on with the newest checkpoint in a folder that is whole; start where there is none.
 
@@ -55,39 +71,49 @@ def resume(
         step: the `Step` or alternation.
         data: what `save` was given, or its like.
         generators: what `save` was given, or their like.
+        strict: False takes what fits of the state, and warns of what starts afresh and what is left out: after a change
+            of routes, optimizer or model.
 
     Returns:
         The state and the user's own values: `step.init()` and an empty dict where the folder holds no checkpoint.
 
     Raises:
-        ValueError: the newest good one is of another model, plan or optimizer; or all there are are damaged.
+        ValueError: the newest good one is of another model, plan or optimizer, of other data or generators; or all
+            there are are damaged. Data and generators are as they were then.
+        TypeError: data cannot say where it is, or generators are none.
     """
     position = checked_data(data)
+    refuse_what_cannot_be_saved(None, generators, None)
     folder = Path(folder)
     wait_for(folder)
     if folder.is_file() or (folder / MANIFEST).is_file():
         what = "a file" if folder.is_file() else "a checkpoint; `load` takes one"
         raise ValueError(f"resume takes the folder that save was given, and {folder} is {what}")
-    problems: list[str] = []
-    for path in checkpoints_in(folder):
+    if folder.is_symlink() and not folder.exists():
+        raise ValueError(f"{folder} is a link to {folder.readlink()}, which is not there")
+    for path, manifest in whole_ones(folder):
         try:
-            manifest = good(path)
-        except Damaged as error:
-            problems.append(str(error))
+            state, tensors = _read(path, manifest, step, strict)
+        except FileNotFoundError:  # another process has removed it just now
             continue
-        if problems:
-            warnings.warn(f"resuming at {path.name}; newer ones are damaged:\n" + "\n".join(problems), stacklevel=2)
-        state, extra, tensors = _read(path, manifest, step, strict=True)
         if (position is None) != (manifest.data is None):
             missing = "it was not saved" if manifest.data is None else "data= was not given"
-            raise ValueError(f"{path}: where the data was cannot be restored, since {missing}")
+            raise ValueError(
+                f"{path}: where the data was cannot be restored, since {missing}; ff.checkpoint.load(folder, step) "
+                "gives the state alone"
+            )
         restore = restoring_generators(unpacked(manifest.random, tensors), generators or {})
         if position is not None:
-            position.load_state_dict(unpacked(manifest.data, tensors))
+            moved_to(position, unpacked(manifest.data, tensors))
         restore()
-        return state, extra
-    if problems:
-        raise ValueError(f"all checkpoints in {folder} are damaged:\n" + "\n".join(problems))
+        return state, unpacked(manifest.extra, tensors)
+    inside = [path for path in (folder.iterdir() if folder.is_dir() else ()) if path.is_dir() and checkpoints_in(path)]
+    if inside:
+        warnings.warn(
+            f"{folder} holds no checkpoint, so that the run begins; there are some in "
+            f"{', '.join(sorted(map(str, inside)))}",
+            stacklevel=2,
+        )
     return step.init(), {}
 
 
@@ -103,91 +129,50 @@ def check(path: str | Path) -> list[str]:
     return [problem for look in look_into(path) for problem in look.problems]
 
 
-def load_into(model: nn.Module, path: str | Path) -> nn.Module:
-    """Write the parameters and buffers of a checkpoint, or of any safetensors file, into a plain module.
+def _read(path: Path, manifest: Manifest, step: AnyStep, strict: bool) -> tuple[State, Mapping[str, Tensor]]:
+    """The state, which nobody else holds, and all tensors by name."""
+    form, devices = _form(step)
+    device = next(iter(devices.values()))
 
-    Args:
-        model: what is written to; as it was if anything does not fit.
-        path: a checkpoint, or a file of tensors by the module's own names.
+    def place(name: str, tensor: Tensor) -> Tensor:
+        return tensor.to(devices.get(name, device)) if name.split("/")[0] in FIELDS else tensor
 
-    Raises:
-        ValueError: it is damaged, or not of this model: tells everything at once.
-    """
-    path = Path(path)
-    wait_for(path.parent)
-    if path.is_dir():
-        tensors = read_tensors(path / TENSORS, _whole(path).pieces)
-        own = {
-            name.removeprefix(kind): t for name, t in tensors.items() for kind in _OF_MODULE if name.startswith(kind)
-        }
-    else:
-        own = read_tensors(path, {})
-    wanted = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-    persistent = model.state_dict().keys()
-    given = {id(wanted[name]) for name in own if name in wanted}  # a tied one by any of its names
-    problems = [
-        f"{name}: the model has it, the file does not"
-        for name, tensor in wanted.items()
-        if name in persistent and id(tensor) not in given
-    ]
-    problems += [f"{name}: the file has it, the model does not" for name in own if name not in wanted]
-    problems += [
-        f"{name}: the file has shape {tuple(own[name].shape)}, the model {tuple(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in own and own[name].shape != tensor.shape
-    ]
-    if problems:
-        raise ValueError("\n".join([f"{path} is of another model:", *(f"  - {problem}" for problem in problems)]))
-    with torch.no_grad():
-        for name, tensor in own.items():
-            wanted[name].copy_(tensor)
-    return model
-
-
-_OF_MODULE = ("params/", "buffers/")
-
-
-def _read(path: Path, manifest: Manifest, step: AnyStep, strict: bool) -> tuple[State, Extra, Mapping[str, Tensor]]:
-    """The state, the user's own values, and all tensors by name."""
-    tensors = read_tensors(path / TENSORS, manifest.pieces)
-    fresh = step.init()
-    places: dict[str, Tensor] = {}
-    packed_state(fresh, places)
-    device = next(iter(fresh.params.values())).device
-    here = {
-        name: tensor.to(places[name].device if name in places else device) if name.split("/")[0] in FIELDS else tensor
-        for name, tensor in tensors.items()
-    }
-    fields = fields_of(manifest.state, here, fresh)
-    extra: Extra = unpacked(manifest.extra, tensors)
+    tensors = read_tensors(path / TENSORS, manifest.pieces, place=place)
+    fields = fields_of(manifest.state, tensors, form)
+    others = other_versions(manifest.versions)
+    if others:
+        warnings.warn(f"{path} was saved with {others}: the run may not go on bit for bit", stacklevel=3)
     if not strict:
         state, adoption = step.adopt(State(**fields))
         if adoption.afresh or adoption.left:
             warnings.warn(f"{path}: {adoption}", stacklevel=3)
-        return state, extra, tensors
+        return state, tensors
     problems = [
         *_step_problems(step, State(**fields)),
+        *buffer_problems(manifest.options["buffers"], buffers_of(step)),
         *plan_problems(manifest.plan, plan_data(step.plan)),
         *algorithm_problems(manifest.options["algorithms"], algorithms_of(step)),
     ]
     if problems:
         shown = "\n".join(f"  - {problem}" for problem in problems)
-        raise ValueError(f"{path} was saved by another step; strict=False of `load` takes what fits:\n{shown}")
-    return fresh.replace(**fields), extra, tensors
+        raise ValueError(f"{path} was saved by another step; strict=False takes what fits:\n{shown}")
+    named = form.replace(**fields)  # what is tied goes by all its names
+    return make_state(tuple(getattr(named, field) for field in FIELDS), Lease()), tensors
+
+
+def _form(step: AnyStep) -> tuple[State, Mapping[str, torch.device]]:
+    """A state such as the step begins with, of tensors without memory, and the device of each by its name."""
+    fresh = step.init()
+    tensors: dict[str, Tensor] = {}
+    packed_state(fresh, tensors)
+    tree: Any = fresh
+    form: Any = optree.tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, tree)
+    return form, {name: tensor.device for name, tensor in tensors.items()}
 
 
 def _step_problems(step: AnyStep, state: State) -> Iterator[str]:
     try:
         refuse_others_state(step, state)
     except ValueError as error:
-        yield from (line.strip().removeprefix("- ") for line in str(error).splitlines()[1:])
-
-
-def _whole(path: Path) -> Manifest:
-    try:
-        return good(path)
-    except Damaged as error:
-        raise ValueError(f"this checkpoint cannot be loaded:\n{error}") from None
+        told = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
+        yield from told[1:] or told  # after the headline, if it has one

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from funcfreeze.checkpoint.files import TENSORS, Damaged, read_tensors
-from funcfreeze.checkpoint.folder import checkpoints_in, good, is_named_so
-from funcfreeze.checkpoint.manifest import MANIFEST, Manifest
+from funcfreeze.checkpoint.folder import checkpoints_in, good, is_one, whole
+from funcfreeze.checkpoint.manifest import Manifest
 from funcfreeze.checkpoint.plans import plan_problems
 from funcfreeze.computation.state import FIELDS
 
@@ -43,7 +43,9 @@ def look_into(path: Path) -> list[Look]:
     Raises:
         ValueError: there is none.
     """
-    found = [path] if (path / MANIFEST).is_file() or is_named_so(path) else checkpoints_in(path)
+    if not path.is_dir():
+        raise ValueError(f"{path} is {'a file' if path.exists() else 'not there'}, and a checkpoint is a folder")
+    found = [path] if is_one(path) else checkpoints_in(path)
     if not found:
         raise ValueError(f"{path} holds no checkpoint")
     return [_looked(one) for one in found]
@@ -61,25 +63,22 @@ def _looked(path: Path) -> Look:
 def differences(one: Path, other: Path) -> Iterator[str]:
     """Lines about how a checkpoint differs from another: by path, and in plan and values beside.
 
+    Args:
+        one: a checkpoint, or a folder, of which the newest is taken that is whole.
+        other: the same.
+
     Raises:
         ValueError: one of them is damaged, or none.
     """
-    (first,), (second,) = look_into(one), look_into(other)
-    for look in (first, second):
-        if look.manifest is None:
-            raise ValueError("\n".join(look.problems))
-    assert first.manifest is not None
-    assert second.manifest is not None
-    mine, theirs = (
-        read_tensors(look.path / TENSORS, look.manifest.pieces) for look in (first, second) if look.manifest
-    )
+    (at, first), (there, second) = whole(one), whole(other)
+    mine, theirs = read_tensors(at / TENSORS, first.pieces), read_tensors(there / TENSORS, second.pieces)
     for name in sorted(mine.keys() | theirs.keys(), key=_in_order):
         told = _difference(mine.get(name), theirs.get(name))
         if told:
             yield f"{name}: {told}"
-    yield from plan_problems(first.manifest.plan, second.manifest.plan, ("the first", "the second"))
+    yield from plan_problems(first.plan, second.plan, ("the first", "the second"))
     for name in ("extra", "data", "versions", "options"):
-        yield from _differing(name, getattr(first.manifest, name), getattr(second.manifest, name))
+        yield from _differing(name, getattr(first, name), getattr(second, name))
 
 
 def _in_order(name: str) -> tuple[int, str]:
@@ -93,7 +92,7 @@ def _differing(name: str, was: Any, now: Any) -> Iterator[str]:
     if isinstance(was, dict) and isinstance(now, dict):
         for key in {**was, **now}:
             yield from _differing(f"{name}.{key}", was.get(key), now.get(key))
-    elif was != now:
+    elif was != now and not (was != was and now != now):  # NaN
         yield f"{name}: {shortened(was)} and {shortened(now)}"
 
 
@@ -102,17 +101,21 @@ def _difference(one: Tensor | None, other: Tensor | None) -> str:
         return "only in the first" if other is None else "only in the second"
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return f"{tuple(one.shape)} {one.dtype} and {tuple(other.shape)} {other.dtype}"
-    if torch.equal(one, other):
+    if torch.equal(one, other) or torch.equal(_bytes(one), _bytes(other)):  # NaN is not equal to itself
         return ""
     if one.numel() == 1:
-        return f"{one.item():.6g} and {other.item():.6g}"
+        return f"{shortened(one.item())} and {shortened(other.item())}"
     if not one.dtype.is_floating_point:
-        return "differs"
+        return f"{int((one != other).sum()):,} of {one.numel():,} elements differ"
     gap = (one.double() - other.double()).norm() / one.double().norm().clamp(min=1e-300)
-    return f"differs by {float(gap):.1e} of its length"
+    return f"differs by {float(gap):.1e} of its norm"
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def shortened(value: Any) -> str:
     """A value in a line."""
-    shown = str(value)
+    shown = f"{value:.6g}" if isinstance(value, float) else str(value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."

@@ -1,13 +1,14 @@
 """Values as JSON with the tensors taken out: what a checkpoint can hold, with nothing in it that could run.
 
 Tensors are named by where they are, `optimizer/encoder.weight/exp_avg`. Tuples, bytes, and dicts with keys that are no
-strings are marked by a key that begins with `$`.
+strings, in the names of which these are counted, are marked by a key that begins with `$`.
 """
 
 from __future__ import annotations
 
 import base64
 import copy
+import sys
 from collections import deque
 from collections.abc import Mapping, MutableMapping
 from typing import Any
@@ -16,6 +17,9 @@ from torch import Tensor
 
 _TENSOR, _TUPLE, _BYTES, _ITEMS = "$tensor", "$tuple", "$bytes", "$items"
 _MARKS = frozenset({_TENSOR, _TUPLE, _BYTES, _ITEMS})
+
+_BITS = 10_000
+"""Of larger numbers Python makes no text."""
 
 
 def packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
@@ -47,7 +51,7 @@ def packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _packed(value: Any, name: str, tensors: dict[str, Tensor], others: list[str]) -> Any:
-    if value is None or type(value) in (bool, int, float, str):
+    if value is None or type(value) in (bool, float, str) or (type(value) is int and value.bit_length() < _BITS):
         return value
     if isinstance(value, Tensor):
         tensors[name] = value
@@ -59,25 +63,43 @@ def _packed(value: Any, name: str, tensors: dict[str, Tensor], others: list[str]
     if isinstance(value, tuple):
         return {_TUPLE: [_packed(part, f"{name}/{index}", tensors, others) for index, part in enumerate(value)]}
     if isinstance(value, Mapping):
-        if all(isinstance(key, str) for key in value) and not _MARKS & value.keys():
-            return {key: _packed(part, _below(name, key), tensors, others) for key, part in value.items()}
+        if all(isinstance(key, str) for key in value):
+            parts = {key: _packed(part, _below(name, key), tensors, others) for key, part in value.items()}
+            return {_ITEMS: [[key, part] for key, part in parts.items()]} if _MARKS & value.keys() else parts
         if all(type(key) in (bool, int, float, str) for key in value):
-            return {_ITEMS: [[key, _packed(part, _below(name, key), tensors, others)] for key, part in value.items()]}
+            items = enumerate(value.items())
+            return {_ITEMS: [[key, _packed(part, f"{name}/{at}", tensors, others)] for at, (key, part) in items]}
         kinds = sorted({type(key).__name__ for key in value} - {"bool", "int", "float", "str"})
         others.append(f"{_dotted(name)} ({type(value).__name__} with keys that are {', '.join(kinds)})")
         return None
-    if type(value).__module__ == "numpy" and type(value).__name__ != "ndarray":
-        return _packed(value.item(), name, tensors, others)
+    if _is_numpys_number(value):
+        return value.item()
     others.append(f"{_dotted(name)} ({type(value).__name__})")
     return None
+
+
+def _is_numpys_number(value: Any) -> bool:
+    """One that Python has, too: no `longdouble`."""
+    numpy = sys.modules.get("numpy")
+    plain = numpy is not None and isinstance(value, numpy.number | numpy.bool_ | numpy.str_)
+    return plain and type(value.item()) in (bool, int, float, str)
 
 
 def _dotted(name: str) -> str:
     return name.replace("/", ".")
 
 
-def _below(name: str, key: object) -> str:
-    return f"{name}/{str(key).replace('~', '~0').replace('/', '~1')}"
+def _below(name: str, key: str) -> str:
+    return f"{name}/{key.replace('~', '~0').replace('/', '~1')}"
+
+
+def plainly(name: str) -> str:
+    """A key that is a part of a name, as it was: that of a parameter `a/b` is `a~1b` there.
+
+    >>> plainly("a~1b~01.weight")
+    'a/b~1.weight'
+    """
+    return name.replace("~1", "/").replace("~0", "~")
 
 
 def unpacked(made: Any, tensors: Mapping[str, Tensor]) -> Any:

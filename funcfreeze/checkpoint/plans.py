@@ -55,10 +55,14 @@ def _differences(
     saved: Mapping[str, Any], present: Mapping[str, Any], sides: tuple[str, str], what: str
 ) -> Iterator[str]:
     before, now = ({row["names"][0]: row for row in plan["parameters"]} for plan in (saved, present))
+    alike: dict[str, list[str]] = {}
     for path in [path for path in before if path in now]:
         one, other = ({key: row.get(key, {}) for key in ("weights", "timings")} for row in (before[path], now[path]))
         if one != other:
-            yield f"{what}: {path} is routed {_routes(one)} in {sides[0]}, {_routes(other)} in {sides[1]}"
+            alike.setdefault(f"{_routes(one)} in {sides[0]}, {_routes(other)} in {sides[1]}", []).append(path)
+    for told, paths in alike.items():
+        named = f"{paths[0]} is" if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more are"
+        yield f"{what}: {named} routed {told}"
     for name in sorted((saved.keys() | present.keys()) - {"parameters"}):
         if saved.get(name) != present.get(name):
             was, is_ = (json.dumps(plan.get(name)) for plan in (saved, present))
@@ -75,6 +79,24 @@ def algorithms_of(step: AnyStep) -> dict[str, Any]:
         return {name: algorithms_of(member) for name, member in step.members.items()}
     found = step.transform.algorithms
     return {} if found is None else {path: algorithm.name for path, algorithm in found(step.plan.routed).items()}
+
+
+def buffers_of(step: AnyStep) -> dict[str, Any]:
+    """Path -> dtype and shape of each buffer that a state of this step begins with; a forward may change the shape."""
+    if isinstance(step, Alternation):
+        step = next(iter(step.members.values()))  # one module, and so the same ones in all
+    return {
+        path: {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape)}
+        for path, (shape, dtype) in step.specification.buffers.items()
+    }
+
+
+def buffer_problems(saved: Mapping[str, Any], present: Mapping[str, Any]) -> Iterator[str]:
+    """Where a buffer begins otherwise; what only one of the two has is told with the state."""
+    for path in [path for path in saved if path in present]:
+        if saved[path] != present[path]:
+            one, other = (f"{tuple(buffer['shape'])} {buffer['dtype']}" for buffer in (saved[path], present[path]))
+            yield f"buffer {path}: it begins as {one} in {SIDES[0]}, as {other} in {SIDES[1]}"
 
 
 def algorithm_problems(saved: Mapping[str, Any], present: Mapping[str, Any], where: str = "optimizer") -> Iterator[str]:

@@ -42,6 +42,8 @@ def restoring_generators(states: Mapping[str, Any], own: Mapping[str, Any]) -> C
             f"the checkpoint holds generators {_named(states['own'])}, given were {_named(own)}; give the same ones, "
             "generators={...}"
         )
+    if "numpy" in states:
+        _refuse_another_numpy(states["numpy"]["bit_generator"])
     others = [name for name, state in states["own"].items() if not _fits(own[name], state)]
     if others:
         raise ValueError(
@@ -61,6 +63,14 @@ def _restore(states: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     _restore_cuda(states.get("cuda", []))
     for name, state in states["own"].items():
         _put(own[name], state)
+
+
+def _refuse_another_numpy(saved: str) -> None:
+    import numpy as np
+
+    present = np.random.get_state(legacy=False)["bit_generator"]
+    if present != saved:
+        raise ValueError(f"NumPy's global generator is {present}, that of the checkpoint {saved}")
 
 
 def _restore_cuda(states: list[torch.Tensor]) -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+from torch import nn
+
+from funcfreeze.checkpoint.batches import Batches
+
 
 @runtime_checkable
 class Resumable(Protocol):
@@ -25,9 +29,44 @@ def checked_data(data: object) -> Resumable | None:
     Raises:
         TypeError: it cannot.
     """
-    if data is None or isinstance(data, Resumable):
+    if data is None or (isinstance(data, Resumable) and not isinstance(data, nn.Module)):
         return data
     raise TypeError(
         f"data= is something with `state_dict` and `load_state_dict`, such as torchdata's StatefulDataLoader; "
         f"{type(data).__name__} cannot say where it is"
     )
+
+
+def position_of(data: Resumable) -> dict[str, Any]:
+    """Where it is, and what it must be like to go there."""
+    return {"state": data.state_dict(), "like": _likeness(data)}
+
+
+def moved_to(data: Resumable, position: Mapping[str, Any]) -> None:
+    """Let it go where other data was.
+
+    Raises:
+        ValueError: it is not like that data, and would go on with other batches; or it says so itself.
+    """
+    saved, present = position["like"], _likeness(data)
+    differing = [
+        f"{name} was {saved.get(name)!r}, is {present.get(name)!r}"
+        for name in sorted(saved | present)
+        if saved.get(name) != present.get(name)
+    ]
+    if differing:
+        raise ValueError(f"the position is that of other data: {'; '.join(differing)}")
+    data.load_state_dict(position["state"])
+
+
+def _likeness(data: Any) -> dict[str, Any]:
+    """What a loader tells of itself that decides where a position leads; `Batches` say so themselves."""
+    if isinstance(data, Batches):
+        return {}
+    numbers = {name: getattr(data, name, None) for name in ("batch_size", "num_workers", "drop_last")}
+    plain = {name: value for name, value in numbers.items() if isinstance(value, int)}
+    try:
+        length = {"len": len(data)}
+    except (TypeError, NotImplementedError):  # a stream, or a loader of one
+        length = {}
+    return {**plain, **length}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import datetime
-import platform
 import threading
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from funcfreeze.checkpoint.files import TENSORS, File, required, write_tensors
 from funcfreeze.checkpoint.folder import name_of, put
 from funcfreeze.checkpoint.manifest import Manifest
 from funcfreeze.checkpoint.plain import packed
-from funcfreeze.checkpoint.plans import algorithms_of, plan_data
+from funcfreeze.checkpoint.plans import algorithms_of, buffers_of, plan_data
 from funcfreeze.checkpoint.randomness import generator_states
-from funcfreeze.checkpoint.resumable import checked_data
-from funcfreeze.checkpoint.states import AnyStep, packed_state, refuse_others_state
+from funcfreeze.checkpoint.resumable import checked_data, position_of
+from funcfreeze.checkpoint.states import AnyStep, packed_state, refuse_no_step, refuse_others_state
+from funcfreeze.checkpoint.versions import versions
 from funcfreeze.computation.state import State
 
 
@@ -41,8 +43,8 @@ def save(
 
     In it are `tensors.safetensors`, which `safetensors.safe_open` reads without this library (`params/encoder.weight`,
     `buffers/...`, `optimizer/...`), and `manifest.json`, with a checksum of each file and all that is no tensor.
-    Nothing is pickled. The state of the generators of Python, NumPy and torch, on all devices, is saved with it. Code
-    is not: losses and model are what the program says that resumes.
+    Nothing is pickled. The state of the generators of Python, NumPy and torch, on the CPU and CUDA, is saved with it.
+    Code is not: losses and model are what the program says that resumes.
 
     Args:
         folder: of this run's checkpoints; made if it is not there.
@@ -78,9 +80,42 @@ def save(
     >>> at.name, int(state.step), extra
     ('step-0000000001', 1, {'best': 0.5})
     """
+    begun = saving(folder, step, state, data=data, extra=extra, generators=generators, keep=keep, background=background)
+    return begun.path if background else begun.outcome.result()
+
+
+@dataclass(frozen=True)
+class Saving:
+    """A checkpoint that is written, or is being written.
+
+    Attributes:
+        path: where it will be.
+        outcome: that path once it is there, or what went wrong.
+    """
+
+    path: Path
+    outcome: Future[Path]
+
+    def is_there(self) -> bool:
+        """Whether it was written; waits for it."""
+        return self.outcome.exception() is None
+
+
+def saving(
+    folder: str | Path,
+    step: AnyStep,
+    state: State,
+    *,
+    data: Any,
+    extra: Mapping[str, Any] | None,
+    generators: Mapping[str, Any] | None,
+    keep: int | None,
+    background: bool,
+) -> Saving:
+    """What `save` does, and how it went."""
     folder = Path(folder).absolute()  # a thread writes there, wherever the program goes
-    required()
-    _refuse_keep(keep)
+    refuse_no_step(step, state)
+    refuse_what_cannot_be_saved(extra, generators, keep)
     position = checked_data(data)
     refuse_others_state(step, state)
     wait_for(folder)
@@ -92,10 +127,10 @@ def save(
         state=packed_state(state, tensors),
         plan=plan_data(step.plan),
         extra=packed({} if extra is None else extra, "extra", tensors),
-        data=None if position is None else packed(position.state_dict(), "data", tensors),
+        data=None if position is None else packed(position_of(position), "data", tensors),
         random=packed(generator_states(generators or {}), "random", tensors),
-        options={"step": repr(step), "algorithms": algorithms_of(step)},
-        versions={"funcfreeze": version("funcfreeze"), "torch": torch.__version__, "python": platform.python_version()},
+        options={"step": repr(step), "algorithms": algorithms_of(step), "buffers": buffers_of(step)},
+        versions=versions(),
         saved=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     )
     _refuse_others(tensors)
@@ -105,50 +140,52 @@ def save(
         pieces = write_tensors(unfinished / TENSORS, copies)
         manifest(files=(File.of(unfinished / TENSORS),), pieces=pieces).write(unfinished)
 
+    begun = Saving(folder / name_of(count), Future())
     if background:
-        _in_background(folder, partial(put, folder, count, keep, write))
-        return folder / name_of(count)
-    return put(folder, count, keep, write)
+        job = partial(_written_in_the_background, begun, partial(put, folder, count, keep, write))
+        threading.Thread(target=job, name=_thread_name(folder)).start()
+    else:
+        begun.outcome.set_result(put(folder, count, keep, write))
+    return begun
 
 
-def refuse_what_cannot_be_saved(data: object, extra: Mapping[str, Any], keep: int | None) -> None:
-    """For a loop that saves later on: what `save` would raise then.
+def refuse_what_cannot_be_saved(extra: object, generators: object, keep: object) -> None:
+    """Tell all that is wrong with what goes into a checkpoint beside the state, before anything is written.
 
     Raises:
-        TypeError, ValueError: one of these cannot be saved.
+        TypeError, ValueError: some of these cannot be saved.
         ImportError: safetensors is not installed.
     """
     required()
-    _refuse_keep(keep)
-    position = checked_data(data)
-    packed(extra, "extra", {})
-    if position is not None:
-        packed(position.state_dict(), "data", {})
-
-
-def _refuse_keep(keep: object) -> None:
     if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
         raise ValueError(f"keep is the number of checkpoints that stay, at least 1, or None for all; got {keep!r}")
+    for name, given in (("extra", extra), ("generators", generators)):
+        if given is not None and not (isinstance(given, Mapping) and all(isinstance(key, str) for key in given)):
+            raise TypeError(f"{name}= is a dict by names, got {given!r}")
+    if isinstance(generators, Mapping):
+        generator_states(generators)
+    packed(extra, "extra", {})
 
 
 def wait_for(folder: Path) -> None:
     """Wait for what is being written into a folder in the background."""
     for thread in threading.enumerate():
         if thread.name == _thread_name(folder):
+            while thread.ident is None:  # another thread is about to start it
+                time.sleep(0.001)
             thread.join()
 
 
-def _in_background(folder: Path, write: Any) -> None:
-    def run() -> None:
-        try:
-            write()
-        except Exception as error:
-            warnings.warn(
-                f"no checkpoint was saved: {type(error).__name__}: {error}; earlier ones in {folder} are as before",
-                stacklevel=1,
-            )
-
-    threading.Thread(target=run, name=_thread_name(folder)).start()
+def _written_in_the_background(begun: Saving, write: Callable[[], Path]) -> None:
+    try:
+        begun.outcome.set_result(write())
+    except Exception as error:
+        warnings.warn(
+            f"no checkpoint was saved: {type(error).__name__}: {error}; earlier ones in {begun.path.parent} are as "
+            "before",
+            stacklevel=1,
+        )
+        begun.outcome.set_exception(error)
 
 
 def _thread_name(folder: Path) -> str:

@@ -31,6 +31,14 @@ def fields_of(made: Mapping[str, Any], tensors: Mapping[str, Tensor], fresh: Sta
     return {**fields, "optimizer": in_form_of(fresh.optimizer, fields["optimizer"])}
 
 
+def refuse_no_step(step: object, state: object) -> None:
+    """Raise where these are not what they are called, and perhaps one another."""
+    if not isinstance(step, AnyStep):
+        raise TypeError(f"step is a Step or an alternation, got {type(step).__name__}")
+    if not isinstance(state, State):
+        raise TypeError(f"state is a State, such as step.init() gives, got {type(state).__name__}")
+
+
 def refuse_others_state(step: AnyStep, state: State) -> None:
     """Raise where a state is not this step's, or spent."""
     step.call(state, lambda model: None)

@@ -11,9 +11,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from funcfreeze.checkpoint.folder import is_named_so, step_of
 from funcfreeze.checkpoint.looking import Look, differences, look_into, shortened
 from funcfreeze.checkpoint.plans import shown_plan
-from funcfreeze.fitting.options import EVALUATIONS, FIT, METRICS
+from funcfreeze.fitting.options import EVALUATIONS, FIT, METRICS, of_fit
 
 
 def show_checkpoints(console: Console, path: Path) -> bool:
@@ -55,9 +56,11 @@ def _table(looks: Sequence[Look]) -> Table:
         manifest = look.manifest
         size = f"{look.bytes / 1e6:,.2f}"
         if manifest is None:
-            table.add_row(look.path.name, size, "", "", "damaged", "")
+            table.add_row(
+                f"{step_of(look.path):,}" if is_named_so(look.path) else look.path.name, size, "", "", "damaged", ""
+            )
         else:
-            metrics = manifest.extra.get(FIT, {}).get(METRICS, {})
+            metrics = of_fit(manifest.extra).get(METRICS, {})
             shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if not name.startswith("ff/"))
             saved = manifest.saved[: len("2026-11-26T12:00")].replace("T", " ")
             table.add_row(f"{manifest.step:,}", size, saved, manifest.versions["torch"], "whole", shown)
@@ -72,10 +75,11 @@ def _show(console: Console, look: Look) -> None:
     for name, piece in manifest.pieces.items():
         numbers[name.split("/")[0]] += math.prod(piece["shape"])
     lines.append("numbers: " + ", ".join(f"{count:,} of {name}" for name, count in numbers.items()))
-    best = manifest.extra.get(FIT, {}).get(EVALUATIONS, {})
+    best = of_fit(manifest.extra).get(EVALUATIONS, {})
     if best.get("step") is not None:
-        lines.append(f"best: {best['name']} {best['best']:.6g} at step {best['step']:,} ({best['aim']})")
-    lines += [f"extra.{name}: {shortened(value)}" for name, value in manifest.extra.items() if name != FIT]
+        lines.append(f"best: {best['name']} {best['best']:.6g} at step {best['step']:,} ({best['aim']}), in best/")
+    others = {name: value for name, value in manifest.extra.items() if name != FIT or not of_fit(manifest.extra)}
+    lines += [f"extra.{name}: {shortened(value)}" for name, value in others.items()]
     if manifest.data is not None:
         lines.append(f"data: {manifest.data}")
     for line in lines:

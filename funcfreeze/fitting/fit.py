@@ -9,24 +9,24 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from funcfreeze.checkpoint.folder import name_of
 from funcfreeze.checkpoint.resumable import Resumable
-from funcfreeze.checkpoint.saving import save, wait_for
-from funcfreeze.checkpoint.states import AnyStep
+from funcfreeze.checkpoint.saving import Saving, saving, wait_for
+from funcfreeze.checkpoint.states import AnyStep, refuse_no_step
 from funcfreeze.computation.acting import Names
 from funcfreeze.computation.state import State
 from funcfreeze.fitting.loggers import Logger
 from funcfreeze.fitting.numbers import numbers_in
-from funcfreeze.fitting.options import EVALUATIONS, FIT, METRICS, Options
+from funcfreeze.fitting.options import EVALUATIONS, FIT, METRICS, Options, alone_in
 from funcfreeze.fitting.passes import batch_after_batch, end_of
 from funcfreeze.fitting.progress import Progress
-from funcfreeze.fitting.stopping import Wish, stopping_between_steps
+from funcfreeze.fitting.stopping import Wish, deaths_of_workers_after, stopping_between_steps
 from funcfreeze.fitting.watching import Watched
+from funcfreeze.model.functional import marks_of
 from funcfreeze.seeding import kept
 
 BEST = "best"
@@ -71,9 +71,11 @@ def fit(
 ) -> tuple[State, Fitted]:
     """Train until so many steps are taken, or so many times through the data.
 
-    Metrics are read off the device where they are shown, every `show_every` steps, and at no other step. Ctrl-C and
-    SIGTERM let the step end, save if there is a folder, and return; a second Ctrl-C interrupts at once. One command
-    starts a run and goes on with it. Where an evaluation, a logger or the data raises, what was reached is saved, too:
+    Metrics are read off the device where they are shown, every `show_every` steps, or saved. Ctrl-C and SIGTERM let the
+    step end, save if there is a folder, and return, with the signal's name as the reason; then a handler of the
+    program's own is called. A second Ctrl-C interrupts at once. Where an evaluation, a logger or the data raises, what
+    was reached is saved, too; where the step does, it is not, since its batch was taken. One command starts a run and
+    goes on with it:
 
         state, extra = ff.checkpoint.resume(folder, step, data=batches)
         state, fitted = ff.fit(step, state, batches, steps=10_000, folder=folder, extra=extra)
@@ -121,6 +123,7 @@ def fit(
     >>> int(state.step), fitted.reason
     (20, 'epochs')
     """
+    refuse_no_step(step, state)
     options = Options(
         steps=steps,
         epochs=epochs,
@@ -135,26 +138,29 @@ def fit(
         extra={} if extra is None else extra,
         generators=generators,
         targets=targets,
-        loggers=tuple(log) if isinstance(log, Sequence) else (log,),
+        loggers=tuple(log) if isinstance(log, Sequence) and not isinstance(log, str) else (log,),
         show_every=show_every,
     )
-    options.refuse(data)
+    options.refuse(step, data)
     count = int(state.step)
-    options.look_at_folder(data, count)
+    options.look_at_folder(state, data, count)
     end = end_of(data, epochs, count) if epochs is not None else steps
     progress = Progress(end, count) if show else None
     watched = Watched.of(best, options.evaluated_before(count))
     run = _Run(step, data, options, progress, state, begun=count, count=count, watched=watched)
-    with stopping_between_steps() as wish:
+    with stopping_between_steps() as wish, alone_in(options.folder):
         try:
             reason = run.until_it_ends(wish)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             wish.is_granted = True
             error.add_note(f"in a run of ff.fit; what was reached is {run.saved_at_last()}")
             raise
         wish.is_granted = True
         told = run.saved_at_last()
+    reason = wish.signal or reason  # also one that came last of all
     if progress is not None:
+        if run.count == run.begun:
+            progress.tell(f"at step {run.count:,}, and nothing to do: {reason}")
         if reason == wish.signal:
             progress.tell(f"stopped by {reason} after step {run.count:,}; {told}. The command was")
             progress.tell(f"  {shlex.join(sys.orig_argv)}")
@@ -172,7 +178,9 @@ class _Run:
         evaluated: the numbers of the last one, and `evaluated_at` where it was.
         metrics: those of the last step, wherever they are computed.
         shown_at: where they were shown last.
-        saved: when a checkpoint was, by a clock that only goes on; and with which step and evaluations.
+        saved: when a checkpoint was, by a clock that only goes on.
+        saved_with: of which step it was, with which evaluations, and how it went.
+        spoiled: why what was reached is no point of the run; empty if it is one.
     """
 
     step: AnyStep
@@ -188,7 +196,8 @@ class _Run:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     shown_at: int = -1
     saved: float = field(default_factory=time.monotonic)
-    saved_with: tuple[int, Watched] | None = None
+    saved_with: tuple[int, Watched, Saving] | None = None
+    spoiled: str = ""
 
     def until_it_ends(self, wish: Wish) -> str:
         """Take steps until there is a reason to stop, which is returned."""
@@ -197,22 +206,44 @@ class _Run:
             return "steps"
         if self._is_out_of_patience():
             return "patience"
-        for batch in batch_after_batch(self.data, self.options.epochs):
-            self.state, self.metrics = self.step(self.state, batch)
-            self.count += 1
-            is_last = self.count == steps
-            self._look(is_last)
-            if self._is_time_to_save():
-                self._save_here(background=True)
+        for batch in self._batches(wish):
+            with deaths_of_workers_after(wish):
+                self._take(batch)
             if self._is_out_of_patience():
                 return "patience"
             if wish.signal is not None:
                 return wish.signal
-            if is_last:
+            if self.count == steps:
                 return "steps"
+        if wish.signal is not None:
+            return wish.signal
         if self.count > self.begun:
             self._look(is_last=True)
         return "epochs" if steps is None else "data"
+
+    def _batches(self, wish: Wish) -> Iterator[Any]:
+        """The data, until it ends or fails where the run is to stop: the workers of a loader get the signal, too."""
+        batches = batch_after_batch(self.data, self.options.epochs)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except Exception:
+                if wish.signal is None:
+                    raise
+                return
+            yield batch
+
+    def _take(self, batch: Any) -> None:
+        """One step, and what is due after it."""
+        self.spoiled = "the step after it had taken its batch"
+        self.state, self.metrics = self.step(self.state, batch)
+        self.count += 1
+        self.spoiled = ""
+        self._look(is_last=self.count == self.options.steps)
+        if self._is_time_to_save():
+            self._save_here(background=True)
 
     def _look(self, is_last: bool) -> None:
         """Evaluate and show, each where it is due and has not been done yet."""
@@ -235,8 +266,14 @@ class _Run:
     def _evaluate(self) -> None:
         evaluate = self.options.evaluate
         assert evaluate is not None
-        with kept():
-            found = self.step.call(self.state, evaluate, targets=self.options.targets)
+        marks = marks_of(self.state.params)
+        try:
+            with kept():
+                found = self.step.call(self.state, evaluate, targets=self.options.targets)
+        except BaseException:
+            if marks_of(self.state.params) != marks:
+                self.spoiled = "evaluate had written to its parameters"
+            raise
         numbers = numbers_in(found if isinstance(found, Mapping) else {"value": found})
         if not numbers:
             raise TypeError(f"evaluate returns a number, or numbers by name; it returned {type(found).__name__}")
@@ -260,12 +297,14 @@ class _Run:
 
     def _save_here(self, *, background: bool) -> Path:
         assert self.options.folder is not None
-        self.saved, self.saved_with = time.monotonic(), (self.count, self.watched)
-        return self._save(self.options.folder, keep=self.options.keep, background=background)
+        self.saved = time.monotonic()
+        begun = self._save(self.options.folder, keep=self.options.keep, background=background)
+        self.saved_with = self.count, self.watched, begun
+        return begun.path
 
-    def _save(self, folder: Path, *, keep: int | None, background: bool) -> Path:
+    def _save(self, folder: Path, *, keep: int | None, background: bool) -> Saving:
         of_fit = {EVALUATIONS: self.watched.to_dict(), METRICS: numbers_in(self.metrics)}
-        return save(
+        return saving(
             folder,
             self.step,
             self.state,
@@ -280,18 +319,23 @@ class _Run:
         """Save what was reached, and say where; a failure is a warning, since the state is still to be had."""
         if self.options.folder is None:
             return "not saved, since there is no folder"
+        if self.spoiled:
+            is_one = self.saved_with is not None and self.saved_with[2].is_there()
+            before = f"; the checkpoint before is of step {self.saved_with[0]:,}" if self.saved_with and is_one else ""
+            return f"step {self.count:,}, not saved, since {self.spoiled}{before}"
         if self.count == self.begun:
             return "not saved, since no step was taken"
-        wait_for(self.options.folder)
-        there = self.options.folder / name_of(self.count)
         try:
-            at = (
-                there
-                if self.saved_with == (self.count, self.watched) and there.is_dir()
-                else self._save_here(background=False)
-            )
+            at = self._saved_already() or self._save_here(background=False)
         except Exception as error:
             warnings.warn(f"no checkpoint was saved: {type(error).__name__}: {error}", stacklevel=3)
             return f"not saved: {error}"
         wait_for(self.options.folder / BEST)
         return f"saved as {at}"
+
+    def _saved_already(self) -> Path | None:
+        """Where what was reached is, if it was saved with the last step."""
+        if self.saved_with is None or self.saved_with[:2] != (self.count, self.watched):
+            return None
+        begun = self.saved_with[2]
+        return begun.path if begun.is_there() else None

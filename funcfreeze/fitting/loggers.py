@@ -20,6 +20,8 @@ class Logger(Protocol):
 class JSONLines:
     """A line of JSON each time: `{"step": 50, "cls": 0.31}`. A run that goes on appends to it.
 
+    A run that was killed goes on before its last lines: the later one of a step counts.
+
     What is not finite is written as Python's `json` reads it, `NaN`; a metric that is called `step` as `metrics.step`.
 
     Args:
@@ -57,8 +59,10 @@ class CSV:
 
 
 def _in_a_folder(path: str | Path) -> Path:
-    """The path, in a folder that is there."""
+    """The path of a file, in a folder that is there."""
     found = Path(path)
+    if found.is_dir():
+        raise IsADirectoryError(f"this logger writes a file, and {found} is a folder")
     found.parent.mkdir(parents=True, exist_ok=True)
     return found
 

@@ -23,11 +23,10 @@ def numbers_in(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _fetched(tensors: list[Tensor]) -> list[float]:
-    """Of one device all at once: one wait."""
-    if len({tensor.device for tensor in tensors}) != 1:
+    """Of one device and dtype all at once: one wait."""
+    if len({(tensor.device, tensor.dtype) for tensor in tensors}) != 1:
         return [float(tensor) for tensor in tensors]
-    values: list[float] = torch.stack([tensor.double() for tensor in tensors]).tolist()
-    return values
+    return [float(value) for value in torch.stack(tensors).tolist()]
 
 
 def _scalars(metrics: Mapping[str, Any], before: str) -> Iterator[tuple[str, Any]]:
@@ -36,6 +35,6 @@ def _scalars(metrics: Mapping[str, Any], before: str) -> Iterator[tuple[str, Any
             yield from _scalars(value, f"{before}{name}.")
         elif isinstance(value, Tensor):
             if value.numel() == 1 and not value.is_complex():
-                yield before + name, value.detach().reshape(())
+                yield f"{before}{name}", value.detach().reshape(())
         elif isinstance(value, Real):
-            yield before + name, float(value)
+            yield f"{before}{name}", float(value)

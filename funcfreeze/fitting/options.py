@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from funcfreeze.checkpoint.files import Damaged
-from funcfreeze.checkpoint.folder import checkpoints_in, name_of, step_of
+from funcfreeze.checkpoint.folder import checkpoints_in, held, name_of, step_of
 from funcfreeze.checkpoint.manifest import MANIFEST, Manifest
-from funcfreeze.checkpoint.resumable import Resumable
+from funcfreeze.checkpoint.plain import packed
+from funcfreeze.checkpoint.resumable import Resumable, position_of
 from funcfreeze.checkpoint.saving import refuse_what_cannot_be_saved
+from funcfreeze.checkpoint.states import AnyStep, packed_state
 from funcfreeze.computation.acting import Names
+from funcfreeze.computation.state import State
+from funcfreeze.declare.plans import Plans
 from funcfreeze.fitting.loggers import Logger
 from funcfreeze.fitting.watching import AIMS, Watched
 
@@ -23,6 +29,10 @@ FIT = "fit"
 """Where `extra` of a checkpoint keeps what is of this loop: what evaluations came to, and the metrics of the step."""
 
 EVALUATIONS, METRICS = "evaluations", "metrics"
+
+
+_COUNTED = {"epochs": True, "evaluate_every": False, "show_every": False, "save_every": True, "patience": True}
+"""Options that count something, and whether they may be None."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -45,8 +55,12 @@ class Options:
     loggers: Sequence[Logger]
     show_every: int
 
-    def refuse(self, data: object) -> None:
+    def refuse(self, step: AnyStep, data: object) -> None:
         """Raise for all problems at once, before the first step.
+
+        Args:
+            step: what is trained by.
+            data: the batches.
 
         Raises:
             ValueError, TypeError: telling them.
@@ -55,21 +69,27 @@ class Options:
         if (self.steps is None) == (self.epochs is None):
             given = f"steps={self.steps!r} and epochs={self.epochs!r}"
             problems.append(f"one of steps= and epochs= says when it ends, got {given}")
-        if self.steps is not None and not _is_whole(self.steps):
-            problems.append(f"steps is a whole number, got {self.steps!r}")
-        counted = ("epochs", "evaluate_every", "show_every", "save_every", "patience")
-        problems += [
-            f"{name} is a whole number, at least 1, got {value!r}"
-            for name in counted
-            if (value := getattr(self, name)) is not None and not (_is_whole(value) and value >= 1)
-        ]
+        if self.steps is not None and not (_is_whole(self.steps) and self.steps >= 0):
+            problems.append(f"steps is a whole number, at least 0, got {self.steps!r}")
+        if self.save_every is not None and self.folder is None:
+            problems.append("save_every= saves into folder=, which is not given")
+        for name, may_be_none in _COUNTED.items():
+            value = getattr(self, name)
+            if not (value is None and may_be_none) and not (_is_whole(value) and value >= 1):
+                problems.append(f"{name} is a whole number, at least 1, got {value!r}")
+        minutes = self.save_minutes
+        if minutes is not None and (isinstance(minutes, bool) or not isinstance(minutes, Real) or not minutes >= 0):
+            problems.append(f"save_minutes is a number of minutes, or None, got {minutes!r}")
+        if self.evaluate is not None and not callable(self.evaluate):
+            problems.append(f"evaluate is called with the model, got {self.evaluate!r}")
+        problems += _unknown_targets(step, self.targets)
         if self.best not in AIMS:
             problems.append(f"best is 'min' or 'max', got {self.best!r}")
         if self.patience is not None and self.evaluate is None:
             problems.append("patience= waits for better evaluations; give evaluate=, too")
         if not isinstance(data, Iterable):
             problems.append(f"data is iterable, batch after batch; got {type(data).__name__}")
-        if FIT in self.extra and not _is_ours(self.extra[FIT]):
+        if isinstance(self.extra, Mapping) and FIT in self.extra and not of_fit(self.extra):
             problems.append(f"extra[{FIT!r}] is where fit keeps what evaluations came to; call yours otherwise")
         problems += [
             f"a logger has a method log(step, metrics), {logger!r} has none"
@@ -79,10 +99,11 @@ class Options:
         if problems:
             raise ValueError(f"fit: {'; '.join(problems)}")
 
-    def look_at_folder(self, data: object, count: int) -> None:
+    def look_at_folder(self, state: State, data: object, count: int) -> None:
         """Make the folder, refuse what could not be saved in it later, and warn of what would go on wrong.
 
         Args:
+            state: where it begins.
             data: the batches.
             count: the step at which the run begins.
 
@@ -91,13 +112,17 @@ class Options:
         """
         if self.folder is None:
             return
+        refuse_what_cannot_be_saved(self.extra, self.generators, self.keep)
+        packed_state(state, {})
         resumable = data if isinstance(data, Resumable) else None
-        refuse_what_cannot_be_saved(resumable, self.extra, self.keep)
+        if resumable is not None:
+            packed(position_of(resumable), "data", {})
         self.folder.mkdir(parents=True, exist_ok=True)
         if resumable is None:
             warnings.warn(
                 f"{type(data).__name__} cannot say where it is: a run that is stopped will go on at the beginning of "
-                "its data; ff.checkpoint.Batches and torchdata's StatefulDataLoader can",
+                f"its data{_counted_from_there(self.epochs)}; ff.checkpoint.Batches and torchdata's StatefulDataLoader "
+                "can say it",
                 stacklevel=3,
             )
         newest = max(map(step_of, checkpoints_in(self.folder)), default=0)
@@ -109,25 +134,68 @@ class Options:
             )
 
     def evaluated_before(self, count: int) -> Mapping[str, Any]:
-        """What evaluations came to before a step: `extra` says it, or the checkpoint of that step in the folder."""
-        found = self.extra[FIT] if FIT in self.extra else self._in_folder(count)
-        return dict(found[EVALUATIONS]) if _is_ours(found) else {}
+        """What evaluations came to before a step: the checkpoint of that step in the folder says it, or `extra`.
 
-    def _in_folder(self, count: int) -> Any:
-        """What the checkpoint of a step has from this loop."""
+        The latter is older where a program fits twice.
+        """
+        there = self._extra_of(count)
+        dropped = [] if self.extra else [name for name in there if name != FIT]
+        if dropped:
+            warnings.warn(
+                f"{self.folder} holds {', '.join(map(repr, dropped))} in `extra` of step {count:,}, and what this run "
+                "saves will not: give what resume returned, extra=extra",
+                stacklevel=3,
+            )
+        return dict((of_fit(there) or of_fit(self.extra)).get(EVALUATIONS, {}))
+
+    def _extra_of(self, count: int) -> Mapping[str, Any]:
+        """What the folder's checkpoint of a step holds beside, as JSON."""
         path = None if self.folder is None else self.folder / name_of(count)
         if path is None or not (path / MANIFEST).is_file():
-            return None
+            return {}
         try:
-            return Manifest.read(path).extra.get(FIT)
+            found: Mapping[str, Any] = Manifest.read(path).extra
         except Damaged:  # the run does not come from there then
-            return None
+            return {}
+        return found
 
 
-def _is_ours(kept: object) -> bool:
-    """Whether it is what this loop keeps in `extra`."""
-    names = {field.name for field in fields(Watched)}
-    return isinstance(kept, Mapping) and EVALUATIONS in kept and kept[EVALUATIONS].keys() == names
+@contextmanager
+def alone_in(folder: Path | None) -> Iterator[None]:
+    """Warn where another run of now saves into this one's folder."""
+    if folder is None:
+        yield
+        return
+    with held(folder) as is_ours:
+        if is_ours is False:
+            warnings.warn(
+                f"another run is saving into {folder}: the two will remove each other's checkpoints; give each a "
+                "folder of its own",
+                stacklevel=5,
+            )
+        yield
+
+
+def _counted_from_there(epochs: int | None) -> str:
+    return "" if epochs is None else ", and count its epochs from there (steps= counts all)"
+
+
+def of_fit(extra: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What this loop keeps in `extra`; empty if there is nothing, or something of the user's by that name."""
+    kept = extra.get(FIT)
+    evaluations = kept.get(EVALUATIONS) if isinstance(kept, Mapping) else None
+    is_ours = isinstance(evaluations, Mapping) and evaluations.keys() == {field.name for field in fields(Watched)}
+    return kept if is_ours and isinstance(kept, Mapping) else {}
+
+
+def _unknown_targets(step: AnyStep, targets: Names) -> Iterator[str]:
+    asked = [targets] if isinstance(targets, str) else [*(targets or ())]
+    plans = step.plan.plans.values() if isinstance(step.plan, Plans) else [step.plan]
+    known = {name for plan in plans for name, _ in plan.targets}
+    for name in asked:
+        if name not in known:
+            has = f"the step has {', '.join(map(repr, sorted(known)))}" if known else "the step has none"
+            yield f"targets= names averaged twins, of which {has}; got {name!r}"
 
 
 def _is_whole(value: object) -> bool:

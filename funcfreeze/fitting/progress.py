@@ -1,10 +1,15 @@
-"""What a person sees of a run: one line that moves on a terminal, plain lines elsewhere."""
+"""What a person sees of a run: one line that moves on a terminal, plain lines elsewhere.
+
+A run goes on where nobody can be shown anything any more, such as behind a pipe that was closed.
+"""
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TextIO
 
 
@@ -18,15 +23,16 @@ class Progress:
     """
 
     def __init__(self, total: int | None, begun: int, out: TextIO | None = None) -> None:
-        self._total, self._begun = total, begun
+        self._total = total
         self._out = sys.stdout if out is None else out
-        self._since = time.monotonic()
+        self._before = begun, time.monotonic()
         self._width = 0
 
     def show(self, step: int, numbers: Mapping[str, float]) -> None:
         """The step, the losses, the rate and the time that is left."""
-        seconds = time.monotonic() - self._since
-        rate = (step - self._begun) / seconds if seconds > 0 else 0.0
+        now = time.monotonic()
+        before, then = self._before
+        rate, self._before = (step - before) / (now - then) if now > then else 0.0, (step, now)
         parts = [f"step {step:,}" + (f"/{self._total:,}" if self._total is not None else "")]
         parts += [f"{name} {value:.4g}" for name, value in numbers.items() if not name.startswith("ff/")]
         parts.append(f"{rate:,.1f} steps/s")
@@ -36,27 +42,30 @@ class Progress:
 
     def tell(self, line: str) -> None:
         """A line that stays."""
-        self._clear()
-        print(line, file=self._out, flush=True)
+        self._put(f"{self._cleared()}{line}\n")
 
     def end(self) -> None:
         """Leave what is shown last."""
         if self._width:
-            print(file=self._out, flush=True)
+            self._put("\n")
         self._width = 0
 
     def _write(self, line: str) -> None:
         if not self._out.isatty():
-            print(line, file=self._out, flush=True)
+            self._put(f"{line}\n")
             return
-        self._out.write(f"\r{line.ljust(self._width)}")
-        self._out.flush()
+        line = line[: shutil.get_terminal_size().columns - 1]  # one that wraps could not be written over
+        self._put(f"\r{line.ljust(self._width)}")
         self._width = len(line)
 
-    def _clear(self) -> None:
-        if self._width:
-            self._out.write(f"\r{' ' * self._width}\r")
-            self._width = 0
+    def _cleared(self) -> str:
+        width, self._width = self._width, 0
+        return f"\r{' ' * width}\r" if width else ""
+
+    def _put(self, text: str) -> None:
+        with suppress(OSError, ValueError):  # closed by whoever read it, or by the program
+            self._out.write(text)
+            self._out.flush()
 
 
 def _clock(seconds: float) -> str:

@@ -6,10 +6,13 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+_CHILD = getattr(signal, "SIGCHLD", None)
+"""Where the system has it."""
 
 
 class Wish:
@@ -17,7 +20,7 @@ class Wish:
 
     Attributes:
         signal: the name of the signal, once there was one.
-        is_granted: whether the run is about to end; more signals change nothing then.
+        is_granted: whether the run is about to end: Ctrl-C does not interrupt what it saves.
     """
 
     def __init__(self) -> None:
@@ -28,22 +31,58 @@ class Wish:
 @contextmanager
 def stopping_between_steps() -> Iterator[Wish]:
     """Inside, the first Ctrl-C or SIGTERM is noted; a second Ctrl-C interrupts at once. In the main thread alone."""
-    wish = Wish()
+    wish, process = Wish(), os.getpid()
     if threading.current_thread() is not threading.main_thread():
         yield wish
         return
 
     def note(number: int, frame: FrameType | None) -> None:
-        if wish.is_granted:
+        if os.getpid() != process:  # a worker of a loader, which the loader stops
             return
-        if wish.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if wish.signal is not None:
+            if number == signal.SIGINT and not wish.is_granted:
+                raise KeyboardInterrupt
+            return
         wish.signal = signal.Signals(number).name
-        os.write(2, b"\nstopping after this step; Ctrl-C once more interrupts at once\n")
+        if not wish.is_granted:
+            with suppress(OSError):  # nobody may be there any more who reads
+                os.write(2, b"\nstopping after this step; Ctrl-C once more interrupts at once\n")
 
-    before = {number: signal.signal(number, note) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    ours = [number for number in SIGNALS if before[number] is not signal.SIG_IGN]  # `nohup`, a job in the background
+    for number in ours:
+        signal.signal(number, note)
     try:
         yield wish
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in ours:
+            handler = before[number]
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not one of Python's
+    for number in ours:
+        handler = before[number]
+        if wish.signal == number.name and callable(handler) and handler is not signal.default_int_handler:
+            handler(number, None)
+
+
+@contextmanager
+def deaths_of_workers_after(wish: Wish) -> Iterator[None]:
+    """Inside, nothing is raised for a loader's worker that died; afterwards only where nobody wants the run to stop.
+
+    A signal to all processes of a run ends the workers, and torch raises wherever the program is when it hears of it:
+    in the middle of a step.
+    """
+    if threading.current_thread() is not threading.main_thread() or _CHILD is None:
+        yield
+        return
+    handler = signal.getsignal(_CHILD)
+    if not callable(handler):
+        yield
+        return
+    heard: list[tuple[int, FrameType | None]] = []
+    signal.signal(_CHILD, lambda number, frame: heard.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(_CHILD, handler)
+    if heard and wish.signal is None:
+        handler(*heard[0])

@@ -212,7 +212,7 @@ class FunctionalModule:
             try:
                 for store, name, own, _ in taken:
                     store[name] = own
-                for store, before in zip(stores, kept, strict=True):
+                for store, before in zip(stores, kept, strict=False):  # Ctrl-C may come between the two
                     if store or before:  # also where a forward adds or removes one
                         store.clear()
                         store.update(before or {})

@@ -66,7 +66,9 @@ def test_damage_anywhere_is_found_and_named(damage, seed, tmp_path):
         problems = ff.checkpoint.check(newest)
         assert any(victim.name in problem for problem in problems), (victim, problems)
         assert ff.checkpoint.check(before) == []
-        with pytest.warns(UserWarning, match=rf"resuming at {before.name}; newer ones are damaged:\n.*{victim.name}"):
+        with pytest.warns(
+            UserWarning, match=rf"{before.name} is the newest that is whole; newer ones are damaged:\n.*{victim.name}"
+        ):
             state, _ = ff.checkpoint.resume(tmp_path, step)
         assert int(state.step) == 1
         with pytest.raises(ValueError, match=f"this checkpoint cannot be loaded:\n.*{victim.name}"):
@@ -88,7 +90,7 @@ def test_files_that_are_missing_or_of_a_newer_format(tmp_path):
         ff.checkpoint.load(at, step)
     with pytest.raises(ValueError, match="is not there"):
         ff.checkpoint.load(tmp_path / "nowhere", step)
-    with pytest.raises(ValueError, match="holds no checkpoint"):
+    with pytest.raises(ValueError, match="nowhere is not there, and a checkpoint is a folder"):
         ff.checkpoint.check(tmp_path / "nowhere")
 
 
@@ -136,7 +138,8 @@ def test_another_model_plan_or_optimizer_is_told_at_once(tmp_path):
         "parameter trunk.0.bias: the State has it, the Step does not",
         r"parameter a.weight: the Step has shape (3, 8)",
         "optimizer",
-        'plan: trunk.0.weight is routed {"a": [1.0], "b": [0.5]} in the checkpoint, {"a": [1.0], "b": [0.7]} in this',
+        'plan: trunk.0.weight and 2 more are routed {"a": [1.0], "b": [0.5]} in the checkpoint, '
+        '{"a": [1.0], "b": [0.7]} in this step',
         "optimizer: trunk.0.weight is updated by AdamW in the checkpoint, by SGD in this step",
     ]:
         assert told in str(error.value), error.value
@@ -333,18 +336,31 @@ def test_without_safetensors_it_is_said_at_once(tmp_path, monkeypatch):
     assert [*tmp_path.iterdir()] == []
 
 
+HOLDING = """
+import sys
+from pathlib import Path
+from funcfreeze.checkpoint.folder import held
+with held(Path(sys.argv[1])) as is_ours:
+    print("held" if is_ours else "not held", flush=True)
+    sys.stdin.read()
+"""
+
+
 def test_what_a_killed_process_left_goes(tmp_path):
     step, state = run_with(1, tmp_path)
     (at,) = checkpoints_in(tmp_path)
-    import socket
-
-    gone = tmp_path / f".step-0000000009.{socket.gethostname()}.999999999.0123abcd"
-    other = tmp_path / ".step-0000000009.another-machine.1.0123abcd"
-    for left in (gone, other):
+    gone, written = (tmp_path / f".step-0000000009.{digit * 16}" for digit in "01")
+    for left in (gone, written):
         shutil.copytree(at, left)
+    held = [sys.executable, "-c", HOLDING, str(written)]
+    with subprocess.Popen(held, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        ff.checkpoint.save(tmp_path, step, state)
+        assert not gone.exists()
+        assert written.exists(), "another process writes it"
+        process.kill()
     ff.checkpoint.save(tmp_path, step, state)
-    assert not gone.exists()
-    assert other.exists()
+    assert not written.exists()
     assert json.loads((at / "manifest.json").read_text())["step"] == 1
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from runs import by_turns, lone, network, train
 
+import funcfreeze as ff
 from funcfreeze.checkpoint import from_dcp, to_dcp
 
 
@@ -38,3 +39,16 @@ def test_of_another_step():
         "  - params/c.weight: it is given, the Step does not have it",
         "  - params/a.weight: the Step has shape (2, 8) and torch.float64, given is (1,) and torch.float64",
     ]
+
+
+def test_numbers_that_are_no_tensors_are_refused():
+    def update(grads, state, params, *, step=None):
+        return {path: -0.1 * grad for path, grad in grads.items()}, {**state, "count": state["count"] + 1}
+
+    optimizer = ff.optim.Transform(lambda params: {"count": 0, "kept": {"names": ("a", None)}}, update)
+    step = ff.Step(torch.nn.Linear(2, 1), lambda m, x: {"l": m(x).sum()}, {"l": "*"}, optimizer=optimizer)
+    state, _ = step(step.init(), torch.ones(1, 2))
+    with pytest.raises(
+        TypeError, match=r"not optimizer.count \(1\), optimizer.kept.names.0 \('a'\); ff.checkpoint.save"
+    ):
+        to_dcp(step, state)

@@ -165,7 +165,7 @@ def test_members_that_are_declared_otherwise_are_named(tmp_path):
     for other, told in [
         (
             both(0.5, 2),
-            r"plan of g: g.weight is routed \{\"l\": \[1.0\]\} in the checkpoint, \{\"l\": \[0.5\]\} in this step",
+            r"plan of g: g.weight and 1 more are routed \{\"l\": \[1.0\]\} in the checkpoint, \{\"l\": \[0.5\]\} in",
         ),
         (both(1.0, 3), "plan of g: turns .* in the checkpoint, .* in this step"),
         (

@@ -51,7 +51,7 @@ def test_damage_and_folders_without_any(tmp_path):
     assert typed(at, at).exit_code == 1
     none = typed(tmp_path / "nowhere")
     assert none.exit_code == 1
-    assert "holds no checkpoint" in none.stderr
+    assert "nowhere is not there, and a checkpoint is a folder" in none.stderr
 
 
 def test_tensors_of_other_shapes(tmp_path):

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -232,6 +233,9 @@ def test_what_is_shown():
     assert lines[0].endswith(" left")
     assert lines[2] == "a line that stays"
     assert terminal.getvalue().count("\r") == 4
+    narrow = Terminal()
+    Progress(1_000, 0, narrow).show(50, {f"loss_{index}": 0.5 for index in range(20)})
+    assert max(map(len, narrow.getvalue().split("\r"))) < shutil.get_terminal_size().columns
     assert "\n" not in terminal.getvalue()[:-20]
 
 
@@ -299,9 +303,6 @@ step = ff.Step(model, lambda m, x: {"l": m(x[0]).square().mean()}, {"l": "*"}, o
 data = ff.checkpoint.Batches(torch.utils.data.TensorDataset(torch.arange(300.0).reshape(100, 3).sin()), 8, seed=1)
 folder, steps = sys.argv[1], int(sys.argv[2])
 state, extra = ff.checkpoint.resume(folder, step, data=data)
-def slowly():
-    for batch in data:
-        yield batch
 state, fitted = ff.fit(step, state, data, steps=steps, folder=folder, extra=extra, save_every=20, show_every=10)
 print(fitted.reason, float(sum(p.double().sum() for p in state.params.values())))
 """

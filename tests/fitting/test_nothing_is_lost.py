@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import funcfreeze as ff
+from funcfreeze.checkpoint import saving as saving_module
 from funcfreeze.checkpoint.folder import checkpoints_in
 
 
@@ -39,7 +41,15 @@ class Noting:
         ({"save_every": 0}, "save_every is a whole number, at least 1, got 0"),
         ({"patience": 2}, "give evaluate=, too"),
         ({"extra": {"fit": "linear"}}, r"extra\['fit'\] is where fit keeps"),
-        ({"steps": 2.5}, "steps is a whole number, got 2.5"),
+        ({"extra": {"fit": {"evaluations": 3}}}, r"extra\['fit'\] is where fit keeps"),
+        ({"extra": [1]}, r"extra= is a dict by names, got \[1\]"),
+        ({"generators": {"x": np.random.RandomState(1)}}, r"generators\['x'\] is a torch.Generator"),
+        ({"steps": 2.5}, "steps is a whole number, at least 0, got 2.5"),
+        ({"save_minutes": "ten"}, "save_minutes is a number of minutes, or None, got 'ten'"),
+        ({"show_every": None}, "show_every is a whole number, at least 1, got None"),
+        ({"evaluate_every": None}, "evaluate_every is a whole number, at least 1, got None"),
+        ({"evaluate": 3}, "evaluate is called with the model, got 3"),
+        ({"targets": "teacher"}, "targets= names averaged twins, of which the step has none; got 'teacher'"),
     ],
     ids=lambda value: "".join(value) if isinstance(value, dict) else "",
 )
@@ -90,17 +100,116 @@ def test_what_raises_around_a_step(where, tmp_path):
 
 def test_more_signals_while_it_saves_change_nothing(tmp_path, monkeypatch):
     step = step_of()
-    ours = ff.fitting.fit.save
+    ours = ff.fitting.fit.saving
 
     def saving(*args, **options):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
             os.kill(os.getpid(), number)
         return ours(*args, **options)
 
-    monkeypatch.setattr(ff.fitting.fit, "save", saving)
+    monkeypatch.setattr(ff.fitting.fit, "saving", saving)
     state, fitted = ff.fit(step, step.init(), batches(), steps=5, folder=tmp_path, show=False)
-    assert (int(state.step), fitted.reason) == (5, "steps")
+    assert (int(state.step), fitted.reason) == (5, "SIGINT"), "who wants it to stop is told, however late"
     assert [path.name for path in checkpoints_in(tmp_path)] == ["step-0000000005"]
+
+
+def test_a_step_that_raises_saves_no_mixture(tmp_path):
+    """Its batch was taken: data and state are not of one step any more."""
+    step, data, seen = step_of(), batches(), []
+
+    def failing(model, x):
+        seen.append(x)
+        if len(seen) == 6:
+            raise ZeroDivisionError("of the user's")
+        return {"l": model(x).square().mean()}
+
+    failing_step = ff.Step(step.model, failing, {"l": "*"}, optimizer=ff.optim.adam(0.1))
+    with pytest.raises(ZeroDivisionError) as error:
+        ff.fit(failing_step, failing_step.init(), data, steps=20, folder=tmp_path, save_every=4, show=False)
+    (note,) = error.value.__notes__
+    assert note.endswith(
+        "step 5, not saved, since the step after it had taken its batch; the checkpoint before is of step 4"
+    )
+    state, _ = ff.checkpoint.resume(tmp_path, step, data=data)
+    assert (int(state.step), data.position) == (4, 4)
+
+
+def test_leaving_from_an_evaluation_saves(tmp_path):
+    step, data = step_of(), batches()
+
+    def leave(model):
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        ff.fit(step, step.init(), data, steps=20, folder=tmp_path, evaluate=leave, evaluate_every=5, show=False)
+    state, _ = ff.checkpoint.resume(tmp_path, step, data=data)
+    assert (int(state.step), data.position) == (5, 5)
+
+
+class Broken(io.TextIOBase):
+    """A pipe that nobody reads any more."""
+
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_nobody_reads_what_is_shown(tmp_path, monkeypatch):
+    step = step_of()
+    monkeypatch.setattr("sys.stdout", Broken())
+    state, fitted = ff.fit(step, step.init(), batches(), steps=6, folder=tmp_path, show_every=1)
+    assert (int(state.step), fitted.reason) == (6, "steps")
+
+
+def test_nobody_reads_that_it_stops(tmp_path, monkeypatch):
+    step = step_of()
+
+    def broken(*args):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    def losses(model, x):
+        os.kill(os.getpid(), signal.SIGINT)
+        return {"l": model(x).square().mean()}
+
+    step = ff.Step(step.model, losses, {"l": "*"}, optimizer=ff.optim.adam(0.1))
+    monkeypatch.setattr("funcfreeze.fitting.stopping.os.write", broken)
+    state, fitted = ff.fit(step, step.init(), batches(), steps=6, folder=tmp_path, show=False)
+    assert (int(state.step), fitted.reason) == (1, "SIGINT")
+
+
+def test_a_handler_that_is_not_of_python(monkeypatch):
+    step, ours = step_of(), signal.signal
+    monkeypatch.setattr(signal, "signal", lambda number, handler: ours(number, handler) and None)
+    state, _ = ff.fit(step, step.init(), batches(), steps=2, show=False)
+    monkeypatch.undo()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert int(state.step) == 2
+
+
+def test_what_was_not_saved_is_not_said_to_be(tmp_path, monkeypatch, capsys):
+    """Another run's checkpoint of that step is there, and the one of now could not be written."""
+    step, data = step_of(), batches()
+    ff.fit(step, step.init(), batches(), steps=6, folder=tmp_path, show=False)
+    old = (tmp_path / "step-0000000006" / "tensors.safetensors").read_bytes()
+    ours, tries = saving_module.write_tensors, []
+
+    def full_at_first(*args):
+        tries.append(args)
+        if len(tries) == 1:
+            raise OSError(28, "No space left on device")
+        return ours(*args)
+
+    monkeypatch.setattr(saving_module, "write_tensors", full_at_first)
+
+    def run():
+        return ff.fit(step, step.init(), data, steps=6, folder=tmp_path, save_every=6, show=False)
+
+    with (
+        pytest.warns(UserWarning, match="holds a checkpoint of step 6, and this run begins at 0"),
+        pytest.warns(UserWarning, match="no checkpoint was saved: OSError: .*No space left"),
+    ):
+        run()
+    assert len(tries) == 2
+    assert (tmp_path / "step-0000000006" / "tensors.safetensors").read_bytes() != old
 
 
 def test_evaluations_are_logged_where_they_were_made():
@@ -183,9 +292,9 @@ def test_an_evaluation_over_the_training_batches_is_an_error():
 
 def test_the_last_step_is_shown_and_saved_once(tmp_path, monkeypatch):
     step, noting, saved = step_of(), Noting(), []
-    ours = ff.fitting.fit.save
+    ours = ff.fitting.fit.saving
     monkeypatch.setattr(
-        ff.fitting.fit, "save", lambda *args, **options: saved.append(args[0].name) or ours(*args, **options)
+        ff.fitting.fit, "saving", lambda *args, **options: saved.append(args[0].name) or ours(*args, **options)
     )
     ff.fit(step, step.init(), batches(), epochs=2, folder=tmp_path, save_every=7, log=noting, show_every=5, show=False)
     assert [at for at, _ in noting.rows] == [5, 10, 14]
