@@ -291,7 +291,12 @@ def test_what_long_runs_cost_is_measured(monkeypatch, capsys):
         "fit": long_runs.fit_beside_the_bare_loop(2, steps=3),
         "saving": long_runs.background_save(2, layers=2, width=4),
     }
-    assert found["fit"]["microseconds a step"].keys() == {"bare loop", "fit", "fit with a logger"}
+    assert found["fit"]["microseconds a step"].keys() == {
+        "bare loop",
+        "fit",
+        "fit with a logger",
+        "fit that shows",
+    }
     assert found["saving"]["megabytes"] == 2 * 4 * 4 * torch.empty(0).itemsize / 1e6
     assert min(found["saving"]["seconds"].values()) > 0
     monkeypatch.setattr(importlib.import_module("bench.__main__"), "long_runs", lambda rounds: found)

@@ -106,6 +106,7 @@ def test_memory_formats_and_kinds_of_numbers(tmp_path):
         def __init__(self):
             super().__init__()
             self.conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+            self.by_point = nn.Conv2d(4, 4, 1).to(memory_format=torch.channels_last)  # contiguous in two ways at once
             self.turned = nn.Parameter(torch.randn(3, 5).T.clone(memory_format=torch.preserve_format))
             self.wave = nn.Parameter(torch.randn(3, dtype=torch.complex128))
             self.short = nn.Parameter(torch.randn(3, dtype=torch.bfloat16))
@@ -113,7 +114,7 @@ def test_memory_formats_and_kinds_of_numbers(tmp_path):
 
     def all_of_it(model, x):
         rest = model.turned.sum() + model.wave.abs().sum() + model.short.double().sum()
-        return {"l": model.conv(x).sin().mean() + 0.1 * rest}
+        return {"l": model.by_point(model.conv(x)).sin().mean() + 0.1 * rest}
 
     model = Odd()
     step = ff.Step(model, all_of_it, {"l": "*"}, optimizer=ff.optim.adam(0.1))
@@ -121,6 +122,7 @@ def test_memory_formats_and_kinds_of_numbers(tmp_path):
     at = ff.checkpoint.save(tmp_path, step, state)
     found, _ = ff.checkpoint.load(at, step)
     assert_same(found, state)
+    assert state.params["by_point.weight"].stride() == (4, 1, 4, 4)
     with safetensors.safe_open(at / "tensors.safetensors", "pt") as file:
         torch.testing.assert_close(file.get_tensor("params/conv.weight"), state.params["conv.weight"].contiguous())
     plain = ff.checkpoint.load_into(Odd(), at)

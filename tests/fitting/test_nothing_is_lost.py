@@ -14,6 +14,7 @@ from torch import nn
 import funcfreeze as ff
 from funcfreeze.checkpoint import saving as saving_module
 from funcfreeze.checkpoint.folder import checkpoints_in
+from funcfreeze.fitting import running
 
 
 def step_of():
@@ -100,14 +101,14 @@ def test_what_raises_around_a_step(where, tmp_path):
 
 def test_more_signals_while_it_saves_change_nothing(tmp_path, monkeypatch):
     step = step_of()
-    ours = ff.fitting.fit.saving
+    ours = running.saving
 
     def saving(*args, **options):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
             os.kill(os.getpid(), number)
         return ours(*args, **options)
 
-    monkeypatch.setattr(ff.fitting.fit, "saving", saving)
+    monkeypatch.setattr(running, "saving", saving)
     state, fitted = ff.fit(step, step.init(), batches(), steps=5, folder=tmp_path, show=False)
     assert (int(state.step), fitted.reason) == (5, "SIGINT"), "who wants it to stop is told, however late"
     assert [path.name for path in checkpoints_in(tmp_path)] == ["step-0000000005"]
@@ -292,9 +293,9 @@ def test_an_evaluation_over_the_training_batches_is_an_error():
 
 def test_the_last_step_is_shown_and_saved_once(tmp_path, monkeypatch):
     step, noting, saved = step_of(), Noting(), []
-    ours = ff.fitting.fit.saving
+    ours = running.saving
     monkeypatch.setattr(
-        ff.fitting.fit, "saving", lambda *args, **options: saved.append(args[0].name) or ours(*args, **options)
+        running, "saving", lambda *args, **options: saved.append(args[0].name) or ours(*args, **options)
     )
     ff.fit(step, step.init(), batches(), epochs=2, folder=tmp_path, save_every=7, log=noting, show_every=5, show=False)
     assert [at for at, _ in noting.rows] == [5, 10, 14]
