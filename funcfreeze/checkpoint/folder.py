@@ -65,7 +65,7 @@ def put(folder: Path, step: int, keep: int | None, write: Callable[[Path], None]
     Raises:
         OSError: it cannot be written; all is as before.
     """
-    _make(folder)
+    make(folder)
     _clear(folder)
     final = folder / name_of(step)
     with _unfinished(folder, step) as unfinished:
@@ -138,13 +138,17 @@ def is_one(path: Path) -> bool:
     return (path / MANIFEST).is_file() or is_named_so(path)
 
 
-def _make(folder: Path) -> None:
-    """Make a folder and those above it that are not there, each known to the one above."""
+def make(folder: Path) -> None:
+    """Make a folder and those above it that are not there, each known to the one above.
+
+    Raises:
+        FileExistsError: it is a file.
+    """
     if folder.is_dir():
         return
     if folder.exists():
         raise FileExistsError(f"checkpoints go into a folder, and {folder} is a file")
-    _make(folder.parent)
+    make(folder.parent)
     folder.mkdir(exist_ok=True)
     synced(folder.parent)
 
@@ -222,6 +226,8 @@ def held(path: Path) -> Iterator[bool | None]:
     try:
         yield _is_locked(handle)
     finally:
+        with contextlib.suppress(OSError):  # closing is not enough: a child may have a copy of the handle
+            fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
 
 

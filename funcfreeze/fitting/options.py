@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from funcfreeze.checkpoint.files import Damaged
-from funcfreeze.checkpoint.folder import checkpoints_in, held, name_of, step_of
+from funcfreeze.checkpoint.folder import checkpoints_in, held, make, name_of, step_of
 from funcfreeze.checkpoint.manifest import MANIFEST, Manifest
 from funcfreeze.checkpoint.plain import packed
 from funcfreeze.checkpoint.resumable import Resumable, position_of
@@ -117,7 +117,7 @@ class Options:
         resumable = data if isinstance(data, Resumable) else None
         if resumable is not None:
             packed(position_of(resumable), "data", {})
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make(self.folder)
         if resumable is None:
             warnings.warn(
                 f"{type(data).__name__} cannot say where it is: a run that is stopped will go on at the beginning of "
@@ -169,8 +169,8 @@ def alone_in(folder: Path | None) -> Iterator[None]:
     with held(folder) as is_ours:
         if is_ours is False:
             warnings.warn(
-                f"another run is saving into {folder}: the two will remove each other's checkpoints; give each a "
-                "folder of its own",
+                f"another process holds {folder}: two runs that save into it remove each other's checkpoints; give "
+                "each a folder of its own",
                 stacklevel=5,
             )
         yield

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -37,7 +38,10 @@ def stopping_between_steps() -> Iterator[Wish]:
         return
 
     def note(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != process:  # a worker of a loader, which the loader stops
+        if os.getpid() != process:  # a child has this handler from its parent: Ctrl-C is the parent's affair
+            if number == signal.SIGTERM:
+                _put(number, before[signal.SIGTERM])
+                os.kill(os.getpid(), number)
             return
         if wish.signal is not None:
             if number == signal.SIGINT and not wish.is_granted:
@@ -56,12 +60,15 @@ def stopping_between_steps() -> Iterator[Wish]:
         yield wish
     finally:
         for number in ours:
-            handler = before[number]
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not one of Python's
+            _put(number, before[number])
     for number in ours:
         handler = before[number]
         if wish.signal == number.name and callable(handler) and handler is not signal.default_int_handler:
             handler(number, None)
+
+
+def _put(number: int, handler: Any) -> None:
+    signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not one of Python's
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -105,9 +106,42 @@ def test_extra_that_would_be_lost_is_told(tmp_path):
 
 def test_another_run_in_the_same_folder_is_told(tmp_path):
     step = step_of()
-    told = "another run is saving into .*; give each a folder of its own"
+    told = "another process holds .*: two runs that save into it .*; give each a folder of its own"
     with held(tmp_path), pytest.warns(UserWarning, match=told):
         ff.fit(step, step.init(), batches(), steps=3, folder=tmp_path, show=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork", "ignore:.*fork.*:DeprecationWarning")
+def test_one_run_after_another_is_none(tmp_path):
+    """Also where workers of the first, which have copies of its handles, live on."""
+    step = step_of()
+    data = ff.checkpoint.Batches([torch.randn(3) for _ in range(28)], 4, num_workers=1, persistent_workers=True)
+    state = step.init()
+    for steps in (2, 4):
+        state, _ = ff.fit(step, state, data, steps=steps, folder=tmp_path, show=False)
+    assert int(state.step) == 4
+
+
+def sleeping():
+    time.sleep(60)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_children_can_be_ended():
+    """They have the handlers of their parent, which stops between steps; they do not."""
+    step, ends = step_of(), []
+
+    def evaluate(model):
+        child = multiprocessing.get_context("fork").Process(target=sleeping)
+        child.start()
+        time.sleep(0.1)
+        child.terminate()
+        child.join(20)
+        ends.append(child.exitcode)
+        return 1.0
+
+    ff.fit(step, step.init(), batches(), steps=1, evaluate=evaluate, show=False)
+    assert ends == [-signal.SIGTERM]
 
 
 def test_epochs_of_a_loader_that_cannot_say_where_it_is(tmp_path):
