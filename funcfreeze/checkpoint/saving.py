@@ -179,13 +179,13 @@ def wait_for(folder: Path) -> None:
 def _written_in_the_background(begun: Saving, write: Callable[[], Path]) -> None:
     try:
         begun.outcome.set_result(write())
-    except Exception as error:
+    except BaseException as error:  # whoever waits for the outcome must not wait for ever
+        begun.outcome.set_exception(error)
         warnings.warn(
             f"no checkpoint was saved: {type(error).__name__}: {error}; earlier ones in {begun.path.parent} are as "
             "before",
             stacklevel=1,
         )
-        begun.outcome.set_exception(error)
 
 
 def _thread_name(folder: Path) -> str:

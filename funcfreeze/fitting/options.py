@@ -71,8 +71,6 @@ class Options:
             problems.append(f"one of steps= and epochs= says when it ends, got {given}")
         if self.steps is not None and not (_is_whole(self.steps) and self.steps >= 0):
             problems.append(f"steps is a whole number, at least 0, got {self.steps!r}")
-        if self.save_every is not None and self.folder is None:
-            problems.append("save_every= saves into folder=, which is not given")
         for name, may_be_none in _COUNTED.items():
             value = getattr(self, name)
             if not (value is None and may_be_none) and not (_is_whole(value) and value >= 1):

@@ -162,8 +162,6 @@ def test_what_is_no_logger(tmp_path):
     step = step_of()
     with pytest.raises(ValueError, match=r"a logger has a method log\(step, metrics\), 'x.csv' has none"):
         ff.fit(step, step.init(), batches(), steps=3, log="x.csv")
-    with pytest.raises(ValueError, match="save_every= saves into folder=, which is not given"):
-        ff.fit(step, step.init(), batches(), steps=3, save_every=2)
     with pytest.raises(IsADirectoryError, match="this logger writes a file, and .* is a folder"):
         CSV(tmp_path)
 
