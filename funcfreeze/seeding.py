@@ -23,7 +23,7 @@ def kept(devices: Iterable[int] | None = None) -> Iterator[None]:
     True
     """
     numpy = sys.modules.get("numpy")
-    of_python, of_numpy = random.getstate(), numpy.random.get_state() if numpy else None
+    of_python, of_numpy = random.getstate(), numpy.random.get_state(legacy=False) if numpy else None
     with torch.random.fork_rng(devices=[*(_in_use() if devices is None else devices)]):
         try:
             yield

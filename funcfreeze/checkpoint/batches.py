@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, cast
+from operator import index
+from typing import Any, NamedTuple, SupportsIndex, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
@@ -61,10 +62,10 @@ class Batches:
             raise TypeError(f"Batches decides the order itself: leave out {', '.join(own)}")
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size is a number of items, at least 1, got {batch_size!r}")
-        if isinstance(seed, bool) or not isinstance(seed, int):
+        if isinstance(seed, bool) or not isinstance(seed, SupportsIndex):
             raise TypeError(f"seed is a whole number, got {type(seed).__name__}")
         self._items, self._size, self._drop_last = len(dataset), batch_size, drop_last
-        self._seed, self._shuffle = seed, shuffle
+        self._seed, self._shuffle = index(seed), shuffle
         if len(self) == 0:
             why = f"its {self._items} items are left out by drop_last" if self._items else "the data set has no items"
             raise ValueError(f"there is no batch in Batches of {batch_size}: {why}")

@@ -9,9 +9,11 @@ import re
 import secrets
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from funcfreeze.checkpoint.files import Damaged, synced
 from funcfreeze.checkpoint.manifest import MANIFEST, Manifest
@@ -23,6 +25,10 @@ else:
 
 _NAME = re.compile(r"step-\d{10}(\.old)?")
 _UNFINISHED = re.compile(r"\.step-\d{10}\.[0-9a-f]{16}")
+
+_DAY = 24 * 60 * 60.0
+
+Read = TypeVar("Read")
 
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 
@@ -98,8 +104,12 @@ def good(path: Path) -> Manifest:
     return manifest
 
 
-def whole_ones(folder: Path) -> Iterator[tuple[Path, Manifest]]:
+def whole_ones(folder: Path, stacklevel: int = 3) -> Iterator[tuple[Path, Manifest]]:
     """All in a folder that are whole, the newest first; of damaged ones that are newer it warns.
+
+    Args:
+        folder: of checkpoints.
+        stacklevel: of the warning, seen from who iterates.
 
     Raises:
         ValueError: all that are left are damaged.
@@ -109,28 +119,38 @@ def whole_ones(folder: Path) -> Iterator[tuple[Path, Manifest]]:
         try:
             manifest = good(path)
         except Damaged as error:
-            problems.append(str(error))
+            problems += [str(error)] if path.exists() else []  # or else another process has removed it just now
             continue
         if problems:
             newer = "\n".join(problems)
-            warnings.warn(f"{path} is the newest that is whole; newer ones are damaged:\n{newer}", stacklevel=4)
+            warnings.warn(
+                f"{path} is the newest that is whole; newer ones are damaged:\n{newer}", stacklevel=stacklevel
+            )
         yield path, manifest
     if problems:
         raise ValueError(f"all checkpoints in {folder} are damaged:\n" + "\n".join(problems))
 
 
-def whole(path: Path) -> tuple[Path, Manifest]:
-    """The checkpoint at a path, or the newest that is whole in a folder of them.
+def of_whole(path: Path, read: Callable[[Path, Manifest], Read]) -> Read:
+    """What is read of the checkpoint at a path, or of the newest that is whole in a folder of them.
+
+    Args:
+        path: of the checkpoint or the folder.
+        read: `read(path, manifest)`; called again where another process puts a newer one in its place meanwhile.
 
     Raises:
         ValueError: telling everything that is wrong.
     """
     if is_one(path) or not checkpoints_in(path):
         try:
-            return path, good(path)
+            return read(path, good(path))
         except Damaged as error:
             raise ValueError(f"this checkpoint cannot be loaded:\n{error}") from None
-    return next(whole_ones(path))
+    for _ in range(9):
+        with contextlib.suppress(FileNotFoundError):
+            for found in whole_ones(path, stacklevel=5):
+                return read(*found)
+    return read(*next(whole_ones(path)))
 
 
 def is_one(path: Path) -> bool:
@@ -204,16 +224,28 @@ def _clear(folder: Path) -> None:
     for path in folder.iterdir():
         if _UNFINISHED.fullmatch(path.name):
             with held(path) as is_ours:
-                if is_ours:
+                if is_ours or (is_ours is None and _is_of_another_day(path)):
                     shutil.rmtree(path, ignore_errors=True)
 
 
+def _is_of_another_day(path: Path) -> bool:
+    """Where nobody can hold a folder, by its age."""
+    try:
+        return time.time() - path.stat().st_mtime > _DAY
+    except FileNotFoundError:
+        return False
+
+
 @contextlib.contextmanager
-def held(path: Path) -> Iterator[bool | None]:
+def held(path: Path, patience: float = 0.0) -> Iterator[bool | None]:
     """Hold a folder for as long as this lasts, at most until the process ends, however that ends.
 
     Yields whether it is held now, or by somebody else: False. None where that cannot be known: the folder is gone, or
     the system or the file system has no locks on folders.
+
+    Args:
+        path: of the folder.
+        patience: seconds for which somebody else is waited for.
     """
     if fcntl is None:
         yield None
@@ -224,7 +256,11 @@ def held(path: Path) -> Iterator[bool | None]:
         yield None
         return
     try:
-        yield _is_locked(handle)
+        is_ours, end = _is_locked(handle), time.monotonic() + patience
+        while is_ours is False and time.monotonic() < end:
+            time.sleep(0.1)
+            is_ours = _is_locked(handle)
+        yield is_ours
     finally:
         with contextlib.suppress(OSError):  # closing is not enough: a child may have a copy of the handle
             fcntl.flock(handle, fcntl.LOCK_UN)

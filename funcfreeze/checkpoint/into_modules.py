@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from funcfreeze.checkpoint.files import TENSORS, read_tensors
-from funcfreeze.checkpoint.folder import whole
-from funcfreeze.checkpoint.manifest import MANIFEST
+from funcfreeze.checkpoint.folder import of_whole
+from funcfreeze.checkpoint.manifest import MANIFEST, Manifest
 from funcfreeze.checkpoint.plain import plainly
 from funcfreeze.checkpoint.saving import wait_for
 
@@ -61,9 +61,11 @@ def _read(path: Path) -> dict[str, Tensor]:
         path = path.parent
     if path.is_file():
         return read_tensors(path, {})
-    at, manifest = whole(path)
-    found = read_tensors(at / TENSORS, manifest.pieces, wanted=lambda name: name.startswith(_OF_MODULE))
-    return {plainly(name.split("/", 1)[1]): tensor for name, tensor in found.items()}
+
+    def read(at: Path, manifest: Manifest) -> dict[str, Tensor]:
+        return read_tensors(at / TENSORS, manifest.pieces, wanted=lambda name: name.startswith(_OF_MODULE))
+
+    return {plainly(name.split("/", 1)[1]): tensor for name, tensor in of_whole(path, read).items()}
 
 
 def _missing(model: nn.Module, places: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Iterator[str]:
@@ -110,9 +112,13 @@ def _overflows(tensor: Tensor, dtype: torch.dtype) -> bool:
     if tensor.dtype == dtype:
         return False
     there = tensor.to(dtype)
-    if tensor.is_floating_point():
-        return bool((tensor.double().isfinite() & ~there.double().isfinite()).any())
+    if tensor.is_floating_point() or tensor.is_complex():
+        return bool((_wide(tensor).isfinite() & ~_wide(there).isfinite()).any())
     return not torch.equal(there.to(tensor.dtype), tensor)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def _kind(dtype: torch.dtype) -> str:

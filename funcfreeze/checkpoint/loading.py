@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from funcfreeze.checkpoint.files import TENSORS, read_tensors
-from funcfreeze.checkpoint.folder import checkpoints_in, whole, whole_ones
+from funcfreeze.checkpoint.folder import checkpoints_in, of_whole, whole_ones
 from funcfreeze.checkpoint.looking import look_into
 from funcfreeze.checkpoint.manifest import MANIFEST, Manifest
 from funcfreeze.checkpoint.plain import unpacked
@@ -48,9 +48,12 @@ def load(path: str | Path, step: AnyStep, *, strict: bool = True) -> tuple[State
     path = Path(path)
     wait_for(path)
     wait_for(path.parent)
-    path, manifest = whole(path)
-    state, tensors = _read(path, manifest, step, strict)
-    return state, unpacked(manifest.extra, tensors)
+
+    def read(path: Path, manifest: Manifest) -> tuple[State, Extra]:
+        state, tensors = _read(path, manifest, step, strict)
+        return state, unpacked(manifest.extra, tensors)
+
+    return of_whole(path, read)
 
 
 def resume(
@@ -100,14 +103,19 @@ def resume(
             missing = "it was not saved" if manifest.data is None else "data= was not given"
             raise ValueError(
                 f"{path}: where the data was cannot be restored, since {missing}; ff.checkpoint.load(folder, step) "
-                "gives the state alone"
+                "gives the state without data"
             )
         restore = restoring_generators(unpacked(manifest.random, tensors), generators or {})
         if position is not None:
-            moved_to(position, unpacked(manifest.data, tensors))
+            try:
+                moved_to(position, unpacked(manifest.data, tensors))
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}: {error}. Make it so again; ff.checkpoint.load(folder, step) gives the state without data"
+                ) from error
         restore()
         return state, unpacked(manifest.extra, tensors)
-    inside = [path for path in (folder.iterdir() if folder.is_dir() else ()) if path.is_dir() and checkpoints_in(path)]
+    inside = [path for path in (folder.iterdir() if folder.is_dir() else ()) if _holds_some(path)]
     if inside:
         warnings.warn(
             f"{folder} holds no checkpoint, so that the run begins; there are some in "
@@ -115,6 +123,13 @@ def resume(
             stacklevel=2,
         )
     return step.init(), {}
+
+
+def _holds_some(path: Path) -> bool:
+    try:
+        return bool(checkpoints_in(path))
+    except PermissionError:  # `lost+found` of a volume
+        return False
 
 
 def check(path: str | Path) -> list[str]:

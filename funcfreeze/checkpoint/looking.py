@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from funcfreeze.checkpoint.files import TENSORS, Damaged, read_tensors
-from funcfreeze.checkpoint.folder import checkpoints_in, good, is_one, whole
+from funcfreeze.checkpoint.folder import checkpoints_in, good, is_one, of_whole
 from funcfreeze.checkpoint.manifest import Manifest
 from funcfreeze.checkpoint.plans import plan_problems
 from funcfreeze.computation.state import FIELDS
@@ -70,8 +70,7 @@ def differences(one: Path, other: Path) -> Iterator[str]:
     Raises:
         ValueError: one of them is damaged, or none.
     """
-    (at, first), (there, second) = whole(one), whole(other)
-    mine, theirs = read_tensors(at / TENSORS, first.pieces), read_tensors(there / TENSORS, second.pieces)
+    (first, mine), (second, theirs) = of_whole(one, _read), of_whole(other, _read)
     for name in sorted(mine.keys() | theirs.keys(), key=_in_order):
         told = _difference(mine.get(name), theirs.get(name))
         if told:
@@ -79,6 +78,10 @@ def differences(one: Path, other: Path) -> Iterator[str]:
     yield from plan_problems(first.plan, second.plan, ("the first", "the second"))
     for name in ("extra", "data", "versions", "options"):
         yield from _differing(name, getattr(first, name), getattr(second, name))
+
+
+def _read(path: Path, manifest: Manifest) -> tuple[Manifest, dict[str, Tensor]]:
+    return manifest, read_tensors(path / TENSORS, manifest.pieces)
 
 
 def _in_order(name: str) -> tuple[int, str]:

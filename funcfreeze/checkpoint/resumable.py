@@ -59,11 +59,17 @@ def moved_to(data: Resumable, position: Mapping[str, Any]) -> None:
     data.load_state_dict(position["state"])
 
 
+def _is_torchdatas(data: Any) -> bool:
+    """Whose positions are of so many workers."""
+    return any(kind.__module__.startswith("torchdata.") for kind in type(data).__mro__)
+
+
 def _likeness(data: Any) -> dict[str, Any]:
     """What a loader tells of itself that decides where a position leads; `Batches` say so themselves."""
     if isinstance(data, Batches):
         return {}
-    numbers = {name: getattr(data, name, None) for name in ("batch_size", "num_workers", "drop_last")}
+    names = ("batch_size", "drop_last", *(("num_workers",) if _is_torchdatas(data) else ()))
+    numbers = {name: getattr(data, name, None) for name in names}
     plain = {name: value for name, value in numbers.items() if isinstance(value, int)}
     try:
         length = {"len": len(data)}

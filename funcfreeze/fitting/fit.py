@@ -139,14 +139,20 @@ def fit(
     watched = Watched.of(best, options.evaluated_before(count))
     run = Run(step, data, options, progress, state, begun=count, count=count, watched=watched)
     with stopping_between_steps() as wish, alone_in(options.folder):
+        run.deaths.hold()
         try:
-            reason = run.until_it_ends(wish)
-        except (Exception, SystemExit) as error:
+            try:
+                reason = run.until_it_ends(wish)
+            except (Exception, SystemExit) as error:
+                wish.is_granted = True
+                signal = f", and {wish.signal} had come" if wish.signal is not None else ""
+                error.add_note(f"in a run of ff.fit{signal}; what was reached is {run.saved_at_last()}")
+                raise
             wish.is_granted = True
-            error.add_note(f"in a run of ff.fit; what was reached is {run.saved_at_last()}")
-            raise
-        wish.is_granted = True
-        told = run.saved_at_last()
+            told = run.saved_at_last()
+        finally:
+            run.deaths.release()
+        run.deaths.tell(is_stopping=True)
         reason = wish.signal or reason  # also one that came last of all
         if progress is not None:
             if run.count == run.begun:

@@ -14,10 +14,11 @@ from torch import nn
 
 from funcfreeze.checkpoint.files import Damaged
 from funcfreeze.checkpoint.folder import checkpoints_in, held, make, name_of, step_of
+from funcfreeze.checkpoint.looking import look_into
 from funcfreeze.checkpoint.manifest import MANIFEST, Manifest
 from funcfreeze.checkpoint.plain import packed
 from funcfreeze.checkpoint.resumable import Resumable, position_of
-from funcfreeze.checkpoint.saving import refuse_what_cannot_be_saved
+from funcfreeze.checkpoint.saving import refuse_what_cannot_be_saved, wait_for
 from funcfreeze.checkpoint.states import AnyStep, packed_state
 from funcfreeze.computation.acting import Names
 from funcfreeze.computation.state import State
@@ -30,6 +31,9 @@ FIT = "fit"
 
 EVALUATIONS, METRICS = "evaluations", "metrics"
 
+
+_PATIENCE = 7.0
+"""Seconds for which the workers of a run that was killed may hold its folder: they look every five for their parent."""
 
 _COUNTED = {"epochs": True, "evaluate_every": False, "show_every": False, "save_every": True, "patience": True}
 """Options that count something, and whether they may be None."""
@@ -110,6 +114,7 @@ class Options:
         """
         if self.folder is None:
             return
+        wait_for(self.folder)
         refuse_what_cannot_be_saved(self.extra, self.generators, self.keep)
         packed_state(state, {})
         resumable = data if isinstance(data, Resumable) else None
@@ -123,7 +128,8 @@ class Options:
                 "can say it",
                 stacklevel=3,
             )
-        newest = max(map(step_of, checkpoints_in(self.folder)), default=0)
+        newer = [path for path in checkpoints_in(self.folder) if step_of(path) > count]
+        newest = next((step_of(path) for path in newer if not look_into(path)[0].problems), count)
         if newest > count:
             warnings.warn(
                 f"{self.folder} holds a checkpoint of step {newest:,}, and this run begins at {count:,}: "
@@ -164,12 +170,12 @@ def alone_in(folder: Path | None) -> Iterator[None]:
     if folder is None:
         yield
         return
-    with held(folder) as is_ours:
+    with held(folder, patience=_PATIENCE) as is_ours:
         if is_ours is False:
             warnings.warn(
-                f"another process holds {folder}: two runs that save into it remove each other's checkpoints; give "
-                "each a folder of its own",
-                stacklevel=5,
+                f"another run holds {folder}: two that save into it remove each other's checkpoints; give each a "
+                "folder of its own",
+                stacklevel=4,
             )
         yield
 

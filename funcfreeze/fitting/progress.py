@@ -25,6 +25,7 @@ class Progress:
     def __init__(self, total: int | None, begun: int, out: TextIO | None = None) -> None:
         self._total = total
         self._out = sys.stdout if out is None else out
+        self._is_terminal = _is_terminal(self._out)
         self._before = begun, time.monotonic()
         self._width = 0
 
@@ -51,7 +52,7 @@ class Progress:
         self._width = 0
 
     def _write(self, line: str) -> None:
-        if not self._out.isatty():
+        if not self._is_terminal:
             self._put(f"{line}\n")
             return
         line = line[: shutil.get_terminal_size().columns - 1]  # one that wraps could not be written over
@@ -63,9 +64,18 @@ class Progress:
         return f"\r{' ' * width}\r" if width else ""
 
     def _put(self, text: str) -> None:
-        with suppress(OSError, ValueError):  # closed by whoever read it, or by the program
-            self._out.write(text)
+        if self._out is None or self._out.closed:
+            return
+        with suppress(OSError):  # nobody reads it any more
+            try:
+                self._out.write(text)
+            except UnicodeEncodeError as error:
+                self._out.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
             self._out.flush()
+
+
+def _is_terminal(out: TextIO | None) -> bool:
+    return out is not None and not out.closed and out.isatty()
 
 
 def _clock(seconds: float) -> str:

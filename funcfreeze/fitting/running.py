@@ -9,15 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from funcfreeze.checkpoint.batches import Batches
 from funcfreeze.checkpoint.resumable import Resumable
 from funcfreeze.checkpoint.saving import Saving, saving, wait_for
 from funcfreeze.checkpoint.states import AnyStep
-from funcfreeze.computation.state import State
+from funcfreeze.computation.state import State, by_path
 from funcfreeze.fitting.numbers import numbers_in
 from funcfreeze.fitting.options import EVALUATIONS, FIT, METRICS, Options
 from funcfreeze.fitting.passes import batch_after_batch
 from funcfreeze.fitting.progress import Progress
-from funcfreeze.fitting.stopping import Wish, deaths_of_workers_after
+from funcfreeze.fitting.stopping import Deaths, Wish
 from funcfreeze.fitting.watching import Watched
 from funcfreeze.model.functional import marks_of
 from funcfreeze.seeding import kept
@@ -39,6 +40,7 @@ class Run:
         saved: when a checkpoint was, by a clock that only goes on.
         saved_with: of which step it was, with which evaluations, and how it went.
         spoiled: why what was reached is no point of the run; empty if it is one.
+        deaths: of workers, which are told between steps.
     """
 
     step: AnyStep
@@ -56,6 +58,7 @@ class Run:
     saved: float = field(default_factory=time.monotonic)
     saved_with: tuple[int, Watched, Saving] | None = None
     spoiled: str = ""
+    deaths: Deaths = field(default_factory=Deaths)
 
     def until_it_ends(self, wish: Wish) -> str:
         """Take steps until there is a reason to stop, which is returned."""
@@ -65,8 +68,9 @@ class Run:
         if self._is_out_of_patience():
             return "patience"
         for batch in self._batches(wish):
-            with deaths_of_workers_after(wish):
-                self._take(batch)
+            self.deaths.hold()
+            self._take(batch)
+            self.deaths.tell(is_stopping=wish.signal is not None)
             if self._is_out_of_patience():
                 return "patience"
             if wish.signal is not None:
@@ -83,9 +87,11 @@ class Run:
         """The data, until it ends or fails where the run is to stop: the workers of a loader get the signal, too."""
         batches = batch_after_batch(self.data, self.options.epochs)
         while True:
+            self.spoiled = "" if _counts_what_it_gave(self.data) else "the data had begun its next batch"
             try:
                 batch = next(batches)
             except StopIteration:
+                self.spoiled = ""
                 return
             except Exception:
                 if wish.signal is None:
@@ -124,12 +130,12 @@ class Run:
     def _evaluate(self) -> None:
         evaluate = self.options.evaluate
         assert evaluate is not None
-        marks = marks_of(self.state.params)
+        marks = marks_of({**self.state.params, **by_path(self.state.targets)})
         try:
             with kept():
                 found = self.step.call(self.state, evaluate, targets=self.options.targets)
         except BaseException:
-            if marks_of(self.state.params) != marks:
+            if marks_of({**self.state.params, **by_path(self.state.targets)}) != marks:
                 self.spoiled = "evaluate had written to its parameters"
             raise
         numbers = numbers_in(found if isinstance(found, Mapping) else {"value": found})
@@ -197,3 +203,11 @@ class Run:
             return None
         begun = self.saved_with[2]
         return begun.path if begun.is_there() else None
+
+
+def _counts_what_it_gave(data: Any) -> bool:
+    """Whether its position is that after the last batch it gave, also where the next one fails.
+
+    One without workers has often counted before it makes a batch; one with workers goes by what they delivered.
+    """
+    return not isinstance(data, Resumable) or isinstance(data, Batches) or bool(getattr(data, "num_workers", 0))

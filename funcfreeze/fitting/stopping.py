@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that is looked at between steps."""
+"""Signals as wishes and news that are looked at between steps: Ctrl-C, SIGTERM, and the deaths of workers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def stopping_between_steps() -> Iterator[Wish]:
     def note(number: int, frame: FrameType | None) -> None:
         if os.getpid() != process:  # a child has this handler from its parent: Ctrl-C is the parent's affair
             if number == signal.SIGTERM:
-                _put(number, before[signal.SIGTERM])
+                signal.signal(number, before[signal.SIGTERM])
                 os.kill(os.getpid(), number)
             return
         if wish.signal is not None:
@@ -53,43 +53,56 @@ def stopping_between_steps() -> Iterator[Wish]:
                 os.write(2, b"\nstopping after this step; Ctrl-C once more interrupts at once\n")
 
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    ours = [number for number in SIGNALS if before[number] is not signal.SIG_IGN]  # `nohup`, a job in the background
+    # not what the program ignores (`nohup`, a job in the background), nor a handler that is not one of Python's
+    ours = [number for number in SIGNALS if before[number] not in (signal.SIG_IGN, None)]
     for number in ours:
         signal.signal(number, note)
     try:
         yield wish
     finally:
         for number in ours:
-            _put(number, before[number])
-    for number in ours:
-        handler = before[number]
-        if wish.signal == number.name and callable(handler) and handler is not signal.default_int_handler:
-            handler(number, None)
+            signal.signal(number, before[number])
+        for number in ours:
+            handler = before[number]
+            if wish.signal == number.name and callable(handler) and handler is not signal.default_int_handler:
+                handler(number, None)
 
 
-def _put(number: int, handler: Any) -> None:
-    signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not one of Python's
-
-
-@contextmanager
-def deaths_of_workers_after(wish: Wish) -> Iterator[None]:
-    """Inside, nothing is raised for a loader's worker that died; afterwards only where nobody wants the run to stop.
+class Deaths:
+    """Holds back what is raised for a loader's worker that died, so that it is raised between steps.
 
     A signal to all processes of a run ends the workers, and torch raises wherever the program is when it hears of it:
-    in the middle of a step.
+    in the middle of a step or of a save. It hears by a handler that it installs when it first starts workers.
     """
-    if threading.current_thread() is not threading.main_thread() or _CHILD is None:
-        yield
-        return
-    handler = signal.getsignal(_CHILD)
-    if not callable(handler):
-        yield
-        return
-    heard: list[tuple[int, FrameType | None]] = []
-    signal.signal(_CHILD, lambda number, frame: heard.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(_CHILD, handler)
-    if heard and wish.signal is None:
-        handler(*heard[0])
+
+    def __init__(self) -> None:
+        self._handler: Any = None
+        self._heard: list[tuple[int, FrameType | None]] = []
+
+    def hold(self) -> None:
+        """From here on, also by a handler that was installed since."""
+        if _CHILD is None or threading.current_thread() is not threading.main_thread():
+            return
+        present = signal.getsignal(_CHILD)
+        if callable(present) and present != self._note:
+            self._handler = present
+            signal.signal(_CHILD, self._note)
+
+    def tell(self, *, is_stopping: bool) -> None:
+        """Let the handler that is held hear what there was; what it raises is of no matter to a run that stops."""
+        if not self._heard:
+            return
+        heard, self._heard = self._heard, []
+        try:
+            self._handler(*heard[0])
+        except Exception:
+            if not is_stopping:
+                raise
+
+    def release(self) -> None:
+        """Put the handler back, unless another one is there by now."""
+        if _CHILD is not None and self._handler is not None and signal.getsignal(_CHILD) == self._note:
+            signal.signal(_CHILD, self._handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._heard.append((number, frame))

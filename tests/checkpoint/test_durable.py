@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import sys
+import time
 
 import pytest
 import torch
@@ -56,7 +58,7 @@ def test_a_file_system_that_syncs_no_folders(tmp_path, monkeypatch):
     sync = os.fsync
 
     def files_alone(handle):
-        if os.path.isdir(f"/proc/self/fd/{handle}"):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
             raise OSError(errno.EINVAL, "Invalid argument")
         sync(handle)
 
@@ -84,13 +86,17 @@ def test_a_rename_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
     assert ff.checkpoint.load(at, step)[1] == {"which": "old"}
 
 
-def test_without_locks_nothing_is_removed(tmp_path, monkeypatch):
+def test_without_locks_it_goes_by_days(tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "fcntl", None)
-    left = tmp_path / f".step-0000000003.{'0' * 16}"
-    left.mkdir()
+    left, old = (tmp_path / f".step-0000000003.{digit * 16}" for digit in "01")
+    for path in (left, old):
+        path.mkdir()
+    day_before = time.time() - 25 * 60 * 60
+    os.utime(old, (day_before, day_before))
     step = step_of()
     ff.checkpoint.save(tmp_path, step, step.init())
     assert left.is_dir()
+    assert not old.is_dir()
 
 
 def test_values_that_python_and_json_tell_apart(tmp_path):

@@ -7,6 +7,7 @@ import json
 import random
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from runs import lone, network, train
 from torch import nn
 
 import funcfreeze as ff
-from funcfreeze.checkpoint import versions
+from funcfreeze.checkpoint import folder, versions
 
 
 def small(buffer=None):
@@ -142,12 +143,12 @@ def test_other_data_is_told_and_nothing_moves(tmp_path):
     torch.rand(3)
     drawn = torch.get_rng_state()
     other = Loader(5, num_workers=1, length=4)
-    told = "the position is that of other data: batch_size was 2, is 5; len was 10, is 4; num_workers was 0, is 1"
+    told = "the position is that of other data: batch_size was 2, is 5; len was 10, is 4. Make it so again"
     with pytest.raises(ValueError, match=told):
         ff.checkpoint.resume(tmp_path, step, data=other)
     assert other.at == 0
     assert torch.equal(torch.get_rng_state(), drawn)
-    same = Loader(2)
+    same = Loader(2, num_workers=3)  # which is its own affair
     ff.checkpoint.resume(tmp_path, step, data=same)
     assert same.at == 3
     assert torch.equal(torch.get_rng_state(), before[0])
@@ -182,6 +183,52 @@ def test_folders_in_which_a_run_would_silently_begin(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     with pytest.raises(ValueError, match=r"link is a link to .*gone, which is not there"):
         ff.checkpoint.resume(tmp_path / "link", step)
+
+
+def test_a_folder_in_it_that_may_not_be_read(tmp_path, monkeypatch):
+    (tmp_path / "lost+found").mkdir()
+    iterdir = Path.iterdir
+
+    def refused(path):
+        if path.name == "lost+found":
+            raise PermissionError(13, "Permission denied")
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    step = small()
+    assert int(ff.checkpoint.resume(tmp_path, step)[0].step) == 0
+
+
+@pytest.mark.parametrize("when", ["before it is checked", "before it is read"])
+def test_one_that_another_process_exchanges_meanwhile(when, tmp_path, monkeypatch):
+    step = small()
+    state = step.init()
+    first = ff.checkpoint.save(tmp_path, step, state, keep=1)
+    state, _ = step(state, torch.ones(1, 2))
+    ours, calls = folder.good, []
+
+    def good(path):
+        calls.append(path)
+        if len(calls) > 1:
+            return ours(path)
+        manifest = ours(path) if when == "before it is read" else None
+        ff.checkpoint.save(tmp_path, step, state, keep=1)
+        assert not first.exists()
+        return manifest or ours(path)
+
+    monkeypatch.setattr(folder, "good", good)
+    assert int(ff.checkpoint.load(tmp_path, step)[0].step) == 1
+
+
+def test_after_a_damaged_newest_one_nothing_is_warned_of_twice(tmp_path):
+    step, data = small(), ff.checkpoint.Batches(torch.randn(40, 2), 4)
+    ff.fit(step, step.init(), data, steps=4, folder=tmp_path, save_every=2, show=False)
+    (tmp_path / "step-0000000004" / "manifest.json").write_text("damaged")
+    with pytest.warns(UserWarning, match="step-0000000002 is the newest that is whole") as caught:
+        state, _ = ff.checkpoint.resume(tmp_path, step, data=data)
+    assert caught[0].filename == __file__
+    state, _ = ff.fit(step, state, data, steps=4, folder=tmp_path, show=False)
+    assert ff.checkpoint.check(tmp_path) == []
 
 
 def test_arguments_that_are_exchanged(tmp_path):

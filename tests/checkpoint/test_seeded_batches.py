@@ -134,3 +134,18 @@ def test_torchdatas_loader_is_taken(tmp_path):
     ff.checkpoint.resume(tmp_path, step, data=other)
     assert len(seen) == 2
     assert all(torch.equal(one, two) for one, two in zip(other, rest, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated", "ignore:.*fork.*")
+def test_torchdatas_position_is_of_so_many_workers(tmp_path):
+    from torchdata.stateful_dataloader import StatefulDataLoader as stateful
+
+    step = ff.Step(torch.nn.Linear(1, 1), lambda m, x: {"l": m(x).mean()}, {"l": "*"}, optimizer=ff.optim.sgd(0.1))
+    items = [torch.full((1,), float(i)) for i in range(10)]
+    loader = stateful(items, batch_size=2)
+    next(iter(loader))
+    ff.checkpoint.save(tmp_path, step, step.init(), data=loader)
+    told = "the position is that of other data: batch_size was 2, is 5; len was 5, is 2; num_workers was 0, is 1"
+    with pytest.raises(ValueError, match=told):
+        ff.checkpoint.resume(tmp_path, step, data=stateful(items, batch_size=5, num_workers=1))

@@ -16,7 +16,7 @@ from torch import nn
 
 import funcfreeze as ff
 from funcfreeze.checkpoint.folder import checkpoints_in, held
-from funcfreeze.fitting import CSV
+from funcfreeze.fitting import CSV, options, running
 
 
 def step_of():
@@ -104,9 +104,10 @@ def test_extra_that_would_be_lost_is_told(tmp_path):
         ff.fit(step, state, data, steps=5, folder=tmp_path, show=False)
 
 
-def test_another_run_in_the_same_folder_is_told(tmp_path):
+def test_another_run_in_the_same_folder_is_told(tmp_path, monkeypatch):
     step = step_of()
-    told = "another process holds .*: two runs that save into it .*; give each a folder of its own"
+    told = "another run holds .*: two that save into it .*; give each a folder of its own"
+    monkeypatch.setattr(options, "_PATIENCE", 0.2)
     with held(tmp_path), pytest.warns(UserWarning, match=told):
         ff.fit(step, step.init(), batches(), steps=3, folder=tmp_path, show=False)
 
@@ -191,6 +192,86 @@ def test_a_handler_of_the_programs_own_is_called_afterwards():
     assert (int(state.step), fitted.reason, called) == (3, "SIGTERM", [signal.SIGTERM])
 
 
+def test_a_signal_and_then_an_error():
+    """The handler is called, the error is raised and tells of the signal."""
+    called = []
+
+    def evaluate(model):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise ZeroDivisionError
+
+    step = step_of()
+    before = signal.signal(signal.SIGTERM, lambda number, frame: called.append(number))
+    try:
+        with pytest.raises(ZeroDivisionError) as error:
+            ff.fit(step, step.init(), batches(), steps=3, evaluate=evaluate, evaluate_every=2, show=False)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert called == [signal.SIGTERM]
+    assert "in a run of ff.fit, and SIGTERM had come; what was reached is" in error.value.__notes__[0]
+
+
+class DeadWorkerError(RuntimeError):
+    pass
+
+
+def child_died(number, frame):
+    raise DeadWorkerError
+
+
+@pytest.fixture
+def told_of_children():
+    before = signal.signal(signal.SIGCHLD, child_died)
+    yield
+    signal.signal(signal.SIGCHLD, before)
+
+
+@pytest.mark.usefixtures("told_of_children")
+@pytest.mark.parametrize("is_stopping", [False, True])
+@pytest.mark.parametrize("where", ["step", "save"])
+def test_a_worker_that_dies_is_told_between_steps(where, is_stopping, tmp_path, monkeypatch):
+    ours = running.saving
+
+    def die():
+        if is_stopping:
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGCHLD)
+
+    def losses(m, x):
+        if where == "step" and len(seen) == 2:
+            die()
+        seen.append(x)
+        return {"l": m(x).square().mean()}
+
+    def saving(*args, **options):
+        if where == "save" and not options["background"]:
+            die()
+        return ours(*args, **options)
+
+    seen, data = [], batches()
+    monkeypatch.setattr(running, "saving", saving)
+    step = ff.Step(nn.Linear(3, 1), losses, {"l": "*"}, optimizer=ff.optim.sgd(0.1))
+
+    def run():
+        return ff.fit(step, step.init(), data, steps=6, folder=tmp_path, show=False)
+
+    if where == "step" and not is_stopping:
+        with pytest.raises(DeadWorkerError):
+            run()
+    else:
+        assert run()[1].reason == ("SIGTERM" if is_stopping else "steps")
+    assert signal.getsignal(signal.SIGCHLD) is child_died
+    state, _ = ff.checkpoint.resume(tmp_path, step, data=data)
+    assert (int(state.step), data.position) == ((3, 3) if where == "step" else (6, 6))
+
+
+@pytest.mark.usefixtures("told_of_children")
+def test_a_handler_that_was_installed_meanwhile_stays():
+    step, installed = step_of(), lambda number, frame: None
+    ff.fit(step, step.init(), batches(), steps=1, evaluate=lambda m: bool(signal.signal(signal.SIGCHLD, installed)))
+    assert signal.getsignal(signal.SIGCHLD) is installed
+
+
 def test_a_signal_that_a_program_ignores_is_ignored():
     state, fitted = stopped_by(signal.SIGINT, signal.SIG_IGN)
     assert (int(state.step), fitted.reason) == (6, "steps")
@@ -206,23 +287,31 @@ class Items(torch.utils.data.Dataset):
     def __getitem__(self, index):
         return torch.full((3,), float(index)) / 40
 
+LOADER, LENGTH = sys.argv[2], 0.05 if sys.argv[2] != "persistent" else 0.005
+
 def losses(model, x):
     out, start = model(x), time.monotonic()
-    while time.monotonic() - start < 0.05:
+    while time.monotonic() - start < LENGTH:
         torch.ones(3) + 1
     return {"fit": out.square().mean()}
+
+if LOADER == "persistent":  # steps are short, and a save takes its time
+    from funcfreeze.checkpoint import saving
+    write_tensors = saving.write_tensors
+    saving.write_tensors = lambda *args: time.sleep(0.4) or write_tensors(*args)
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 1))
     step = ff.Step(model, losses, {"fit": "*"}, optimizer=ff.optim.adam(0.01))
-    if sys.argv[2] == "ours":
-        data = ff.checkpoint.Batches(Items(), 4, seed=1, num_workers=2)
+    if LOADER != "torchdata":
+        data = ff.checkpoint.Batches(Items(), 4, seed=1, num_workers=2, persistent_workers=LOADER == "persistent")
     else:
         from torchdata.stateful_dataloader import StatefulDataLoader
         data = StatefulDataLoader(Items(), 4, num_workers=2)
     state, extra = ff.checkpoint.resume(sys.argv[1], step, data=data)
-    state, fitted = ff.fit(step, state, data, steps=12, folder=sys.argv[1], extra=extra, show_every=1)
+    steps = 12 if LENGTH > 0.01 else 300
+    state, fitted = ff.fit(step, state, data, steps=steps, folder=sys.argv[1], extra=extra, show_every=1)
     torch.save({**state.params, "reason": fitted.reason}, sys.argv[1] + "/end")
 """
 
@@ -230,12 +319,20 @@ if __name__ == "__main__":
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 @pytest.mark.parametrize(
-    ("loader", "number"), [("ours", signal.SIGTERM), ("ours", signal.SIGINT), ("torchdata", signal.SIGTERM)]
+    ("loader", "number"),
+    [
+        ("ours", signal.SIGTERM),
+        ("ours", signal.SIGINT),
+        ("persistent", signal.SIGTERM),
+        ("torchdata", signal.SIGTERM),
+    ],
 )
 def test_a_signal_to_all_processes_of_a_run(loader, number, tmp_path):
     """Its loader's workers die of it; the run ends its step, saves, and goes on bit for bit."""
     script = tmp_path / "script.py"
-    source = GROUP if loader == "ours" else GROUP.replace("torch.nn.Dropout(0.5)", "torch.nn.Tanh()")  # it draws, too
+    source = (
+        GROUP if loader != "torchdata" else GROUP.replace("torch.nn.Dropout(0.5)", "torch.nn.Tanh()")
+    )  # it draws, too
     script.write_text(textwrap.dedent(source))
 
     def run(folder, delay=None):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import threading
 
 import numpy as np
 import pytest
@@ -147,6 +148,100 @@ def test_leaving_from_an_evaluation_saves(tmp_path):
     assert (int(state.step), data.position) == (5, 5)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_save_that_fails_where_warnings_are_errors(tmp_path, monkeypatch):
+    """The thread raises; who waits for the outcome does not wait for ever."""
+    step = step_of()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saving_module, "write_tensors", full)
+    raised = []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    with pytest.raises(UserWarning, match="No space left on device"):
+        ff.fit(step, step.init(), batches(), steps=4, folder=tmp_path, save_every=4, show=False)
+    assert [type(one.exc_value) for one in raised] == [UserWarning]
+
+
+def test_an_outcome_of_every_exception(tmp_path, monkeypatch):
+    step = step_of()
+
+    def leave(*args):
+        raise SystemExit(1)
+
+    monkeypatch.setattr(saving_module, "write_tensors", leave)
+    given = {"data": None, "extra": None, "generators": None, "keep": 3, "background": True}
+    with pytest.warns(UserWarning, match="no checkpoint was saved: SystemExit: 1"):
+        assert not saving_module.saving(tmp_path, step, step.init(), **given).is_there()
+    saving_module.wait_for(tmp_path)
+
+
+def test_an_evaluation_that_writes_to_a_twin_saves_nothing(tmp_path):
+    step = step_of().remade(targets={"average": ff.ema("*", 0.5, buffers="copied")})
+
+    def evaluate(model):
+        with torch.no_grad():
+            model.weight.zero_()
+        return 1.0
+
+    options = {"evaluate": evaluate, "evaluate_every": 3, "targets": "average", "show": False}
+    with pytest.raises(RuntimeError) as error:
+        ff.fit(step, step.init(), batches(), steps=6, folder=tmp_path, **options)
+    assert any("not saved, since evaluate had written to its parameters" in note for note in error.value.__notes__)
+    assert checkpoints_in(tmp_path) == []
+
+
+class Counting:
+    """Counts before it makes a batch, as torchdata's loader does without workers."""
+
+    batch_size = 4
+
+    def __init__(self, fails_at):
+        self.at, self.fails_at = 0, fails_at
+
+    def __iter__(self):
+        while self.at < 10:
+            self.at += 1
+            if self.at == self.fails_at:
+                raise OSError("the network is down")
+            yield torch.full((4, 3), float(self.at))
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+@pytest.mark.parametrize("is_stopping", [False, True])
+def test_data_that_counted_a_batch_that_it_did_not_give(is_stopping, tmp_path):
+    step = step_of()
+
+    class Failing(Counting):
+        def __iter__(self):
+            try:
+                yield from super().__iter__()
+            except OSError:
+                if is_stopping:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                raise
+
+    data = Failing(fails_at=5)
+    options = {"folder": tmp_path, "save_every": 3, "show": False}
+    if is_stopping:
+        state, fitted = ff.fit(step, step.init(), data, steps=9, **options)
+        assert (int(state.step), fitted.reason) == (4, "SIGTERM")
+    else:
+        with pytest.raises(OSError, match="network") as error:
+            ff.fit(step, step.init(), data, steps=9, **options)
+        (note,) = error.value.__notes__
+        assert note.endswith("not saved, since the data had begun its next batch; the checkpoint before is of step 3")
+    again = Counting(fails_at=0)
+    state, _ = ff.checkpoint.resume(tmp_path, step, data=again)
+    assert (int(state.step), again.at) == (3, 3)
+
+
 class Broken(io.TextIOBase):
     """A pipe that nobody reads any more."""
 
@@ -159,6 +254,20 @@ def test_nobody_reads_what_is_shown(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stdout", Broken())
     state, fitted = ff.fit(step, step.init(), batches(), steps=6, folder=tmp_path, show_every=1)
     assert (int(state.step), fitted.reason) == (6, "steps")
+
+
+@pytest.mark.parametrize("out", ["closed", None, "ascii"])
+def test_where_nothing_can_be_shown(out, monkeypatch):
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii")
+    if out == "closed":
+        stream.close()
+    monkeypatch.setattr("sys.stdout", None if out is None else stream)
+    step = ff.Step(nn.Linear(3, 1), lambda m, x: {"größe": m(x).mean()}, {"größe": "*"}, optimizer=ff.optim.sgd(0.1))
+    state, fitted = ff.fit(step, step.init(), batches(), steps=2, show_every=1)
+    assert (int(state.step), fitted.reason) == (2, "steps")
+    if out == "ascii":
+        assert rb"gr\xf6\xdfe" in raw.getvalue()
 
 
 def test_nobody_reads_that_it_stops(tmp_path, monkeypatch):
@@ -177,13 +286,12 @@ def test_nobody_reads_that_it_stops(tmp_path, monkeypatch):
     assert (int(state.step), fitted.reason) == (1, "SIGINT")
 
 
-def test_a_handler_that_is_not_of_python(monkeypatch):
-    step, ours = step_of(), signal.signal
-    monkeypatch.setattr(signal, "signal", lambda number, handler: ours(number, handler) and None)
+def test_a_handler_that_is_not_of_python_is_left_alone(monkeypatch):
+    step, put = step_of(), []
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: put.append(number))
     state, _ = ff.fit(step, step.init(), batches(), steps=2, show=False)
-    monkeypatch.undo()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    assert int(state.step) == 2
+    assert (int(state.step), put) == (2, [])
 
 
 def test_what_was_not_saved_is_not_said_to_be(tmp_path, monkeypatch, capsys):
