@@ -48,7 +48,8 @@ def run(folder):
     digest = hashlib.sha256(json.dumps(losses).encode())
     for tensor in [*state.params.values(), *state.buffers.values(), *state.targets["teacher"].values()]:
         digest.update(tensor.numpy().tobytes())
-    (folder / "end").write_text(digest.hexdigest())
+    (folder / "unfinished").write_text(digest.hexdigest())
+    os.replace(folder / "unfinished", folder / "end")  # it may be killed here, too
 
 
 def started(folder):
@@ -108,7 +109,7 @@ def test_killed_at_random_moments(tmp_path, seed):
                 os.waitpid(process, 0)
                 assert not (folder / "error").exists(), (folder / "error").read_text()
                 assert_nothing_is_lost(folder)
-            assert (folder / "end").read_text() == wanted
+            assert (folder / "end").read_text() == wanted, folder
         assert inside >= 0.4 * kills, f"{inside} of {kills}"
     finally:
         torch.set_num_threads(threads)
