@@ -63,9 +63,9 @@ def fit(
 
     Metrics are read off the device where they are shown, every `show_every` steps, or saved. Ctrl-C and SIGTERM let the
     step end, save if there is a folder, and return, with the signal's name as the reason; then a handler of the
-    program's own is called. A second Ctrl-C interrupts at once. Where an evaluation, a logger or the data raises, what
-    was reached is saved, too; where the step does, it is not, since its batch was taken. One command starts a run and
-    goes on with it:
+    program's own is called. A second Ctrl-C interrupts at once. Where an evaluation, a logger or `Batches` raise, what
+    was reached is saved, too; not so where the step does, which had taken a batch, or data that had begun another. One
+    command starts a run and goes on with it:
 
         state, extra = ff.checkpoint.resume(folder, step, data=batches)
         state, fitted = ff.fit(step, state, batches, steps=10_000, folder=folder, extra=extra)
