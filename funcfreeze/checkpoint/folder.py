@@ -27,10 +27,12 @@ _NAME = re.compile(r"step-\d{10}(\.old)?")
 _UNFINISHED = re.compile(r"\.step-\d{10}\.[0-9a-f]{16}")
 
 _DAY = 24 * 60 * 60.0
-
-Read = TypeVar("Read")
+"""In seconds."""
 
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
+"""Why a folder cannot be renamed where there is something of that name."""
+
+Read = TypeVar("Read")
 
 _OLD = ".old"
 """Ends the name of one that makes way for another of its step."""

@@ -9,7 +9,6 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import TextIO
 
 
@@ -64,18 +63,22 @@ class Progress:
         return f"\r{' ' * width}\r" if width else ""
 
     def _put(self, text: str) -> None:
-        if self._out is None or self._out.closed:
+        if self._out is None:
             return
-        with suppress(OSError):  # nobody reads it any more
-            try:
-                self._out.write(text)
-            except UnicodeEncodeError as error:
-                self._out.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
+        try:
+            self._out.write(text)
             self._out.flush()
+        except UnicodeEncodeError as error:
+            self._put(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
+        except (OSError, ValueError):  # closed, by whoever read it or by the program
+            self._out = None
 
 
 def _is_terminal(out: TextIO | None) -> bool:
-    return out is not None and not out.closed and out.isatty()
+    try:
+        return out is not None and out.isatty()
+    except (AttributeError, ValueError):  # something of the program's own that writes elsewhere, too; or closed
+        return False
 
 
 def _clock(seconds: float) -> str:

@@ -256,6 +256,26 @@ def test_nobody_reads_what_is_shown(tmp_path, monkeypatch):
     assert (int(state.step), fitted.reason) == (6, "steps")
 
 
+class Tee:
+    """As programs write them, with no more than they need."""
+
+    def __init__(self):
+        self.told = []
+
+    def write(self, text):
+        self.told.append(text)
+
+    def flush(self):
+        pass
+
+
+def test_what_a_program_puts_in_the_place_of_stdout(monkeypatch):
+    monkeypatch.setattr("sys.stdout", tee := Tee())
+    step = step_of()
+    ff.fit(step, step.init(), batches(), steps=2, show_every=1)
+    assert [line.split()[1] for line in tee.told] == ["1/2", "2/2"]
+
+
 @pytest.mark.parametrize("out", ["closed", None, "ascii"])
 def test_where_nothing_can_be_shown(out, monkeypatch):
     raw = io.BytesIO()
