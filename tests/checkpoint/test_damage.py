@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import batch, by_turns, lone, network, train
+from full_runs import batch, by_turns, lone, network, train
 from torch import nn
 
 import funcfreeze as ff

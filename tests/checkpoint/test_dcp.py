@@ -6,7 +6,7 @@ import optree
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from runs import by_turns, lone, network, train
+from full_runs import by_turns, lone, network, train
 
 import funcfreeze as ff
 from funcfreeze.checkpoint import from_dcp, to_dcp

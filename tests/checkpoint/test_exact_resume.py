@@ -12,7 +12,7 @@ import optree
 import pytest
 import safetensors
 import torch
-from runs import by_turns, lone, network, train
+from full_runs import by_turns, lone, network, train
 from torch import nn
 
 import funcfreeze as ff

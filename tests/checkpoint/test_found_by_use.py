@@ -9,7 +9,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from runs import lone, network, train
+from full_runs import lone, network, train
 from torch import nn
 
 import funcfreeze as ff

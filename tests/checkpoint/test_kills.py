@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import flat, lone, network, train
+from full_runs import flat, lone, network, train
 
 import funcfreeze as ff
 

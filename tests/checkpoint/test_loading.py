@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import lone, network, train
+from full_runs import lone, network, train
 from torch import nn
 
 import funcfreeze as ff

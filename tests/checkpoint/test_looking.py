@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from runs import lone, network, train
+from full_runs import lone, network, train
 from typer.testing import CliRunner
 
 import funcfreeze as ff
