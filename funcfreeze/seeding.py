@@ -61,4 +61,4 @@ def seeded(seed: int, devices: Iterable[int] | None = None) -> Iterator[None]:
 
 def _in_use() -> Iterable[int]:
     """CUDA's devices, if the program has used one."""
-    return range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)  # type: ignore[no-untyped-call]
+    return range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)  # type: ignore[no-untyped-call]  # torch's

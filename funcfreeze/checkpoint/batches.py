@@ -18,8 +18,9 @@ class Batches:
 
     So they do not depend on how many workers there are, on what else draws random numbers, or on whether the run was
     stopped in between: iterating goes on where it was, and through one epoch. Python's, NumPy's and torch's global
-    generators (of the CPU) are seeded for every batch while it is made, `collate_fn` included, and put back. Two in one
-    run get a seed each, by which one is not taken for the other.
+    generators (of the CPU) are seeded for every batch while it is made, `collate_fn` included, and put back; one that a
+    data set keeps for itself is not known here (without workers, `generators=` of `save` and `resume` take it). Two in
+    one run get a seed each, by which one is not taken for the other.
 
     Args:
         dataset: with a length, and items by number.
@@ -71,7 +72,7 @@ class Batches:
             raise ValueError(f"there is no batch in Batches of {batch_size}: {why}")
         self.epoch, self.position = 0, 0
         # the loader's own generator: from the global one it would draw once more where a run is resumed
-        drawing = _Drawing(dataset, seed, options.pop("collate_fn", None) or default_collate)
+        drawing = _Drawing(dataset, self._seed, options.pop("collate_fn", None) or default_collate)
         self._loader: DataLoader[Any] = DataLoader(
             drawing,
             batch_sampler=cast("Any", _Ahead(self)),

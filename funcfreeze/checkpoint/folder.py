@@ -57,7 +57,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
     """All that were put into a folder, the newest first."""
     if not folder.is_dir():
         return []
-    found = filter(is_named_so, folder.iterdir())
+    found = [path for path in folder.iterdir() if is_named_so(path) and path.is_dir()]
     return sorted(found, key=lambda path: (path.stem, path.suffix != _OLD), reverse=True)
 
 
@@ -260,7 +260,7 @@ def held(path: Path, patience: float = 0.0) -> Iterator[bool | None]:
     try:
         is_ours, end = _is_locked(handle), time.monotonic() + patience
         while is_ours is False and time.monotonic() < end:
-            time.sleep(0.1)
+            time.sleep(0.1)  # whoever holds it tells nobody when that ends
             is_ours = _is_locked(handle)
         yield is_ours
     finally:

@@ -1,4 +1,4 @@
-"""The state of random number generators: Python's, NumPy's, torch's on every device, and the user's own by name."""
+"""The state of random number generators: Python's, NumPy's, torch's on the CPU and CUDA, the user's own by name."""
 
 from __future__ import annotations
 

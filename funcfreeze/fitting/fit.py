@@ -15,7 +15,7 @@ from funcfreeze.checkpoint.states import AnyStep, refuse_no_step
 from funcfreeze.computation.acting import Names
 from funcfreeze.computation.state import State
 from funcfreeze.fitting.loggers import Logger
-from funcfreeze.fitting.options import Options, alone_in
+from funcfreeze.fitting.options import Options, alone_in, warn_of_epochs_gone
 from funcfreeze.fitting.passes import end_of
 from funcfreeze.fitting.progress import Progress
 from funcfreeze.fitting.running import Run
@@ -134,6 +134,7 @@ def fit(
     options.refuse(step, data)
     count = int(state.step)
     options.look_at_folder(state, data, count)
+    warn_of_epochs_gone(data, epochs)
     end = end_of(data, epochs, count) if epochs is not None else steps
     progress = Progress(end, count) if show else None
     watched = Watched.of(best, options.evaluated_before(count))
@@ -152,7 +153,7 @@ def fit(
             told = run.saved_at_last()
         finally:
             run.deaths.release()
-        run.deaths.tell(is_stopping=True)
+            run.deaths.tell(is_stopping=True)
         reason = wish.signal or reason  # also one that came last of all
         if progress is not None:
             if run.count == run.begun:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from funcfreeze.checkpoint.batches import Batches
 from funcfreeze.checkpoint.files import Damaged
 from funcfreeze.checkpoint.folder import checkpoints_in, held, make, name_of, step_of
 from funcfreeze.checkpoint.looking import look_into
@@ -30,7 +31,6 @@ FIT = "fit"
 """Where `extra` of a checkpoint keeps what is of this loop: what evaluations came to, and the metrics of the step."""
 
 EVALUATIONS, METRICS = "evaluations", "metrics"
-
 
 _PATIENCE = 7.0
 """Seconds for which the workers of a run that was killed may hold its folder: they look every five for their parent."""
@@ -136,21 +136,20 @@ class Options:
                 "ff.checkpoint.resume will take the other run's. Begin with resume, or in a folder of its own",
                 stacklevel=3,
             )
-
-    def evaluated_before(self, count: int) -> Mapping[str, Any]:
-        """What evaluations came to before a step: the checkpoint of that step in the folder says it, or `extra`.
-
-        The latter is older where a program fits twice.
-        """
-        there = self._extra_of(count)
-        dropped = [] if self.extra else [name for name in there if name != FIT]
+        dropped = [] if self.extra else [name for name in self._extra_of(count) if name != FIT]
         if dropped:
             warnings.warn(
                 f"{self.folder} holds {', '.join(map(repr, dropped))} in `extra` of step {count:,}, and what this run "
                 "saves will not: give what resume returned, extra=extra",
                 stacklevel=3,
             )
-        return dict((of_fit(there) or of_fit(self.extra)).get(EVALUATIONS, {}))
+
+    def evaluated_before(self, count: int) -> Mapping[str, Any]:
+        """What evaluations came to before a step: the checkpoint of that step in the folder says it, or `extra`.
+
+        The latter is older where a program fits twice.
+        """
+        return dict((of_fit(self._extra_of(count)) or of_fit(self.extra)).get(EVALUATIONS, {}))
 
     def _extra_of(self, count: int) -> Mapping[str, Any]:
         """What the folder's checkpoint of a step holds beside, as JSON."""
@@ -162,6 +161,16 @@ class Options:
         except Damaged:  # the run does not come from there then
             return {}
         return found
+
+
+def warn_of_epochs_gone(data: object, epochs: int | None) -> None:
+    """Of `Batches` that have been gone through so often: `epochs` counts all, and a loop over it would train once."""
+    if epochs is not None and isinstance(data, Batches) and data.epoch >= epochs:
+        warnings.warn(
+            f"nothing to do: these Batches have been gone through {data.epoch} times, and epochs={epochs} counts "
+            f"those, too; for another one ask for epochs={data.epoch + 1}",
+            stacklevel=3,
+        )
 
 
 @contextmanager

@@ -185,6 +185,54 @@ def test_folders_in_which_a_run_would_silently_begin(tmp_path):
         ff.checkpoint.resume(tmp_path / "link", step)
 
 
+def test_a_file_by_the_name_of_a_checkpoint_is_none(tmp_path):
+    step = small()
+    ff.checkpoint.save(tmp_path, step, step.init())
+    (tmp_path / "step-0000000009").write_text("")
+    assert int(ff.checkpoint.resume(tmp_path, step)[0].step) == 0
+    assert ff.checkpoint.check(tmp_path) == []
+
+
+class TwoAtOnce:
+    """Two loaders side by side, as in domain adaptation, of different lengths."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.loaders = [
+            ff.checkpoint.Batches(torch.randn(items, 2, generator=generator), 4, seed=seed)
+            for seed, items in enumerate((22, 13))
+        ]
+
+    def __iter__(self):
+        return zip(*self.loaders, strict=False)
+
+    def state_dict(self):
+        return {"loaders": [loader.state_dict() for loader in self.loaders]}
+
+    def load_state_dict(self, state):
+        for loader, one in zip(self.loaders, state["loaders"], strict=True):
+            loader.load_state_dict(one)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 5, 9])
+def test_two_loaders_at_once(stop, tmp_path):
+    def program(folder, steps):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+
+        def losses(m, pair):
+            return {"l": m(pair[0]).square().mean() - m(pair[1]).sin().mean()}
+
+        step, data = ff.Step(model, losses, {"l": "*"}, optimizer=ff.optim.adam(0.1)), TwoAtOnce()
+        state, extra = ff.checkpoint.resume(folder, step, data=data)
+        return ff.fit(step, state, data, steps=steps, folder=folder, extra=extra, show=False)[0]
+
+    wanted = program(tmp_path / "whole", 12)
+    program(tmp_path / "parts", stop)
+    found = program(tmp_path / "parts", 12)
+    assert all(torch.equal(found.params[path], tensor) for path, tensor in wanted.params.items())
+
+
 def test_a_folder_in_it_that_may_not_be_read(tmp_path, monkeypatch):
     (tmp_path / "lost+found").mkdir()
     iterdir = Path.iterdir

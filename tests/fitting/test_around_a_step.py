@@ -123,8 +123,9 @@ def test_one_run_after_another_is_none(tmp_path):
     assert int(state.step) == 4
 
 
-def sleeping():
-    time.sleep(60)
+def sleeping(ready):
+    ready.set()  # a signal that comes before Python has looked after a fork is lost with any handler of Python's
+    time.sleep(60)  # until its parent ends it, or the test has failed
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -133,9 +134,11 @@ def test_children_can_be_ended():
     step, ends = step_of(), []
 
     def evaluate(model):
-        child = multiprocessing.get_context("fork").Process(target=sleeping)
+        context = multiprocessing.get_context("fork")
+        ready = context.Event()
+        child = context.Process(target=sleeping, args=(ready,))
         child.start()
-        time.sleep(0.1)
+        assert ready.wait(20)
         child.terminate()
         child.join(20)
         ends.append(child.exitcode)
@@ -343,7 +346,7 @@ def test_a_signal_to_all_processes_of_a_run(loader, number, tmp_path):
             if delay is not None:
                 while not process.stdout.readline().startswith("step 4/"):
                     pass
-                time.sleep(delay)
+                time.sleep(delay)  # at another moment of a step
                 os.killpg(process.pid, number)
             out, errors = process.communicate()
         assert process.returncode == 0, errors

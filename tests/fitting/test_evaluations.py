@@ -138,6 +138,7 @@ def test_a_run_that_is_over_is_left_alone(tmp_path):
     ff.fit(step, step.init(), data, epochs=2, folder=tmp_path, show=False)
     before = (tmp_path / "step-0000000014").stat().st_mtime_ns
     state, _ = ff.checkpoint.resume(tmp_path, step, data=data)
-    state, fitted = ff.fit(step, state, data, epochs=2, folder=tmp_path, show=False)
+    with pytest.warns(UserWarning, match="nothing to do: these Batches have been gone through 2 times, and epochs=2"):
+        state, fitted = ff.fit(step, state, data, epochs=2, folder=tmp_path, show=False)
     assert (int(state.step), fitted.reason) == (14, "epochs")
     assert (tmp_path / "step-0000000014").stat().st_mtime_ns == before
